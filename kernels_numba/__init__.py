@@ -1,0 +1,1 @@
+"""Kernels written in numba.cuda, with their numpy definitions; knows arrays and shapes, never requests."""

@@ -1,0 +1,59 @@
+"""EngineConfig: every option of the engine, validated once, frozen afterwards.
+
+Knows limits of the options themselves; refuses to know models, devices and memory (see budget.py for those).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sharp.model_config import ModelConfig
+
+__all__ = ["EngineConfig", "ModelConfig"]
+
+DEVICES = ("auto", "cuda", "cpu")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Options of the engine; the names are the field's. Raises TypeError or ValueError naming option and limit."""
+
+    max_num_batched_tokens: int = 1024  # tokens of one step, decodes and prompt chunks together
+    max_num_seqs: int = 64  # sequences running at once
+    max_model_len: int | None = None  # prompt plus answer, in tokens; None: the model's own limit
+    block_size: int = 64  # tokens of a KV page
+    num_blocks: int | None = None  # KV pages; None: what memory allows
+    memory_limit: int | None = None  # bytes for the KV pages; None: what memory allows
+    long_prefill_token_threshold: int | None = None  # longest chunk of one prompt in a step; None: no limit
+    max_queue_len: int = 1024  # requests waiting; one more raises QueueFull
+    seed: int = 0  # of requests that bring none
+    device: str = "auto"
+    dtype: str = "auto"
+    rungs: Mapping[str, str] = field(default_factory=dict)  # op name -> rung name, e.g. {"gemm": "plain"}
+
+    def __post_init__(self) -> None:
+        required = ("max_num_batched_tokens", "max_num_seqs", "block_size", "max_queue_len")
+        optional = ("max_model_len", "num_blocks", "memory_limit", "long_prefill_token_threshold")
+        for name in required + optional:
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be a whole number, not {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be a whole number, not {self.seed!r}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64), not {self.seed}")
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs {self.max_num_seqs} is over max_num_batched_tokens {self.max_num_batched_tokens}: "
+                "every running sequence decodes one token in every step"
+            )
+        if self.device not in DEVICES:
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")

@@ -1,0 +1,97 @@
+"""Hugging Face model directories: config.json and safetensors files, single or sharded with an index.
+
+Knows the directory's layout; refuses other tensor formats. A tensor is read from its file only when asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, in which safetensors hands out BF16 tensors)
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from sharp.model_config import ModelConfig, ModelFileError, config_from_hf, read_json
+
+FloatArray = npt.NDArray[np.float32]
+_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+_INDEX = "model.safetensors.index.json"
+
+
+class HFDirectory:
+    """One HF directory of Llama shape.
+
+    Attributes: path; config; shapes (name -> shape); num_bytes (of all tensors, as stored).
+    Raises ModelFileError when a file is missing, damaged, or holds an unsupported dtype.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config: ModelConfig = config_from_hf(path)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.num_bytes = 0
+        self._files: dict[str, Any] = {}  # tensor name -> open file (memory-mapped by the library)
+        self._file_names: dict[str, str] = {}
+        index = self._read_index()
+        for file_name in sorted(set(index.values())) if index else ["model.safetensors"]:
+            self._open(path / file_name, file_name)
+        for name, file_name in index.items():
+            if self._file_names.get(name) != file_name:
+                raise ModelFileError(f"{path / file_name}: tensor {name} is in {_INDEX} but not in this file")
+        if self.config.tie_word_embeddings and "lm_head.weight" in self.shapes:
+            # Some writers store the tied head a second time; config.json says that it is the embedding.
+            del self.shapes["lm_head.weight"]
+        for name in [name for name in self.shapes if name.endswith(".rotary_emb.inv_freq")]:
+            del self.shapes[name]  # a derived constant that old checkpoints carry
+
+    def _read_index(self) -> dict[str, str]:
+        """Tensor name -> file name; empty for a directory with one file."""
+        if (self.path / "model.safetensors").exists():
+            return {}
+        path = self.path / _INDEX
+        if not path.exists():
+            raise ModelFileError(f"{self.path} has neither model.safetensors nor {_INDEX}")
+        index = read_json(path).get("weight_map")
+        if not isinstance(index, dict) or not index:
+            raise ModelFileError(f"{path}: weight_map must be a non-empty object, not {index!r:.80}")
+        for name, file_name in index.items():
+            if not isinstance(file_name, str) or Path(file_name).name != file_name:
+                raise ModelFileError(f"{path}: tensor {name} is in {file_name!r}, which is not a plain file name")
+        return index
+
+    def _open(self, path: Path, file_name: str) -> None:
+        try:
+            file = safe_open(path, framework="numpy")
+            for name in file.keys():  # noqa: SIM118  (the file is not a mapping)
+                part = file.get_slice(name)
+                dtype, shape = part.get_dtype(), tuple(part.get_shape())
+                if dtype not in _DTYPES:
+                    raise ModelFileError(
+                        f"{path}: tensor {name} has dtype {dtype}, which is not supported; "
+                        f"supported: {', '.join(_DTYPES)}"
+                    )
+                if name in self.shapes:
+                    raise ModelFileError(f"{path}: tensor {name} is also in {self._file_names[name]}")
+                self.shapes[name], self._files[name], self._file_names[name] = shape, file, file_name
+                size = 1
+                for dim in shape:
+                    size *= dim
+                self.num_bytes += size * _DTYPES[dtype]
+        except FileNotFoundError:
+            raise ModelFileError(f"{path} does not exist") from None
+        except (SafetensorError, OSError) as error:
+            raise ModelFileError(f"{path} is not a readable safetensors file: {error}") from None
+
+    def stored_name(self, name: str) -> str:
+        """The file's own name of a tensor: the same."""
+        return name
+
+    def read(self, name: str) -> FloatArray:
+        """The tensor `name`: float32, contiguous."""
+        try:
+            tensor = self._files[name].get_tensor(name)
+        except SafetensorError as error:
+            raise ModelFileError(f"{self.path / self._file_names[name]}: tensor {name}: {error}") from None
+        return np.ascontiguousarray(tensor, dtype=np.float32)

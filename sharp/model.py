@@ -1,0 +1,213 @@
+"""The forward pass: one readable list of launches over packed tokens, written once for every device.
+
+`forward` knows the order of the operations; `ops` decides who executes them: numpy (`reference`), plain numba.cuda
+kernels, or later rungs, one by one. It refuses to know requests and the scheduler: a step is token ids, positions,
+slots and block tables, with no padding anywhere.
+
+Rounding points (activation dtype bfloat16; with float32 nothing is rounded). Every op computes in float32 from
+inputs as stored, and rounds once where its result is stored:
+
+    embedding        copied from the table, already rounded
+    rms_norm         residual + delta in float32, rounded and stored; the norm reads the rounded value; its output
+                     (normalised x weight) is rounded once
+    gemm             float32 accumulation with K ascending, bias added in float32, rounded once
+    rope             angles from a float32 table; the rotated pair rounded once
+    store_kv         copied
+    attention        scores, softmax and the weighted sum in float32, rounded once
+    silu_mul         silu(gate) * up in float32, rounded once
+    lm_head          float32 accumulation, logits stay float32
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels_numba.ops import resolve
+from sharp.budget import Budget, plan_memory
+from sharp.config import EngineConfig, ModelConfig
+from sharp.device import Array, Device, open_device
+from sharp.plan import BatchPlan, SampleOutput
+from sharp.sampling import sample
+from sharp.staging import DeviceBatch, stage
+from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Caller-owned outputs, allocated once for the largest step: T is the step-token budget, R the most rows."""
+
+    residual: Array  # [T, H] the residual stream
+    x: Array  # [T, H] normalised input of the next product
+    delta: Array  # [T, H] what a block adds to the residual stream
+    qkv: Array  # [T, Hq + 2 Hkv, D]
+    attention: Array  # [T, Hq, D]
+    gate_up: Array  # [T, 2 I]
+    act: Array  # [T, I]
+    logits: Array  # f32[R, V]
+    sampled: Array  # i32[R]
+
+    @staticmethod
+    def allocate(config: ModelConfig, device: Device, num_tokens: int, num_rows: int) -> Workspace:
+        heads = config.num_q_heads + 2 * config.num_kv_heads
+        return Workspace(
+            residual=device.empty((num_tokens, config.hidden_size)),
+            x=device.empty((num_tokens, config.hidden_size)),
+            delta=device.empty((num_tokens, config.hidden_size)),
+            qkv=device.empty((num_tokens, heads, config.head_dim)),
+            attention=device.empty((num_tokens, config.num_q_heads, config.head_dim)),
+            gate_up=device.empty((num_tokens, 2 * config.intermediate_size)),
+            act=device.empty((num_tokens, config.intermediate_size)),
+            logits=device.empty((num_rows, config.vocab_size), np.float32),
+            sampled=device.empty((num_rows,), np.int32),
+        )
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Pages of one layer: [num_blocks, num_kv_heads, block_size, head_dim] each."""
+
+    k: Array
+    v: Array
+
+
+def rope_table(config: ModelConfig, max_positions: int) -> npt.NDArray[np.float32]:
+    """cos and sin of every position: f32[max_positions, head_dim], cosines first, then sines.
+
+    inv_freq[i] = theta^(-2i / head_dim), angle = position * inv_freq in float32, as the models were trained
+    (Su et al. 2021, arXiv:2104.09864; the half-split pairing of GPT-NeoX).
+    """
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    inv_freq = (np.float32(1.0) / np.power(np.float32(config.rope_theta), exponent)).astype(np.float32)
+    angles = np.arange(max_positions, dtype=np.float32)[:, None] * inv_freq[None, :]
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+def forward(
+    config: ModelConfig,
+    weights: ModelWeights,
+    batch: DeviceBatch,
+    ops: SimpleNamespace,
+    kv: list[KVCache],
+    cos_sin: Array,
+    work: Workspace,
+    stream: Any,
+) -> Array:
+    """Logits f32[R, V] of the batch's `logits_rows`; the keys and values of all T tokens are in their pages after it.
+
+    Nothing is allocated on the device and nothing waits: all launches go to `stream`.
+    """
+    tokens, rows = batch.plan.num_tokens, len(batch.plan.logits_rows)
+    hq, hkv = config.num_q_heads, config.num_kv_heads
+    residual, x, delta = work.residual[:tokens], work.x[:tokens], work.delta[:tokens]
+    gate_up, act = work.gate_up[:tokens], work.act[:tokens]
+    qkv = work.qkv[:tokens]
+    q, k, v = qkv[:, :hq], qkv[:, hq : hq + hkv], qkv[:, hq + hkv :]
+    qkv_rows = qkv.reshape(tokens, (hq + 2 * hkv) * config.head_dim)
+    attention = work.attention[:tokens]
+    attention_rows = attention.reshape(tokens, hq * config.head_dim)
+    decodes = batch.num_decodes
+    decode_q, decode_out = q[:decodes], attention[:decodes]
+    eps, scale = config.rms_norm_eps, config.head_dim**-0.5
+
+    ops.embedding(residual, batch.token_ids, weights.embed, stream=stream)
+    for index, (layer, cache) in enumerate(zip(weights.layers, kv, strict=True)):
+        if index == 0:
+            ops.rms_norm(x, residual, layer.input_norm, eps=eps, stream=stream)
+        else:
+            ops.rms_norm(x, delta, layer.input_norm, eps=eps, residual=residual, stream=stream)
+        ops.gemm(qkv_rows, x, layer.qkv, layer.qkv_bias, stream=stream)
+        ops.rope(q, k, batch.positions, cos_sin, stream=stream)
+        ops.store_kv(cache.k, cache.v, k, v, batch.slot_mapping, stream=stream)
+        if decodes:
+            ops.decode_attention(
+                decode_out, decode_q, cache.k, cache.v, batch.decode_context_lens, batch.decode_block_table,
+                softmax_scale=scale, stream=stream,
+            )  # fmt: skip
+        if batch.num_prefills:
+            ops.prefill_attention(
+                attention, q, cache.k, cache.v, batch.prefill_cu_seqlens_q, batch.prefill_context_lens,
+                batch.prefill_block_table, softmax_scale=scale, stream=stream,
+            )  # fmt: skip
+        ops.gemm(delta, attention_rows, layer.o, stream=stream)
+        ops.rms_norm(x, delta, layer.post_norm, eps=eps, residual=residual, stream=stream)
+        ops.gemm(gate_up, x, layer.gate_up, stream=stream)
+        ops.silu_mul(act, gate_up, stream=stream)
+        ops.gemm(delta, act, layer.down, stream=stream)
+    ops.rms_norm(x, delta, weights.final_norm, eps=eps, residual=residual, stream=stream)
+    logits = work.logits[:rows]
+    ops.lm_head(logits, x, weights.lm_head, batch.logits_rows, stream=stream)
+    return logits
+
+
+class Model:
+    """Weights, pages and workspace on one device, and the three verbs the engine drives: stage, forward, sample."""
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig, device: Device, *, progress: bool = False) -> None:
+        self.config = checkpoint.config
+        self.device = device
+        self.block_size = config.block_size
+        self.max_model_len = config.max_model_len or self.config.max_position_embeddings
+        if self.max_model_len > self.config.max_position_embeddings:
+            raise ValueError(
+                f"max_model_len {self.max_model_len} is over the model's {self.config.max_position_embeddings} positions"
+            )
+        self.ops = resolve(device.default_rung, config.rungs)
+        self.tokenizer = checkpoint.tokenizer()
+        self.weights = load_weights(checkpoint, device.upload_float, progress=progress)
+        self.budget: Budget = plan_memory(
+            self.config,
+            config,
+            free=device.free_bytes(),
+            dtype=device.dtype,
+            kind=device.kind,
+            max_model_len=self.max_model_len,
+        )
+        self.num_blocks = self.budget.num_blocks
+        self.cos_sin = device.upload(rope_table(self.config, self.max_model_len))
+        rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
+        page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
+        self.kv = [
+            KVCache(k=device.empty(page_shape), v=device.empty(page_shape)) for _ in range(self.config.num_layers)
+        ]
+
+    @classmethod
+    def load(cls, path: str | Path, config: EngineConfig, *, progress: bool = False) -> Model:
+        """Open a checkpoint (GGUF file, HF directory or pulled name) and put it on the device the config names."""
+        checkpoint = open_checkpoint(path)
+        return cls(checkpoint, config, open_device(config.device, config.dtype), progress=progress)
+
+    @property
+    def device_name(self) -> str:
+        return f"{self.device.name}, {self.device.dtype}"
+
+    def stage(self, plan: BatchPlan) -> DeviceBatch:
+        """Bring a plan to the device. Raises ValueError if it is larger than the workspace."""
+        if plan.num_tokens > self.work.x.shape[0] or len(plan.logits_rows) > self.work.logits.shape[0]:
+            raise ValueError(
+                f"a step of {plan.num_tokens} tokens and {len(plan.logits_rows)} logits rows is over the workspace "
+                f"of {self.work.x.shape[0]} tokens and {self.work.logits.shape[0]} rows"
+            )
+        return stage(plan, self.device)
+
+    def forward(self, batch: DeviceBatch) -> Array:
+        """Queue one forward pass; returns f32[R, V] on the device, valid once the stream has got there."""
+        return forward(
+            self.config, self.weights, batch, self.ops, self.kv, self.cos_sin, self.work, self.device.stream
+        )
+
+    def sample(self, logits: Array, batch: DeviceBatch) -> SampleOutput:
+        """Wait for the step and return the chosen ids (and log-probabilities where asked for)."""
+        rows = len(batch.plan.logits_rows)
+        return sample(logits, batch, self.work.sampled[:rows], self.ops, self.device)
+
+    def close(self) -> None:
+        """Give the device's buffers back; the model cannot be used afterwards."""
+        self.device.close()
+        del self.weights, self.kv, self.work

@@ -1,0 +1,106 @@
+"""BatchPlan: one step as a ragged list of (sequence, number of new tokens), in numpy and nothing else.
+
+Knows index arithmetic; refuses to know requests (only their ids, for people), devices and kernels.
+"""
+
+from __future__ import annotations
+
+import html
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Int32 = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """T tokens of B sequences; R of them need logits. Sequences of exactly one token come first.
+
+    So token row b belongs to sequence b for b < num_decodes, and `cu_seqlens_q[num_decodes] == num_decodes`.
+    """
+
+    step: int
+    request_ids: tuple[str, ...]  # B
+    num_decodes: int  # sequences [0, num_decodes) have one new token each
+    token_ids: Int32  # [T]
+    positions: Int32  # [T] position of each token in its own sequence
+    cu_seqlens_q: Int32  # [B + 1] prefix sums of new tokens
+    context_lens: Int32  # [B] keys visible after this step's tokens are stored
+    block_table: Int32  # [B, P] pages of each sequence, -1 padded
+    slot_mapping: Int32  # [T] page * block_size + offset: where each token's K and V go
+    logits_rows: Int32  # [R] token rows whose next token is wanted, one per sequence at most
+    temperatures: npt.NDArray[np.float32]  # [R]
+    seeds: npt.NDArray[np.uint64]  # [R]
+    output_indices: Int32  # [R] index of the sampled token in its answer
+    num_logprobs: Int32  # [R], -1: none
+    token_budget: int = 0  # max_num_batched_tokens, for the picture
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_seqs(self) -> int:
+        return len(self.request_ids)
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens of the rectangle that a padded batch would have computed: B x the longest sequence's new tokens."""
+        return self.num_seqs * int(np.diff(self.cu_seqlens_q).max(initial=0))
+
+    @property
+    def logits_seqs(self) -> Int32:
+        """[R] the sequence of each logits row."""
+        return (np.searchsorted(self.cu_seqlens_q, self.logits_rows, side="right") - 1).astype(np.int32)
+
+    def check(self, block_size: int) -> None:
+        """Raise AssertionError naming the first array that contradicts another."""
+        counts = np.diff(self.cu_seqlens_q)
+        num_seqs, num_rows = self.num_seqs, len(self.logits_rows)
+        for name in ("token_ids", "positions", "slot_mapping"):
+            assert len(getattr(self, name)) == self.cu_seqlens_q[-1], name
+        for name in ("temperatures", "seeds", "output_indices", "num_logprobs"):
+            assert len(getattr(self, name)) == num_rows, name
+        assert self.cu_seqlens_q[0] == 0 and len(counts) == num_seqs and (counts > 0).all(), "cu_seqlens_q"
+        assert (counts[: self.num_decodes] == 1).all() and (counts[self.num_decodes :] > 1).all(), "num_decodes"
+        assert len(np.unique(self.slot_mapping)) == self.num_tokens, "slot_mapping: a slot is written twice"
+        for seq in range(num_seqs):
+            start, stop = self.cu_seqlens_q[seq], self.cu_seqlens_q[seq + 1]
+            context = int(self.context_lens[seq])
+            expected = np.arange(context - (stop - start), context)
+            assert (self.positions[start:stop] == expected).all(), f"positions of sequence {seq}"
+            pages = self.block_table[seq, expected // block_size]
+            assert (self.block_table[seq, : -(-context // block_size)] >= 0).all(), f"block_table of sequence {seq}"
+            slots = pages * block_size + expected % block_size
+            assert (self.slot_mapping[start:stop] == slots).all(), f"slot_mapping of sequence {seq}"
+
+    def _repr_html_(self) -> str:
+        """The ragged step against its budget: a bar a sequence, decodes green, prompt chunks blue."""
+        budget = max(self.token_budget, self.num_tokens, 1)
+        rows = []
+        for seq, name in enumerate(self.request_ids):
+            count = int(self.cu_seqlens_q[seq + 1] - self.cu_seqlens_q[seq])
+            kind, colour = ("decode", "#2a9d4b") if seq < self.num_decodes else ("prompt chunk", "#2b6cb0")
+            width = max(0.5, 100 * count / budget)
+            rows.append(
+                f"<tr><td>{html.escape(name)}</td><td>{kind}</td><td style='text-align:right'>{count}</td>"
+                f"<td style='text-align:right'>{int(self.context_lens[seq])}</td><td style='width:24em'>"
+                f"<div style='background:{colour};height:0.8em;width:{width:.1f}%'></div></td></tr>"
+            )
+        return (
+            f"<b>step {self.step}</b>: {self.num_tokens} of {budget} tokens, {self.num_seqs} sequences "
+            f"({self.num_decodes} decodes); a padded rectangle would compute {self.padded_tokens} tokens"
+            "<table><tr><th>request</th><th>kind</th><th>tokens</th><th>context</th><th>share of the budget</th></tr>"
+            + "".join(rows)
+            + "</table>"
+        )
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """What a step's sampling gave: one id per logits row, and log-probabilities (natural log) where asked for."""
+
+    token_ids: Int32  # [R]
+    logprobs: tuple[dict[int, float] | None, ...]  # R

@@ -1,0 +1,140 @@
+"""What a caller asks for, what is known of it while it runs, and what the caller gets back.
+
+SamplingParams and outputs are frozen; a Request is changed by the scheduler alone (plan() and commit()).
+Refuses to know text beyond carrying it, models and pages beyond their ids.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+MAX_LOGPROBS = 1024
+MAX_TOKENS_LIMIT = 2**31 - 1
+
+
+class EngineDead(RuntimeError):
+    """The engine's loop has ended with an error (its __cause__); no request can be taken any more."""
+
+
+class EngineClosed(RuntimeError):
+    """The engine was closed by its owner."""
+
+
+class QueueFull(RuntimeError):
+    """The waiting queue is at its limit; try again when some requests have finished."""
+
+
+class RequestTooLarge(ValueError):
+    """The request could never fit, however long it waited."""
+
+
+def _whole(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request's tokens are chosen and when it ends. Raises TypeError or ValueError naming value and limit."""
+
+    max_tokens: int = 16
+    temperature: float = 1.0  # 0 is greedy
+    seed: int | None = None  # of this request's random numbers; None: from the engine's seed and the request's order
+    stop: str | tuple[str, ...] | list[str] | None = None  # strings that end the answer; they are cut off it
+    stop_token_ids: tuple[int, ...] | list[int] = ()  # ids that end the answer, besides the model's eos
+    ignore_eos: bool = False
+    logprobs: int | None = None  # log-probabilities of the best so many ids, and the chosen one, per token
+
+    def __post_init__(self) -> None:
+        _whole("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT)
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
+            raise TypeError(f"temperature must be a number, not {self.temperature!r}")
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise ValueError(f"temperature must be finite and at least 0, not {self.temperature}")
+        if self.seed is not None:
+            _whole("seed", self.seed, 0, 2**64 - 1)
+        if self.logprobs is not None:
+            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
+        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) for s in stop):
+            raise TypeError(f"stop must be a string or a list of strings, not {self.stop!r}")
+        if any(not s for s in stop):
+            raise ValueError("stop strings must not be empty")
+        object.__setattr__(self, "stop", tuple(stop))
+        if isinstance(self.stop_token_ids, (str, bytes)) or not isinstance(self.stop_token_ids, (tuple, list)):
+            raise TypeError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
+        for token_id in self.stop_token_ids:
+            _whole("stop_token_ids", token_id, 0, MAX_TOKENS_LIMIT)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return self.stop if isinstance(self.stop, tuple) else ()
+
+
+class Status(Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One request. `num_computed_tokens` counts tokens planned into steps: their K and V are, or are about to be,
+    in the pages `block_ids`, which book the request's worst case."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    output_token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    finish_reason: str | None = None  # "stop", "length" or "abort"
+    stop_reason: int | str | None = None  # the token id or string that ended it; None for eos and limits
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose values are known."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    def known_tokens(self, start: int, stop: int) -> list[int]:
+        """Token ids of positions start to stop - 1."""
+        prompt = len(self.prompt_token_ids)
+        if start >= prompt:
+            return self.output_token_ids[start - prompt : stop - prompt]
+        return (self.prompt_token_ids[start:stop] + self.output_token_ids[: max(0, stop - prompt)])[: stop - start]
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer, as far as it has got. `text` holds whole characters only and never a part of a stop string."""
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: tuple[dict[int, float], ...] | None = None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request's answer so far; the last one of a request has finished=True."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+    finished: bool

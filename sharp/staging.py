@@ -1,0 +1,61 @@
+"""BatchPlan (numpy) -> DeviceBatch: the one place where a step's indices cross to the device.
+
+Knows which arrays of a plan the forward reads, and splits the sequences into the one-token ones (decode
+attention) and the rest (prefill attention). Refuses to know requests, and decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sharp.device import Array, Device
+from sharp.plan import BatchPlan
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """One step's indices where the kernels can read them; T tokens, B sequences, D of them decodes, R logits rows."""
+
+    plan: BatchPlan
+    token_ids: Array  # i32[T]
+    positions: Array  # i32[T]
+    slot_mapping: Array  # i32[T]
+    decode_context_lens: Array  # i32[D]
+    decode_block_table: Array  # i32[D, P]
+    prefill_cu_seqlens_q: Array  # i32[B - D + 1], absolute token rows
+    prefill_context_lens: Array  # i32[B - D]
+    prefill_block_table: Array  # i32[B - D, P]
+    logits_rows: Array  # i32[R]
+    temperatures: Array  # f32[R]
+    seeds: Array  # u64[R]
+    output_indices: Array  # i32[R]
+
+    @property
+    def num_decodes(self) -> int:
+        return self.plan.num_decodes
+
+    @property
+    def num_prefills(self) -> int:
+        return self.plan.num_seqs - self.plan.num_decodes
+
+
+def stage(plan: BatchPlan, device: Device) -> DeviceBatch:
+    """Bring a plan's arrays to the device (one pinned, asynchronous copy on CUDA; nothing moves on the host)."""
+    decodes = plan.num_decodes
+    arrays = device.stage(
+        {
+            "token_ids": plan.token_ids,
+            "positions": plan.positions,
+            "slot_mapping": plan.slot_mapping,
+            "decode_context_lens": plan.context_lens[:decodes],
+            "decode_block_table": plan.block_table[:decodes],
+            "prefill_cu_seqlens_q": plan.cu_seqlens_q[decodes:],
+            "prefill_context_lens": plan.context_lens[decodes:],
+            "prefill_block_table": plan.block_table[decodes:],
+            "logits_rows": plan.logits_rows,
+            "temperatures": plan.temperatures,
+            "seeds": plan.seeds,
+            "output_indices": plan.output_indices,
+        }
+    )
+    return DeviceBatch(plan=plan, **arrays)

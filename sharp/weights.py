@@ -1,0 +1,209 @@
+"""Checkpoints on disk -> the arrays the forward pass uses.
+
+Knows the tensor list of a Llama-shaped model and how the engine wants it fused: q, k and v in one matrix, gate
+and up rows interleaved in blocks of 8. Knows nothing of file formats (gguf_file.py, hf_dir.py) or of devices:
+`upload` decides what is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tqdm.auto import tqdm
+
+from sharp.model_config import ModelConfig, ModelFileError
+from sharp.pull import resolve
+
+if TYPE_CHECKING:
+    from sharp.tokenizer import Tokenizer
+
+FloatArray = npt.NDArray[np.float32]
+
+# Gate and up rows of neurons 8j..8j+7 sit together, so that one thread of a kernel holds both (see silu_mul).
+GATE_UP_BLOCK = 8
+
+
+class TensorSource(Protocol):
+    """What a file format gives: see GGUFFile and HFDirectory."""
+
+    path: Path
+    config: ModelConfig
+    shapes: dict[str, tuple[int, ...]]
+    num_bytes: int
+
+    def stored_name(self, name: str) -> str: ...
+    def read(self, name: str) -> FloatArray: ...
+
+
+@dataclass
+class LayerWeights:
+    """One layer. H hidden, I intermediate, D head_dim; each field is what `upload` returned for that array."""
+
+    input_norm: Any  # [H]
+    qkv: Any  # [(Hq + 2 Hkv) * D, H]: rows of q, then k, then v
+    qkv_bias: Any | None  # [(Hq + 2 Hkv) * D]
+    o: Any  # [H, Hq * D]
+    post_norm: Any  # [H]
+    gate_up: Any  # [2 I, H]: 8 gate rows, 8 up rows, and so on
+    down: Any  # [H, I]
+
+
+@dataclass
+class ModelWeights:
+    """All weights of a model. lm_head is the same object as embed when the two are tied."""
+
+    embed: Any  # [V, H]
+    layers: list[LayerWeights]
+    final_norm: Any  # [H]
+    lm_head: Any  # [V, H]
+
+
+class Checkpoint:
+    """A model on disk whose tensor names and shapes have been checked; no tensor is read before `read`.
+
+    Attributes: path; config; names (HF names); num_bytes (of the tensors, as stored).
+    Raises ModelFileError on construction for a missing, extra or wrong-shaped tensor.
+    """
+
+    def __init__(self, source: TensorSource) -> None:
+        self._source = source
+        self.path = source.path
+        self.config = source.config
+        self.num_bytes = source.num_bytes
+        expected = expected_shapes(source.config)
+        for name, shape in expected.items():
+            if name not in source.shapes:
+                raise ModelFileError(f"{self.path}: tensor {source.stored_name(name)} is missing")
+            if source.shapes[name] != shape:
+                raise ModelFileError(
+                    f"{self.path}: tensor {source.stored_name(name)} has shape {list(source.shapes[name])}, "
+                    f"the configuration needs {list(shape)}"
+                )
+        for name in source.shapes:
+            if name not in expected:
+                raise ModelFileError(
+                    f"{self.path}: tensor {source.stored_name(name)} is not part of a "
+                    f"{self.config.architecture} model with {self.config.num_layers} layers"
+                )
+        self.names = tuple(expected)
+
+    def read(self, name: str) -> FloatArray:
+        """One tensor by HF name: float32, HF shape, contiguous; q/k rows in rotate-half order."""
+        if name not in self.names:
+            raise KeyError(f"{self.path} has no tensor {name}")
+        return self._source.read(name)
+
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises ModelFileError when it is absent, unsupported or too large."""
+        from sharp.gguf_file import GGUFFile
+        from sharp.tokenizer import Tokenizer
+
+        if isinstance(self._source, GGUFFile):
+            tokenizer = Tokenizer.from_gguf(self._source.metadata, self.path, self.config.eos_token_ids)
+        else:
+            tokenizer = Tokenizer.from_hf(self.path, self.config.eos_token_ids)
+        if tokenizer.vocab_size > self.config.vocab_size:
+            raise ModelFileError(
+                f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens, "
+                f"the model's vocabulary only {self.config.vocab_size}"
+            )
+        return tokenizer
+
+
+def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
+    """Open a GGUF file, an HF directory, or a model of weights/MANIFEST.toml that was pulled.
+
+    Raises ModelFileError when there is no such model, or for what is wrong in its files.
+    """
+    path = resolve(path_or_name)
+    if path.is_dir():
+        from sharp.hf_dir import HFDirectory
+
+        return Checkpoint(HFDirectory(path))
+    from sharp.gguf_file import GGUFFile
+
+    return Checkpoint(GGUFFile(path))
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """HF tensor name -> shape for every tensor of the model, in the order in which they are used."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_rows, kv_rows = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        for name, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, hidden)
+            if config.qkv_bias:
+                shapes[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
+        shapes[prefix + "self_attn.o_proj.weight"] = (hidden, q_rows)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
+        shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def interleave_gate_up(gate: FloatArray, up: FloatArray) -> FloatArray:
+    """[I, H] and [I, H] -> [2I, H]: rows 16j..16j+7 are gate rows 8j..8j+7, rows 16j+8..16j+15 up rows."""
+    inner, hidden = gate.shape
+    out = np.empty((inner // GATE_UP_BLOCK, 2, GATE_UP_BLOCK, hidden), dtype=gate.dtype)
+    out[:, 0] = gate.reshape(-1, GATE_UP_BLOCK, hidden)
+    out[:, 1] = up.reshape(-1, GATE_UP_BLOCK, hidden)
+    return out.reshape(2 * inner, hidden)
+
+
+def load_weights(
+    checkpoint: Checkpoint, upload: Callable[[FloatArray], Any], *, progress: bool = True
+) -> ModelWeights:
+    """Read, fuse and hand every weight to `upload`, one layer's float32 at a time.
+
+    upload: called with each fused float32 array; what it returns is kept (the array itself, a bfloat16 copy, a
+    device array). progress: show a bar.
+    Raises ModelFileError when intermediate_size is not a multiple of 8.
+    """
+    config = checkpoint.config
+    if config.intermediate_size % GATE_UP_BLOCK:
+        raise ModelFileError(
+            f"{checkpoint.path}: intermediate_size {config.intermediate_size} is not a multiple of {GATE_UP_BLOCK}"
+        )
+    with tqdm(total=config.num_layers + 1, desc="loading", unit="layer", disable=not progress) as bar:
+        embed = upload(checkpoint.read("model.embed_tokens.weight"))
+        final_norm = upload(checkpoint.read("model.norm.weight"))
+        tied = config.tie_word_embeddings
+        lm_head = embed if tied else upload(checkpoint.read("lm_head.weight"))
+        bar.update()
+        layers = []
+        for layer in _layers(checkpoint, upload):
+            layers.append(layer)
+            bar.update()
+    return ModelWeights(embed=embed, layers=layers, final_norm=final_norm, lm_head=lm_head)
+
+
+def _layers(checkpoint: Checkpoint, upload: Callable[[FloatArray], Any]) -> Iterator[LayerWeights]:
+    for layer in range(checkpoint.config.num_layers):
+
+        def read(name: str, prefix: str = f"model.layers.{layer}.") -> FloatArray:
+            return checkpoint.read(prefix + name)
+
+        bias = None
+        if checkpoint.config.qkv_bias:
+            bias = upload(np.concatenate([read(f"self_attn.{name}_proj.bias") for name in "qkv"]))
+        yield LayerWeights(
+            input_norm=upload(read("input_layernorm.weight")),
+            qkv=upload(np.concatenate([read(f"self_attn.{name}_proj.weight") for name in "qkv"])),
+            qkv_bias=bias,
+            o=upload(read("self_attn.o_proj.weight")),
+            post_norm=upload(read("post_attention_layernorm.weight")),
+            gate_up=upload(interleave_gate_up(read("mlp.gate_proj.weight"), read("mlp.up_proj.weight"))),
+            down=upload(read("mlp.down_proj.weight")),
+        )
