@@ -1,8 +1,8 @@
 """Checks at the door of a launcher: dtype, shape, strides, alignment, where the array lives.
 
-Knows: array attributes (numpy and device arrays share them). Refuses to know: values on a device, which could only
-be read by making the host wait. Every error is a ValueError that names the op, the argument, what it is and what
-it must be.
+Knows: array attributes (numpy and device arrays share them). Refuses to know: values on a device, which could
+only be read by making the host wait. Every error is a ValueError that names the op, the argument, what it is
+and what it must be.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def fail(op: str, name: str, what: str, required: str) -> None:
     raise ValueError(f"{op}: {name} {what}; {required} is required")
 
 
-def check(op: str, name: str, array: Any, dtypes: Any, shape: tuple[int | None, ...], *, rows: int = 0) -> None:
+def check(
+    op: str, name: str, array: Any, dtypes: Any, shape: tuple[int | None, ...], *, rows: int = 0
+) -> None:
     """One array against its dtypes and shape (None: any length).
 
     rows: how many leading axes may have free strides (a view cut from a wider buffer); the rest must be
@@ -81,9 +83,15 @@ class Device(Host):
 
 
 def require_device(op: str, name: str, array: Any) -> None:
-    """The array must be numba's and start on a 16-byte boundary: numba would copy a numpy array there and back."""
+    """The array must be numba's and start on a 16-byte boundary: numba would copy a numpy array there and
+    back."""
     if not getattr(array, "__cuda_ndarray__", False):
-        fail(op, name, f"is a {type(array).__name__}", "a numba device array (cuda.to_device, cuda.device_array)")
+        fail(
+            op,
+            name,
+            f"is a {type(array).__name__}",
+            "a numba device array (cuda.to_device, cuda.device_array)",
+        )
 
 
 def check_aligned(op: str, name: str, array: Any) -> None:

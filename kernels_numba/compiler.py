@@ -1,11 +1,11 @@
 """The one import of numba.cuda, and what every kernel needs from it.
 
-Knows: whether the compiler or the simulator is behind `cuda`, how bfloat16 is kept (uint16 bit patterns) and how
-it becomes float32. Refuses to know: any op, any device, any array's owner.
+Knows: whether the compiler or the simulator is behind `cuda`, how bfloat16 is kept (uint16 bit patterns) and
+how it becomes float32. Refuses to know: any op, any device, any array's owner.
 
-Importing this module always works. Where numba or numba.cuda cannot be imported (a Mac, a machine without the CUDA
-packages) `AVAILABLE` is False, `REASON` says why, and the first use of `cuda` or `jit` raises KernelsUnavailable.
-`AVAILABLE` speaks of the import alone: ask `cuda.is_available()` whether there is a GPU.
+Importing this module always works. Where numba or numba.cuda cannot be imported (a Mac, a machine without the
+CUDA packages) `AVAILABLE` is False, `REASON` says why, and the first use of `cuda` or `jit` raises
+KernelsUnavailable. `AVAILABLE` speaks of the import alone: ask `cuda.is_available()` whether there is a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class KernelsUnavailable(RuntimeError):
 
 
 class _MissingCuda:
-    """Stands in for numba.cuda: every attribute raises KernelsUnavailable with the reason of the failed import."""
+    """Stands in for numba.cuda: every attribute raises KernelsUnavailable with the reason of the failed
+    import."""
 
     def __getattr__(self, name: str) -> Any:
         # Special names are probed by copy, inspect and test runners, which expect AttributeError.
@@ -47,7 +48,11 @@ SIMULATOR: bool = False
 try:
     from numba import cuda as _cuda
     from numba.cuda.core import config as _config
-except (ImportError, OSError, AttributeError) as _error:  # a wrong numpy or libcuda shows as any of these three
+except (
+    ImportError,
+    OSError,
+    AttributeError,
+) as _error:  # a wrong numpy or libcuda shows as any of these three
     cuda = _MissingCuda()
     REASON = f"{type(_error).__name__}: {_error}"
 else:
@@ -63,7 +68,8 @@ _COMPILER_ONLY_OPTIONS = ("forceinline", "launch_bounds", "lineinfo", "max_regis
 def jit(*, device: bool = False, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`cuda.jit` with a type: options that the simulator rejects are dropped there.
 
-    device: True for a helper that kernels call. Raises KernelsUnavailable where numba.cuda cannot be imported.
+    device: True for a helper that kernels call. Raises KernelsUnavailable where numba.cuda cannot be
+    imported.
     """
     if not AVAILABLE:
         cuda.jit  # raises with the reason  # noqa: B018
@@ -98,8 +104,8 @@ def _float_to_bf16(value: Any) -> Any:
 class Element:
     """How one element type is stored on the device and reached in a kernel.
 
-    name: "float32" or "bfloat16"; storage: numpy dtype of the device array; to_float, from_float: device functions
-    storage scalar -> float32 and back (rounded to nearest even).
+    name: "float32" or "bfloat16"; storage: numpy dtype of the device array; to_float, from_float: device
+    functions storage scalar -> float32 and back (rounded to nearest even).
     """
 
     name: str
@@ -126,8 +132,11 @@ def element(dtype: str) -> Element:
 
 
 def element_name(array: Any) -> str:
-    """The element type that a device array of activations, weights or cache pages holds; ValueError if none."""
+    """The element type that a device array of activations, weights or cache pages holds; ValueError if
+    none."""
     for name, storage in STORAGE.items():
         if array.dtype == storage:
             return name
-    raise ValueError(f"device array has dtype {array.dtype}; kernels take float32, or bfloat16 bits as uint16")
+    raise ValueError(
+        f"device array has dtype {array.dtype}; kernels take float32, or bfloat16 bits as uint16"
+    )

@@ -1,6 +1,7 @@
 """What an op must move and compute at the least, and how long a machine needs for that.
 
-Knows: bytes, floating-point operations, a machine's peaks. Refuses to know: kernels, arrays, how anything is timed.
+Knows: bytes, floating-point operations, a machine's peaks. Refuses to know: kernels, arrays, how anything is
+timed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ ITEMSIZE: dict[str, int] = {"float32": 4, "bfloat16": 2}
 class Cost:
     """Minimal traffic and work of one call: each input byte read once, each output byte written once.
 
-    bytes: to and from device memory; flops: a multiply-add counts 2, any other float32 operation (exp included) 1.
+    bytes: to and from device memory; flops: a multiply-add counts 2, any other float32 operation (exp
+    included) 1.
     """
 
     bytes: int
@@ -43,7 +45,8 @@ class Peaks:
 
 
 def roofline_seconds(cost: Cost, peaks: Peaks) -> float:
-    """The shortest time in which the machine can do the work: the longer of its memory and its arithmetic time."""
+    """The shortest time in which the machine can do the work: the longer of its memory and its arithmetic
+    time."""
     return max(cost.bytes / peaks.bytes_per_s, cost.flops / peaks.flops_per_s)
 
 

@@ -18,8 +18,9 @@ def make_register(op: str, rungs: dict[str, Rung]) -> Callable[[str, Rung], None
     built_in = frozenset(rungs)
 
     def register(name: str, fn: Rung) -> None:
-        """Add the rung `fn` under `name`; ValueError for a built-in or empty name, TypeError for no function."""
-        if not isinstance(name, str) or not name.isidentifier():
+        """Add the rung `fn` under `name`; ValueError for a built-in or empty name, TypeError for no
+        function."""
+        if not name.isidentifier():
             raise ValueError(f"{op}: rung name is {name!r}; it must be a Python identifier")
         if name in built_in:
             raise ValueError(f"{op}: {name!r} is a built-in rung and cannot be replaced; choose another name")

@@ -1,7 +1,8 @@
 """Chat templates: a list of messages -> the text a chat model was trained on, in jinja2's sandbox.
 
-Knows the environment that Hugging Face templates expect (trimmed blocks, raise_exception, tojson, strftime_now,
-loop controls). Knows nothing of tokens. A template comes with the model file, so it is untrusted code.
+Knows the environment that Hugging Face templates expect (trimmed blocks, raise_exception, tojson,
+strftime_now, loop controls). Knows nothing of tokens. A template comes with the model file, so it is
+untrusted code.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class ChatTemplate:
     """A compiled template. Raises ValueError when the source is not valid jinja2."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        """special_tokens: what the template may name, for example {"bos_token": "<s>", "eos_token": "</s>"}."""
+        """special_tokens: what the template may name, such as {"bos_token": "<s>", "eos_token": "</s>"}."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -35,8 +36,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         """The messages as one text; add_generation_prompt: end it where the assistant's answer begins.
 
-        Raises TypeError or ValueError naming the message that is malformed, and ValueError with the template's
-        own complaint (for example about the order of roles).
+        Raises TypeError or ValueError naming the message that is malformed, and ValueError with the
+        template's own complaint (for example about the order of roles).
         """
         checked = _check_messages(messages)
         try:
@@ -53,7 +54,9 @@ class ChatTemplate:
 
 def _check_messages(messages: Any) -> list[dict[str, str]]:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence):
-        raise TypeError(f"messages must be a list of {{'role', 'content'}} objects, not {type(messages).__name__}")
+        raise TypeError(
+            f"messages must be a list of {{'role', 'content'}} objects, not {type(messages).__name__}"
+        )
     if not messages:
         raise ValueError("messages is empty; a chat needs at least one message")
     for index, message in enumerate(messages):
@@ -81,4 +84,6 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Plain JSON: jinja2's own filter escapes HTML, which models were not trained on."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -143,15 +143,15 @@ class CudaDevice:
     def stage(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Array]:
         """A step's small arrays in one pinned buffer, one asynchronous copy, and views of the result.
 
-        The buffer is rewritten at the next call: the caller must have downloaded something (and so synchronised)
-        in between, as `Model.sample` does. Offsets are multiples of 16 bytes, so that every view is aligned.
+        The buffer is rewritten at the next call, so this waits for whatever still reads it: nothing in the steady
+        loop, an abandoned step after an interruption. Offsets are multiples of 16 bytes: every view is aligned.
         """
+        self.synchronize()
         offsets, total = {}, 0
         for name, array in arrays.items():
             offsets[name] = total
             total += -(-max(array.nbytes, 1) // 16) * 16
         if self._pinned is None or self._pinned.nbytes < total:
-            self.synchronize()
             capacity = 1 << (total - 1).bit_length()  # grow-only, doubling: a few allocations in a process's life
             self._pinned = self._cuda.pinned_array(capacity, np.uint8)
             self._staged = self._cuda.device_array(capacity, np.uint8)

@@ -75,6 +75,11 @@ def read_sections(text: str) -> dict[str, list[str]]:
     return sections
 
 
+def pin_name(block: str) -> str:
+    """A requirement block -> its package's name. In one lock a name has one version in every section."""
+    return block.split("==", 1)[0]
+
+
 def driver_cuda_version() -> int | None:
     """The newest CUDA that the NVIDIA driver runs, as 1000 * major + 10 * minor; None without a driver.
 
@@ -185,7 +190,7 @@ class Environment:
 
         started = time.monotonic()
         if missing:
-            blocks = list(dict.fromkeys(block for name in missing for block in sections[name]))
+            blocks = list({pin_name(block): block for name in missing for block in sections[name]}.values())
             say(f"{found}; installing {' + '.join(missing)} ({len(blocks)} pins)")
             overwritten = {EXCLUDES[name] for name in missing if name in EXCLUDES}
             stamp = {name: value for name, value in stamp.items() if name not in overwritten.union(missing)}
@@ -276,7 +281,7 @@ def compile_lock() -> None:
     os.makedirs(work, exist_ok=True)
 
     def resolve(extras: tuple[str, ...], constraints: dict[str, str]) -> dict[str, str]:
-        """Extras -> {name and marker: pin block}, held to the versions in `constraints`."""
+        """Extras -> {package: pin block}, held to the versions in `constraints`."""
         bounds = os.path.join(work, "constraints.txt")
         with open(bounds, "w", encoding="utf-8") as file:
             file.writelines(re.sub(r" \\.*", "", block, flags=re.S) + "\n" for block in constraints.values())
@@ -288,7 +293,10 @@ def compile_lock() -> None:
         if done.returncode:
             raise SetupError("uv found no solution for " + " + ".join(extras) + ":\n" + done.stderr)
         blocks = read_sections("# [all]\n" + done.stdout)["all"]
-        return {re.sub(r"==[^ ]+| \\.*", "", block, flags=re.S): block for block in blocks}
+        pins = {pin_name(block): block for block in blocks}
+        if len(pins) != len(blocks):
+            raise SetupError("a package needs several versions: " + " + ".join(extras))
+        return pins
 
     # One solution for everything that can be together comes first: what the parts share has its versions.
     together = resolve(("cuda13", "dev", "notebooks"), {})

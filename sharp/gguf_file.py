@@ -1,7 +1,7 @@
 """GGUF files: metadata and tensors under Hugging Face names, through the `gguf` library.
 
-Knows the GGUF naming and layout of Llama-shaped models; refuses other quantisations and architectures. The file
-stays memory-mapped, and a tensor is dequantised only when it is read.
+Knows the GGUF naming and layout of Llama-shaped models; refuses other quantisations and architectures. The
+file stays memory-mapped, and a tensor is dequantised only when it is read.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class _Reader(GGUFReader):
             dtype = np.dtype(self.gguf_scalar_to_np[kind])
             end = start + count * dtype.itemsize
             if end > self.data.size:
-                raise ValueError(f"an array of {count} values at byte {orig_offs} runs past the end of the file")
+                raise ValueError(
+                    f"an array of {count} values at byte {orig_offs} runs past the end of the file"
+                )
             self.arrays[orig_offs] = self._get(start, dtype, count).tolist()
         else:
             raise ValueError(f"an array of {kind.name} at byte {orig_offs} is not supported")
@@ -84,7 +86,8 @@ class _Reader(GGUFReader):
         unpack, size = struct.Struct("<Q").unpack_from, self.data.size
         if start + 8 * count > size:
             raise ValueError(f"an array of {count} strings at byte {start} runs past the end of the file")
-        buffer, out = memoryview(self.data), []
+        buffer: memoryview = self.data.data
+        out = []
         for _ in range(count):
             if start + 8 > size:
                 raise ValueError(f"the string at byte {start} runs past the end of the file")
@@ -128,7 +131,9 @@ class GGUFFile:
         except FileNotFoundError:
             raise ModelFileError(f"{path} does not exist") from None
         except (ValueError, KeyError, IndexError, TypeError, OverflowError, OSError, struct.error) as error:
-            raise ModelFileError(f"{path} is not a readable GGUF file (damaged or truncated): {error}") from None
+            raise ModelFileError(
+                f"{path} is not a readable GGUF file (damaged or truncated): {error}"
+            ) from None
         self.metadata = {key: _value(reader, key) for key in reader.fields}
         self._tensors: dict[str, gguf.ReaderTensor] = {}
         for tensor in reader.tensors:
@@ -136,7 +141,8 @@ class GGUFFile:
             if kind not in _DECODERS and kind != GGMLQuantizationType.F32:
                 known = ", ".join(["F32", *(known.name for known in _DECODERS)])
                 raise ModelFileError(
-                    f"{path}: tensor {tensor.name} has type {kind.name}, which is not supported; supported: {known}"
+                    f"{path}: tensor {tensor.name} has type {kind.name}, which is not supported; "
+                    f"supported: {known}"
                 )
             self._tensors[_hf_name(tensor.name)] = tensor
         self.num_bytes = sum(tensor.n_bytes for tensor in reader.tensors)
@@ -182,7 +188,7 @@ def _value(reader: _Reader, key: str) -> Any:
 
 
 def _hf_name(name: str) -> str:
-    """HF name of a GGUF tensor; a name that Llama-shaped files do not have stays as it is, and is refused later."""
+    """HF name of a GGUF tensor; an unknown name stays as it is, and is refused later."""
     if name in _MODEL_NAMES:
         return _MODEL_NAMES[name]
     parts = name.split(".")
@@ -206,7 +212,8 @@ def _rotate_half_rows(num_heads: int, head_dim: int) -> npt.NDArray[np.intp]:
     """Row indices that take q/k rows from GGUF's order to HF's.
 
     Llama-architecture GGUF files store the rows of a head for interleaved rotary pairs (2i, 2i+1); HF's order
-    rotates the pairs (i, i + head_dim/2). So HF row i is GGUF row 2i, and HF row i + head_dim/2 is row 2i + 1.
+    rotates the pairs (i, i + head_dim/2). So HF row i is GGUF row 2i, and HF row i + head_dim/2 is row 2i +
+    1.
     """
     rows = np.arange(num_heads * head_dim).reshape(num_heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)

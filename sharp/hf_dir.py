@@ -1,6 +1,7 @@
 """Hugging Face model directories: config.json and safetensors files, single or sharded with an index.
 
-Knows the directory's layout; refuses other tensor formats. A tensor is read from its file only when asked for.
+Knows the directory's layout; refuses other tensor formats. A tensor is read from its file only when asked
+for.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ class HFDirectory:
             raise ModelFileError(f"{path}: weight_map must be a non-empty object, not {index!r:.80}")
         for name, file_name in index.items():
             if not isinstance(file_name, str) or Path(file_name).name != file_name:
-                raise ModelFileError(f"{path}: tensor {name} is in {file_name!r}, which is not a plain file name")
+                raise ModelFileError(
+                    f"{path}: tensor {name} is in {file_name!r}, which is not a plain file name"
+                )
         return index
 
     def _open(self, path: Path, file_name: str) -> None:
         try:
-            file = safe_open(path, framework="numpy")
+            file: Any = safe_open(path, framework="numpy")
             for name in file.keys():  # noqa: SIM118  (the file is not a mapping)
                 part = file.get_slice(name)
                 dtype, shape = part.get_dtype(), tuple(part.get_shape())

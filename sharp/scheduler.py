@@ -44,8 +44,8 @@ class Scheduler:
         """Pages of its worst case. The last token is never stored: nothing is computed after it."""
         return max(1, -(-(self.worst_case_tokens(request) - 1) // self.config.block_size))
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestTooLarge for what can never fit, QueueFull at max_queue_len."""
+    def refuse_if_too_large(self, request: Request) -> None:
+        """Raise RequestTooLarge, with needed, limit and what to change, for what could never fit."""
         length = len(request.prompt_token_ids)
         if length >= self.max_model_len:
             raise RequestTooLarge(
@@ -58,6 +58,10 @@ class Scheduler:
                 f"the request needs {needed} KV pages ({self.worst_case_tokens(request)} tokens), but there are "
                 f"{self.blocks.num_blocks} in all; lower max_tokens, shorten the prompt or raise memory_limit"
             )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestTooLarge for what can never fit, QueueFull at max_queue_len."""
+        self.refuse_if_too_large(request)
         if len(self.waiting) >= self.config.max_queue_len:
             raise QueueFull(f"{len(self.waiting)} requests are waiting, the limit max_queue_len")
         self.waiting.append(request)
@@ -201,6 +205,13 @@ class Scheduler:
             raise ValueError(f"request {request.request_id} has finished already ({request.finish_reason})")
         request.status = Status.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
+
+    def stop_on_text(self, request: Request, stop: str) -> None:
+        """End a request because its text holds a stop string, also when its last token has just ended it."""
+        if request.status is Status.FINISHED:
+            request.finish_reason, request.stop_reason = "stop", stop
+        else:
+            self.finish(request, "stop", stop)
 
     def requests(self) -> Iterable[Request]:
         """Everything that has not finished: running first, then waiting."""

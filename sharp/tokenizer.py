@@ -52,12 +52,16 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], path: Path, eos_token_ids: Sequence[int]) -> Tokenizer:
-        """From a GGUF file's metadata; path is for messages. Raises ModelFileError for what is not supported."""
+        """From a GGUF file's metadata (path: for messages). Raises ModelFileError for what is not
+        supported.
+        """
         try:
             return _from_gguf(cls, metadata, path, eos_token_ids)
         except ModelFileError:
             raise
-        except Exception as error:  # the library raises bare Exception for merges that do not fit the vocabulary
+        except (
+            Exception
+        ) as error:  # the library raises bare Exception for merges that do not fit the vocabulary
             raise ModelFileError(f"{path}: the tokenizer in the metadata cannot be built: {error}") from None
 
     @classmethod
@@ -82,7 +86,9 @@ class Tokenizer:
         special = {}
         for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = config.get(key)
-            value = value.get("content") if isinstance(value, dict) else value  # older files: an AddedToken object
+            value = (
+                value.get("content") if isinstance(value, dict) else value
+            )  # older files: an AddedToken object
             if isinstance(value, str):
                 special[key] = value
         bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
@@ -109,7 +115,8 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"text is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} at index {error.start}"
+                f"text is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} "
+                f"at index {error.start}"
             ) from None
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
@@ -128,8 +135,8 @@ class Tokenizer:
     ) -> str:
         """The chat as text, by the model's own template; encode it with add_special_tokens=False.
 
-        Raises ValueError when the model has no template or it refuses the messages, TypeError or ValueError for
-        malformed messages.
+        Raises ValueError when the model has no template or it refuses the messages, TypeError or ValueError
+        for malformed messages.
         """
         if self._template is None:
             raise ValueError("this model has no chat template; give it plain text")
@@ -157,8 +164,8 @@ class Tokenizer:
 class Detokenizer:
     """Incremental decoding of one token sequence: joined pushes and flush equal Tokenizer.decode of all ids.
 
-    A byte-level token is a fixed string of bytes, so the only state is the unfinished UTF-8 character: at most
-    three bytes, and the cost of a push is that of its own bytes.
+    A byte-level token is a fixed string of bytes, so the only state is the unfinished UTF-8 character: at
+    most three bytes, and the cost of a push is that of its own bytes.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], skipped: set[int]) -> None:
@@ -169,7 +176,7 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Text that this token makes final; "" while a character is unfinished. Raises ValueError as decode."""
+        """Text that this token makes final; "" inside a character. Raises ValueError as decode does."""
         _check_id(token_id)
         if token_id in self._skipped or token_id >= len(self._token_bytes):
             return ""
@@ -187,7 +194,7 @@ def _check_id(token_id: int) -> int:
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's byte -> character table: printable Latin-1 stands for itself, the rest from U+0100 on, in order."""
+    """GPT-2's byte -> character table: printable Latin-1 as itself, the rest from U+0100 on, in order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     alphabet = {byte: chr(byte) for byte in printable}
     for byte in range(256):
@@ -232,11 +239,13 @@ def _from_gguf(
     backend.decoder = decoders.ByteLevel()
     for kind, add in ((_CONTROL, backend.add_special_tokens), (_USER_DEFINED, backend.add_tokens)):
         special = kind == _CONTROL
-        add([
-            AddedToken(token, special=special, normalized=False)
-            for token, token_type in zip(tokens, types, strict=True)
-            if token_type == kind
-        ])
+        add(
+            [
+                AddedToken(token, special=special, normalized=False)
+                for token, token_type in zip(tokens, types, strict=True)
+                if token_type == kind
+            ]
+        )
     special_tokens = {}
     ids = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     for ours, theirs in ids.items():
@@ -263,7 +272,7 @@ def _from_gguf(
 
 
 def _hf_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else the template inside tokenizer_config.json (one, or the one named "default")."""
+    """chat_template.jinja, else the one in tokenizer_config.json (of several, the one named "default")."""
     path = directory / "chat_template.jinja"
     if path.exists():
         try:
@@ -276,6 +285,7 @@ def _hf_template(directory: Path, config: Mapping[str, Any]) -> str | None:
         template = named.get("default")
     if template is not None and not isinstance(template, str):
         raise ModelFileError(
-            f"{directory / 'tokenizer_config.json'}: chat_template must be text, not {json.dumps(template)[:80]}"
+            f"{directory / 'tokenizer_config.json'}: chat_template must be text, "
+            f"not {json.dumps(template)[:80]}"
         )
     return template

@@ -1,8 +1,8 @@
 """Checkpoints on disk -> the arrays the forward pass uses.
 
-Knows the tensor list of a Llama-shaped model and how the engine wants it fused: q, k and v in one matrix, gate
-and up rows interleaved in blocks of 8. Knows nothing of file formats (gguf_file.py, hf_dir.py) or of devices:
-`upload` decides what is kept.
+Knows the tensor list of a Llama-shaped model and how the engine wants it fused: q, k and v in one matrix,
+gate and up rows interleaved in blocks of 8. Knows nothing of file formats (gguf_file.py, hf_dir.py) or of
+devices: `upload` decides what is kept.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TensorSource(Protocol):
 
 @dataclass
 class LayerWeights:
-    """One layer. H hidden, I intermediate, D head_dim; each field is what `upload` returned for that array."""
+    """One layer. H hidden, I intermediate, D head_dim; a field is what `upload` returned for its array."""
 
     input_norm: Any  # [H]
     qkv: Any  # [(Hq + 2 Hkv) * D, H]: rows of q, then k, then v
@@ -167,14 +167,15 @@ def load_weights(
 ) -> ModelWeights:
     """Read, fuse and hand every weight to `upload`, one layer's float32 at a time.
 
-    upload: called with each fused float32 array; what it returns is kept (the array itself, a bfloat16 copy, a
-    device array). progress: show a bar.
+    upload: called with each fused float32 array; what it returns is kept (the array itself, a bfloat16 copy,
+    a device array). progress: show a bar.
     Raises ModelFileError when intermediate_size is not a multiple of 8.
     """
     config = checkpoint.config
     if config.intermediate_size % GATE_UP_BLOCK:
         raise ModelFileError(
-            f"{checkpoint.path}: intermediate_size {config.intermediate_size} is not a multiple of {GATE_UP_BLOCK}"
+            f"{checkpoint.path}: intermediate_size {config.intermediate_size} is not a multiple "
+            f"of {GATE_UP_BLOCK}"
         )
     with tqdm(total=config.num_layers + 1, desc="loading", unit="layer", disable=not progress) as bar:
         embed = upload(checkpoint.read("model.embed_tokens.weight"))

@@ -38,8 +38,8 @@ OPS: Mapping[str, ModuleType] = _LazyOps()
 def resolve(default_rung: str, forced: Mapping[str, str] | None = None) -> SimpleNamespace:
     """A namespace of one function per op: the rung named in `forced`, else `default_rung`.
 
-    The choice is made now: a rung registered later is seen by the next resolve(). Raises ValueError for an unknown
-    op or rung, with a list of what exists.
+    The choice is made now: a rung registered later is seen by the next resolve(). Raises ValueError for an
+    unknown op or rung, with a list of what exists.
     """
     forced = dict(forced or {})
     unknown = sorted(set(forced) - set(OP_NAMES))

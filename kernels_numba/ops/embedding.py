@@ -14,6 +14,7 @@ from kernels_numba.checks import Device, Host, check, check_aligned
 from kernels_numba.compiler import SIMULATOR, cuda, element, element_name, jit
 from kernels_numba.cost import ITEMSIZE, Cost
 from kernels_numba.registry import Rung, make_register
+from kernels_numba.wide import wide
 
 THREADS = 2 if SIMULATOR else 128
 
@@ -27,7 +28,7 @@ def embedding_spec(token_ids: Any, weight: Any) -> Any:
     bad = ids[(ids < 0) | (ids >= len(weight))]
     if bad.size:
         raise ValueError(f"embedding: token_ids holds {bad[0]}; ids from 0 to {len(weight) - 1} are required")
-    return np.asarray(weight)[ids].astype(np.float32)
+    return wide(np.asarray(weight)[ids])
 
 
 def embedding_cost(num_tokens: int, hidden_size: int, dtype: str = "bfloat16") -> Cost:

@@ -1,7 +1,7 @@
 """Linear layer: out = x @ weight.T + bias.
 
-Knows: two matrices and a bias. Refuses to know: how many requests the rows of x come from, in the strict sense: an
-output's bits depend on its row of x, its row of weight and K alone.
+Knows: two matrices and a bias. Refuses to know: how many requests the rows of x come from, in the strict
+sense: an output's bits depend on its row of x, its row of weight and K alone.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from kernels_numba.checks import Device, Host, check, check_aligned
 from kernels_numba.compiler import SIMULATOR, cuda, element, element_name, jit
 from kernels_numba.cost import ITEMSIZE, Cost
 from kernels_numba.registry import Rung, make_register
+from kernels_numba.wide import wide
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of one block: tile_m x tile_n outputs in steps of tile_k; each thread owns rows x cols outputs of it."""
+    """Tile of one block: tile_m x tile_n outputs in steps of tile_k; each thread owns rows x cols outputs of
+    it."""
 
     tile_m: int
     tile_n: int
@@ -46,36 +48,43 @@ def pick_config(num_rows: int) -> Config:
 
 
 def gemm_spec(x: Any, weight: Any, bias: Any = None) -> Any:
-    """out[m, n] = sum_k x[m, k] weight[n, k] + bias[n]: x[T, K], weight[N, K], bias[N] or None -> float32[T, N]."""
-    out = np.asarray(x).astype(np.float32) @ np.asarray(weight).astype(np.float32).T
-    return out if bias is None else out + np.asarray(bias).astype(np.float32)
+    """out[m, n] = sum_k x[m, k] weight[n, k] + bias[n]: x[T, K], weight[N, K], bias[N] or None -> float32[T,
+    N]."""
+    out = wide(x) @ wide(weight).T
+    return out if bias is None else out + wide(bias)
 
 
-def gemm_cost(m: int, n: int, k: int, bias: bool = False, dtype: str = "bfloat16", out_dtype: str = "") -> Cost:
+def gemm_cost(
+    m: int, n: int, k: int, bias: bool = False, dtype: str = "bfloat16", out_dtype: str = ""
+) -> Cost:
     """x, weight and bias read once, out written once; 2 operations a product, 1 a bias. Nothing for m = 0."""
     if m == 0:
         return Cost(0, 0)
     read = (m * k + n * k + (n if bias else 0)) * ITEMSIZE[dtype]
-    return Cost(bytes=read + m * n * ITEMSIZE[out_dtype or dtype], flops=2 * m * n * k + (m * n if bias else 0))
+    return Cost(
+        bytes=read + m * n * ITEMSIZE[out_dtype or dtype], flops=2 * m * n * k + (m * n if bias else 0)
+    )
 
 
 @cache
 def make_gemm_kernel(config: Config, dtype: str, out_dtype: str, has_bias: bool, gather: bool = False) -> Any:
-    """out[m, n] = sum over k ascending of x[m, k] weight[n, k], one fma a step from 0, then + bias[n], rounded once.
+    """out[m, n] = sum over k ascending of x[m, k] weight[n, k], one fma a step from 0, then + bias[n],
+    rounded once.
 
-    Arguments: out O[M, N], x T[M, K], weight T[N, K], bias T[N] (weight again if unused), rows i32[M]: with `gather`
-    the row of x for each row of out (elsewhere unused; x again).
-    Who does what: block (bn, bm) makes the tile_m x tile_n outputs from (bm * tile_m, bn * tile_n). All its threads
-    load a tile_k slice of both tiles, adjacent threads adjacent k (coalesced); then each thread multiplies for its
-    rows x cols outputs, which lie tile_m / rows and tile_n / cols apart, so adjacent threads read adjacent columns.
-    Each output is one chain of fma over ascending k, whatever the tile: so every config gives the same bits.
-    Shared memory: s_x f32[tile_k, tile_m + 1] at 0, then s_w f32[tile_k, tile_n + 1]; the odd row length spreads the
-    transposing stores over the banks. Past M, N and K the tiles hold zeros.
-    Barriers: one hands loaded tiles to the products, one hands the tiles back for the next load.
+    Arguments: out O[M, N], x T[M, K], weight T[N, K], bias T[N] (weight again if unused), rows i32[M]: with
+    `gather` the row of x for each row of out (elsewhere unused; x again).
+    Who does what: block (bn, bm) makes the tile_m x tile_n outputs from (bm * tile_m, bn * tile_n). All its
+    threads load a tile_k slice of both tiles, adjacent threads adjacent k (coalesced); then each thread
+    multiplies for its rows x cols outputs, which lie tile_m / rows and tile_n / cols apart, so adjacent
+    threads read adjacent columns. Each output is one chain of fma over ascending k, whatever the tile: so
+    every config gives the same bits. Shared memory: s_x f32[tile_k, tile_m + 1] at 0, then s_w f32[tile_k,
+    tile_n + 1]; the odd row length spreads the transposing stores over the banks. Past M, N and K the tiles
+    hold zeros. Barriers: one hands loaded tiles to the products, one hands the tiles back for the next load.
     """
     tile_m, tile_n, tile_k, rows, cols = config.tile_m, config.tile_n, config.tile_k, config.rows, config.cols
     threads = config.threads
     threads_m, threads_n = tile_m // rows, tile_n // cols
+    outputs = rows * cols
     pitch_m, pitch_n = tile_m + 1, tile_n + 1
     to_float, from_float = element(dtype).to_float, element(out_dtype).from_float
 
@@ -98,7 +107,7 @@ def make_gemm_kernel(config: Config, dtype: str, out_dtype: str, has_bias: bool,
     def gemm_kernel(out: Any, x: Any, weight: Any, bias: Any, row_of: Any) -> None:
         s_x = cuda.shared.array((tile_k, pitch_m), np.float32)
         s_w = cuda.shared.array((tile_k, pitch_n), np.float32)
-        acc = cuda.local.array(rows * cols, np.float32)
+        acc = cuda.local.array(outputs, np.float32)
         thread = cuda.threadIdx.x
         thread_m = thread // threads_n
         thread_n = thread % threads_n
@@ -107,7 +116,7 @@ def make_gemm_kernel(config: Config, dtype: str, out_dtype: str, has_bias: bool,
         num_m = out.shape[0]
         num_n = out.shape[1]
         num_k = weight.shape[1]
-        for i in range(rows * cols):
+        for i in range(outputs):
             acc[i] = np.float32(0)
         for k0 in range(0, num_k, tile_k):
             for i in range(thread, tile_m * tile_k, threads):
@@ -129,7 +138,9 @@ def make_gemm_kernel(config: Config, dtype: str, out_dtype: str, has_bias: bool,
                 for i in range(rows):
                     x_value = s_x[k, thread_m + i * threads_m]
                     for j in range(cols):
-                        acc[i * cols + j] = cuda.fma(x_value, s_w[k, thread_n + j * threads_n], acc[i * cols + j])
+                        acc[i * cols + j] = cuda.fma(
+                            x_value, s_w[k, thread_n + j * threads_n], acc[i * cols + j]
+                        )
             cuda.syncthreads()
         for i in range(rows):
             m = m0 + thread_m + i * threads_m
@@ -151,7 +162,8 @@ def _check(kind: type[Host], out: Any, x: Any, weight: Any, bias: Any) -> None:
 
 
 def gemm_reference(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "reference": one BLAS product straight into `out` for float32; other dtypes through float32 copies."""
+    """Rung "reference": one BLAS product straight into `out` for float32; other dtypes through float32
+    copies."""
     _check(Host, out, x, weight, bias)
     if out.dtype == x.dtype == weight.dtype == np.float32:
         np.matmul(x, weight.T, out=out)

@@ -14,27 +14,31 @@ from kernels_numba.compiler import element_name
 from kernels_numba.cost import Cost
 from kernels_numba.ops.gemm import gemm_cost, make_gemm_kernel, pick_config
 from kernels_numba.registry import Rung, make_register
+from kernels_numba.wide import wide
 
 
 def lm_head_spec(hidden: Any, weight: Any, logits_rows: Any) -> Any:
-    """out[r] = weight @ hidden[logits_rows[r]]: hidden[T, H], weight[V, H], logits_rows int32[R] -> float32[R, V]."""
+    """out[r] = weight @ hidden[logits_rows[r]]: hidden[T, H], weight[V, H], logits_rows int32[R] ->
+    float32[R, V]."""
     rows = np.asarray(logits_rows)
     bad = rows[(rows < 0) | (rows >= len(hidden))]
     if bad.size:
         raise ValueError(f"lm_head: logits_rows holds {bad[0]}; 0 to {len(hidden) - 1} are required")
-    return np.asarray(hidden)[rows].astype(np.float32) @ np.asarray(weight).astype(np.float32).T
+    return wide(hidden)[rows] @ wide(weight).T
 
 
 def lm_head_cost(num_rows: int, vocab_size: int, hidden_size: int, dtype: str = "bfloat16") -> Cost:
     """A gemm with float32 output, plus one row number a row."""
-    return gemm_cost(num_rows, vocab_size, hidden_size, dtype=dtype, out_dtype="float32") + Cost(4 * num_rows, 0)
+    return gemm_cost(num_rows, vocab_size, hidden_size, dtype=dtype, out_dtype="float32") + Cost(
+        4 * num_rows, 0
+    )
 
 
 def make_lm_head_kernel(num_rows: int, dtype: str) -> Any:
     """out[r, v] = sum_k hidden[logits_rows[r], k] weight[v, k], float32: the gemm kernel with gathered rows.
 
-    Arguments: out f32[R, V], hidden T[num_tokens, H], weight T[V, H], weight again (no bias), logits_rows i32[R],
-    whose values must be rows of hidden. Who does what: see make_gemm_kernel.
+    Arguments: out f32[R, V], hidden T[num_tokens, H], weight T[V, H], weight again (no bias), logits_rows
+    i32[R], whose values must be rows of hidden. Who does what: see make_gemm_kernel.
     """
     return make_gemm_kernel(pick_config(num_rows), dtype, "float32", has_bias=False, gather=True)
 

@@ -1,7 +1,7 @@
 """RMSNorm, with the residual addition that comes before it in a transformer layer.
 
-Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv 1910.07467), with eps inside the root.
-Knows: rows of activations. Refuses to know: which layer they belong to.
+Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization" (arXiv 1910.07467), with eps inside
+the root. Knows: rows of activations. Refuses to know: which layer they belong to.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from kernels_numba.checks import Device, Host, check, check_aligned, fail
 from kernels_numba.compiler import SIMULATOR, cuda, element, element_name, jit
 from kernels_numba.cost import ITEMSIZE, Cost
 from kernels_numba.registry import Rung, make_register
+from kernels_numba.wide import wide
 
 THREADS = 4 if SIMULATOR else 128  # a power of two: the reduction halves it
 
@@ -23,18 +24,17 @@ THREADS = 4 if SIMULATOR else 128  # a power of two: the reduction halves it
 def rms_norm_spec(x: Any, weight: Any, *, eps: float, residual: Any = None) -> Any:
     """out = x / sqrt(mean(x**2) + eps) * weight along the last axis: x[T, H], weight[H] -> float32[T, H].
 
-    With residual[T, H]: returns (out, residual + x), where the sum is rounded to residual's dtype once and the norm
-    reads the rounded value. All sums in float32.
+    With residual[T, H]: returns (out, residual + x), where the sum is rounded to residual's dtype once and
+    the norm reads the rounded value. All sums in float32.
     """
     x = np.asarray(x)
     summed = None
     if residual is not None:
         residual = np.asarray(residual)
-        summed = (residual.astype(np.float32) + x.astype(np.float32)).astype(residual.dtype)
+        summed = (wide(residual) + wide(x)).astype(residual.dtype)
         x = summed
-    x32 = x.astype(np.float32)
-    scale = np.float32(1) / np.sqrt(np.mean(x32 * x32, axis=-1, keepdims=True) + np.float32(eps))
-    out = x32 * scale * np.asarray(weight).astype(np.float32)
+    x = wide(x)
+    out = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + x.dtype.type(eps)) * wide(weight)
     return out if summed is None else (out, summed)
 
 
@@ -50,10 +50,10 @@ def rms_norm_cost(num_tokens: int, hidden_size: int, residual: bool = False, dty
 def make_rms_norm_kernel(dtype: str, has_residual: bool, threads: int = THREADS) -> Any:
     """out = x / sqrt(mean(x**2) + eps) * weight, one block a row.
 
-    Arguments: out, x T[num_tokens, hidden], weight T[hidden], residual T[num_tokens, hidden] (x again if unused),
-    eps f32.
-    Who does what: thread i owns the columns i, i + threads, ...; it adds the residual, squares and sums them in that
-    order; then a tree halves `threads` partial sums. So the order depends on the hidden size alone.
+    Arguments: out, x T[num_tokens, hidden], weight T[hidden], residual T[num_tokens, hidden] (x again if
+    unused), eps f32.
+    Who does what: thread i owns the columns i, i + threads, ...; it adds the residual, squares and sums them
+    in that order; then a tree halves `threads` partial sums. So the order depends on the hidden size alone.
     Shared memory: f32[threads] partial sums. Barriers: one hands the partials to each level of the tree.
     `out` may be `x`: a thread reads only columns that it alone writes.
     """

@@ -1,7 +1,8 @@
 """Rotary position embedding of queries and keys, in place.
 
-Source: Su et al. 2021, "RoFormer" (arXiv 2104.09864), in the rotate-half (NeoX) form that Hugging Face's Llama uses.
-Knows: positions and a table of cosines and sines. Refuses to know: how the table's angles were made.
+Source: Su et al. 2021, "RoFormer" (arXiv 2104.09864), in the rotate-half (NeoX) form that Hugging Face's
+Llama uses. Knows: positions and a table of cosines and sines. Refuses to know: how the table's angles were
+made.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from kernels_numba.checks import Device, Host, check, check_aligned, fail
 from kernels_numba.compiler import SIMULATOR, cuda, element, element_name, jit
 from kernels_numba.cost import ITEMSIZE, Cost
 from kernels_numba.registry import Rung, make_register
+from kernels_numba.wide import wide
 
 THREADS = 2 if SIMULATOR else 128
 
@@ -22,9 +24,9 @@ THREADS = 2 if SIMULATOR else 128
 def rope_spec(q: Any, k: Any, positions: Any, cos_sin: Any) -> tuple[Any, Any]:
     """Rotate the pairs (i, i + D/2) of each head by the token's angles.
 
-    q[T, Hq, D], k[T, Hkv, D] with D even, positions int32[T] in [0, max_pos), cos_sin float32[max_pos, D] whose rows
-    hold D/2 cosines, then D/2 sines -> (q', k') float32, where x'[i] = x[i] cos[i] - x[i + D/2] sin[i] and
-    x'[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]. A position outside the table raises ValueError.
+    q[T, Hq, D], k[T, Hkv, D] with D even, positions int32[T] in [0, max_pos), cos_sin float32[max_pos, D]
+    whose rows hold D/2 cosines, then D/2 sines -> (q', k') float32, where x'[i] = x[i] cos[i] - x[i + D/2]
+    sin[i] and x'[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]. A position outside the table raises ValueError.
     """
     positions = np.asarray(positions)
     bad = positions[(positions < 0) | (positions >= len(cos_sin))]
@@ -35,13 +37,15 @@ def rope_spec(q: Any, k: Any, positions: Any, cos_sin: Any) -> tuple[Any, Any]:
     cos, sin = rows[..., :half], rows[..., half:]
 
     def rotate(x: Any) -> Any:
-        low, high = np.asarray(x)[..., :half].astype(np.float32), np.asarray(x)[..., half:].astype(np.float32)
+        low, high = wide(x)[..., :half], wide(x)[..., half:]
         return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
 
     return rotate(q), rotate(k)
 
 
-def rope_cost(num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: str = "bfloat16") -> Cost:
+def rope_cost(
+    num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: str = "bfloat16"
+) -> Cost:
     """q and k read and written, a table row and a position read per token; 6 operations a pair."""
     elements = num_tokens * (num_q_heads + num_kv_heads) * head_dim
     return Cost(bytes=2 * elements * ITEMSIZE[dtype] + num_tokens * (4 * head_dim + 4), flops=3 * elements)
@@ -53,8 +57,9 @@ def make_rope_kernel(head_dim: int, dtype: str, threads: int = THREADS) -> Any:
 
     Arguments: q T[num_tokens, num_q_heads, D], k T[num_tokens, num_kv_heads, D], positions i32[num_tokens],
     cos_sin f32[max_pos, D].
-    Who does what: block (t, c) turns `threads` pairs of token t, one a thread; pair numbers run over the heads of q,
-    then those of k. Products and sums are written as mul and fma, so no compiler can fuse them in another way.
+    Who does what: block (t, c) turns `threads` pairs of token t, one a thread; pair numbers run over the
+    heads of q, then those of k. Products and sums are written as mul and fma, so no compiler can fuse them in
+    another way.
     """
     to_float, from_float = element(dtype).to_float, element(dtype).from_float
     half = head_dim // 2
@@ -75,7 +80,9 @@ def make_rope_kernel(head_dim: int, dtype: str, threads: int = THREADS) -> Any:
         position = positions[token]
         cos = np.float32(np.nan)
         sin = np.float32(np.nan)
-        if position >= 0 and position < cos_sin.shape[0]:  # outside the table the answer is NaN, not a stray read
+        if (
+            position >= 0 and position < cos_sin.shape[0]
+        ):  # outside the table the answer is NaN, not a stray read
             cos = cos_sin[position, i]
             sin = cos_sin[position, i + half]
         if head < q.shape[1]:
@@ -130,8 +137,20 @@ def rope(q: Any, k: Any, positions: Any, cos_sin: Any, *, stream: Any = None) ->
 CASES: dict[str, dict[str, Any]] = {
     "toy": {"num_tokens": 3, "num_q_heads": 3, "num_kv_heads": 1, "head_dim": 4, "max_pos": 11},
     "toy_empty": {"num_tokens": 0, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 4, "max_pos": 11},
-    "smollm2_135m_prefill": {"num_tokens": 700, "num_q_heads": 9, "num_kv_heads": 3, "head_dim": 64, "max_pos": 2048},
-    "llama3_8b_decode": {"num_tokens": 64, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "max_pos": 8192},
+    "smollm2_135m_prefill": {
+        "num_tokens": 700,
+        "num_q_heads": 9,
+        "num_kv_heads": 3,
+        "head_dim": 64,
+        "max_pos": 2048,
+    },
+    "llama3_8b_decode": {
+        "num_tokens": 64,
+        "num_q_heads": 32,
+        "num_kv_heads": 8,
+        "head_dim": 128,
+        "max_pos": 8192,
+    },
 }
 rungs: dict[str, Rung] = {"reference": rope_reference, "plain": rope}
 register = make_register("rope", rungs)

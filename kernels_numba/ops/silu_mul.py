@@ -16,21 +16,23 @@ from kernels_numba.checks import Device, Host, check, fail
 from kernels_numba.compiler import SIMULATOR, cuda, element, element_name, jit
 from kernels_numba.cost import ITEMSIZE, Cost
 from kernels_numba.registry import Rung, make_register
+from kernels_numba.wide import wide
 
 THREADS = 2 if SIMULATOR else 128
 GROUP = 8  # columns of gate, then as many of up
 
 
 def silu_mul_spec(gate_up: Any) -> Any:
-    """out = silu(gate) * up with silu(g) = g / (1 + exp(-g)): gate_up[T, 2I] -> float32[T, I], I a multiple of 8.
+    """out = silu(gate) * up with silu(g) = g / (1 + exp(-g)): gate_up[T, 2I] -> float32[T, I], I a multiple
+    of 8.
 
     Columns 16j .. 16j+7 of gate_up are the gates and 16j+8 .. 16j+15 the ups of the neurons 8j .. 8j+7.
     """
     rows, columns = gate_up.shape
-    pairs = np.asarray(gate_up).astype(np.float32).reshape(rows, columns // (2 * GROUP), 2, GROUP)
+    pairs = wide(gate_up).reshape(rows, columns // (2 * GROUP), 2, GROUP)
     gate, up = pairs[:, :, 0], pairs[:, :, 1]
     with np.errstate(over="ignore"):  # exp(-g) = inf for g < -88 gives the right limit, 0
-        out = gate / (np.float32(1) + np.exp(-gate)) * up
+        out = gate / (1 + np.exp(-gate)) * up
     return out.reshape(rows, columns // 2)
 
 
@@ -73,7 +75,9 @@ def _check(kind: type[Host], out: Any, gate_up: Any) -> None:
 def silu_mul_reference(out: Any, gate_up: Any, *, stream: Any = None) -> None:
     """Rung "reference": numpy; the gates are copied together so that exp runs over contiguous memory."""
     _check(Host, out, gate_up)
-    if not (out.dtype == gate_up.dtype == np.float32 and out.flags.c_contiguous and gate_up.flags.c_contiguous):
+    if not (
+        out.dtype == gate_up.dtype == np.float32 and out.flags.c_contiguous and gate_up.flags.c_contiguous
+    ):
         out[...] = silu_mul_spec(gate_up)
         return
     pairs = gate_up.reshape(out.shape[0], -1, 2, GROUP) if out.size else gate_up.reshape(0, 0, 2, GROUP)

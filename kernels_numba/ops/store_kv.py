@@ -21,14 +21,16 @@ THREADS = 2 if SIMULATOR else 128
 def store_kv_spec(k_cache: Any, v_cache: Any, k: Any, v: Any, slot_mapping: Any) -> tuple[Any, Any]:
     """Copies of the caches with row t of k and v at slot slot_mapping[t] = block * block_size + offset.
 
-    k_cache, v_cache[num_blocks, Hkv, block_size, D], k, v[T, Hkv, D], slot_mapping int32[T]: a negative slot is
-    skipped, one past the cache raises ValueError (the kernel skips it), and no slot may occur twice.
+    k_cache, v_cache[num_blocks, Hkv, block_size, D], k, v[T, Hkv, D], slot_mapping int32[T]: a negative slot
+    is skipped, one past the cache raises ValueError (the kernel skips it), and no slot may occur twice.
     """
     k_out, v_out = np.array(k_cache), np.array(v_cache)
     num_blocks, _, block_size, _ = k_out.shape
     for row, slot in enumerate(np.asarray(slot_mapping)):
         if slot >= num_blocks * block_size:
-            raise ValueError(f"store_kv: slot_mapping holds {slot}; under {num_blocks * block_size} is required")
+            raise ValueError(
+                f"store_kv: slot_mapping holds {slot}; under {num_blocks * block_size} is required"
+            )
         if slot >= 0:
             k_out[slot // block_size, :, slot % block_size] = k[row]
             v_out[slot // block_size, :, slot % block_size] = v[row]
@@ -44,9 +46,10 @@ def store_kv_cost(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: str 
 def make_store_kv_kernel(head_dim: int, block_size: int, threads: int = THREADS) -> Any:
     """k_cache[slot // block_size, h, slot % block_size, d] = k[t, h, d], and v alike.
 
-    Arguments: k_cache, v_cache T[num_blocks, num_kv_heads, block_size, D], k, v T[num_tokens, num_kv_heads, D],
-    slot_mapping i32[num_tokens]. T is any type: bits are copied.
-    Who does what: block (t, c) copies `threads` elements of row t, one a thread, adjacent threads adjacent elements.
+    Arguments: k_cache, v_cache T[num_blocks, num_kv_heads, block_size, D], k, v T[num_tokens, num_kv_heads,
+    D], slot_mapping i32[num_tokens]. T is any type: bits are copied.
+    Who does what: block (t, c) copies `threads` elements of row t, one a thread, adjacent threads adjacent
+    elements.
     """
 
     @jit()
@@ -113,7 +116,9 @@ CASES: dict[str, dict[str, Any]] = {
     "smollm2_135m_prefill": {
         "num_tokens": 700, "num_kv_heads": 3, "head_dim": 64, "num_blocks": 20, "block_size": 64,
     },
-    "llama3_8b_decode": {"num_tokens": 64, "num_kv_heads": 8, "head_dim": 128, "num_blocks": 70, "block_size": 64},
+    "llama3_8b_decode": {
+        "num_tokens": 64, "num_kv_heads": 8, "head_dim": 128, "num_blocks": 70, "block_size": 64,
+    },
 }  # fmt: skip
 rungs: dict[str, Rung] = {"reference": store_kv_reference, "plain": store_kv}
 register = make_register("store_kv", rungs)

@@ -1,0 +1,158 @@
+"""Attention of one new token per sequence over paged keys and values (GQA): prefill_attention with one row
+each.
+
+Knows: row b of q is sequence b. Refuses to know: anything about the rows' past but their pages.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from kernels_numba.checks import Device, Host, fail
+from kernels_numba.compiler import element_name, jit
+from kernels_numba.cost import Cost
+from kernels_numba.ops.prefill_attention import prefill_attention_cost, prefill_attention_spec
+from kernels_numba.paged_attention import (
+    THREADS,
+    TILE_KV,
+    check_attention,
+    check_pages,
+    make_attention_kernel,
+)
+from kernels_numba.registry import Rung, make_register
+from kernels_numba.wide import wide
+
+OP = "decode_attention"
+
+
+def decode_attention_spec(
+    q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *, softmax_scale: float
+) -> Any:
+    """out[b, h] = softmax(softmax_scale q[b, h] k^T) v over the context_lens[b] keys of sequence b, zeros for
+    none.
+
+    q[B, Hq, D], k_cache, v_cache[num_blocks, Hkv, block_size, D], context_lens int32[B] (the new token
+    included), block_table int32[B, P], -1 padded -> float32[B, Hq, D]. Hq is a multiple of Hkv.
+    """
+    rows = np.arange(len(q) + 1)
+    return prefill_attention_spec(
+        q, k_cache, v_cache, rows, context_lens, block_table, softmax_scale=softmax_scale
+    )
+
+
+def decode_attention_cost(
+    context_lens: Any, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: str = "bfloat16"
+) -> Cost:
+    """prefill_attention_cost with one row a sequence, without cu_seqlens_q."""
+    ones = [1] * len(context_lens)
+    cost = prefill_attention_cost(ones, context_lens, num_q_heads, num_kv_heads, head_dim, dtype)
+    return Cost(bytes=cost.bytes - 4 * (len(ones) + 1), flops=cost.flops)
+
+
+def _locate(row: Any, cu_seqlens_q: Any, context_lens: Any) -> Any:
+    """(sequence of the row, keys that it sees): row b is sequence b."""
+    return row, max(context_lens[row], 0)
+
+
+@cache
+def make_decode_attention_kernel(
+    head_dim: int, group: int, block_size: int, dtype: str, threads: int = THREADS, tile_kv: int = TILE_KV
+) -> Any:
+    """The kernel of paged_attention.make_attention_kernel, which documents it; row b is sequence b.
+    group: q heads per kv head. Its cu_seqlens_q argument is not read: context_lens stands in."""
+    locate = jit(device=True)(_locate)
+    return make_attention_kernel(locate, head_dim, group, block_size, dtype, threads, tile_kv)
+
+
+def _check(kind: type[Host], out: Any, q: Any, k_cache: Any, v_cache: Any, lens: Any, table: Any) -> None:
+    check_attention(kind, OP, out, q, k_cache, v_cache, lens, table)
+    if lens.shape[0] != q.shape[0]:
+        fail(OP, "context_lens", f"has {lens.shape[0]} entries", f"one per row of q ({q.shape[0]})")
+
+
+def _attend_one(out: Any, q: Any, k_cache: Any, v_cache: Any, pages: Any, length: int) -> None:
+    """One sequence: q, out[Hkv, group, D] (q scaled). Whole pages in one batch of products, the last one cut.
+
+    Pages that follow each other in the cache are used where they lie; others are gathered by one copy.
+    """
+    block_size = k_cache.shape[2]
+    whole = (length - 1) // block_size
+    tail, last = length - whole * block_size, pages[whole]
+    tail_scores = np.matmul(q, wide(k_cache[last, :, :tail]).swapaxes(1, 2))
+    highest = tail_scores.max(axis=-1, keepdims=True)
+    if whole == 0:
+        tail_scores -= highest
+        np.exp(tail_scores, out=tail_scores)
+        total = tail_scores.sum(axis=-1, keepdims=True)
+        result = np.matmul(tail_scores, wide(v_cache[last, :, :tail]))
+    else:
+        first = int(pages[0])
+        in_order = np.array_equal(pages[:whole], np.arange(first, first + whole))
+        index: Any = slice(first, first + whole) if in_order else pages[:whole]
+        scores = np.matmul(q, wide(k_cache[index]).swapaxes(2, 3))  # [whole, Hkv, group, block_size]
+        highest = np.maximum(highest, scores.max(axis=(0, 3))[..., None])
+        scores -= highest
+        tail_scores -= highest
+        np.exp(scores, out=scores)
+        np.exp(tail_scores, out=tail_scores)
+        total = scores.sum(axis=(0, 3))[..., None] + tail_scores.sum(axis=-1, keepdims=True)
+        result = np.matmul(scores, wide(v_cache[index])).sum(axis=0)
+        result += np.matmul(tail_scores, wide(v_cache[last, :, :tail]))
+    np.divide(result, total, out=result)
+    out[...] = result
+
+
+def decode_attention_reference(
+    out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
+    softmax_scale: float, stream: Any = None,
+) -> None:  # fmt: skip
+    """Rung "reference": about ten numpy calls a sequence, all heads at once."""
+    _check(Host, out, q, k_cache, v_cache, context_lens, block_table)
+    check_pages(OP, block_table, context_lens, k_cache.shape[0], k_cache.shape[2])
+    _, num_q_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[1]
+    by_kv_head = (num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    scaled = wide(q) * np.float32(softmax_scale)
+    for b, length in enumerate(context_lens.tolist()):
+        if length <= 0:
+            out[b] = 0
+        else:
+            row, query = out[b].reshape(by_kv_head), scaled[b].reshape(by_kv_head)
+            _attend_one(row, query, k_cache, v_cache, block_table[b], length)
+
+
+def decode_attention(
+    out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
+    softmax_scale: float, stream: Any = None,
+) -> None:  # fmt: skip
+    """Rung "plain": launch the kernel on `stream`. ValueError for wrong dtypes, shapes, strides."""
+    _check(Device, out, q, k_cache, v_cache, context_lens, block_table)
+    if out.size == 0:
+        return
+    num_seqs, num_q_heads, head_dim = q.shape
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    kernel = make_decode_attention_kernel(
+        head_dim, num_q_heads // num_kv_heads, block_size, element_name(out)
+    )
+    kernel[(num_seqs, num_q_heads), THREADS, stream or 0](
+        out, q, k_cache, v_cache, context_lens, context_lens, block_table, np.float32(softmax_scale)
+    )
+
+
+_SMOLLM2 = {"num_q_heads": 9, "num_kv_heads": 3, "head_dim": 64, "block_size": 64}
+_LLAMA3 = {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128, "block_size": 64}
+_TOY = {"num_q_heads": 3, "num_kv_heads": 1, "head_dim": 4, "block_size": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "toy": {**_TOY, "context_lens": (1, 0, 9)},
+    "toy_mha": {**_TOY, "num_q_heads": 2, "num_kv_heads": 2, "context_lens": (4, 5)},
+    "toy_gqa_8": {**_TOY, "num_q_heads": 8, "head_dim": 3, "context_lens": (6,)},
+    "toy_empty": {**_TOY, "context_lens": ()},
+    "smollm2_135m_mixed": {**_SMOLLM2, "context_lens": (1, 63, 64, 65, 128, 1000, 0, 777)},
+    "llama3_8b_one": {**_LLAMA3, "context_lens": (1500,)},
+    "odd": {**_SMOLLM2, "head_dim": 80, "block_size": 48, "context_lens": (47, 49, 333)},
+}
+rungs: dict[str, Rung] = {"reference": decode_attention_reference, "plain": decode_attention}
+register = make_register(OP, rungs)

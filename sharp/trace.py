@@ -1,0 +1,88 @@
+"""What happened in each step, for people: frozen records, a bounded history, totals.
+
+Knows numbers only; refuses to influence anything.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+HISTORY = 4096  # steps kept
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step: what it computed, how long each phase took (seconds, host clock), and what was in use after it."""
+
+    step: int
+    plan_s: float
+    stage_s: float
+    forward_s: float  # on a GPU: queueing the launches; the wait for them is in sample_s
+    sample_s: float
+    commit_s: float
+    num_tokens: int
+    num_seqs: int
+    num_decodes: int
+    num_sampled: int
+    padded_tokens: int  # what a rectangle of this step's sequences would have computed
+    blocks_used: int
+    blocks_total: int
+    running: int
+    waiting: int
+
+    @property
+    def seconds(self) -> float:
+        return self.plan_s + self.stage_s + self.forward_s + self.sample_s + self.commit_s
+
+    def _repr_html_(self) -> str:
+        return records_table([self])
+
+
+def records_table(records: Iterable[StepRecord]) -> str:
+    """An HTML table, a row a step."""
+    head = "step|tokens|sequences|decodes|sampled|rectangle|pages|running|waiting|plan ms|stage|forward|sample|commit"
+    rows = []
+    for r in records:
+        cells: list[object] = [
+            r.step, r.num_tokens, r.num_seqs, r.num_decodes, r.num_sampled, r.padded_tokens,
+            f"{r.blocks_used} / {r.blocks_total}", r.running, r.waiting,
+            *(f"{1e3 * t:.2f}" for t in (r.plan_s, r.stage_s, r.forward_s, r.sample_s, r.commit_s)),
+        ]  # fmt: skip
+        rows.append("<tr>" + "".join(f"<td style='text-align:right'>{cell}</td>" for cell in cells) + "</tr>")
+    header = "".join(f"<th>{name}</th>" for name in head.split("|"))
+    return f"<table><tr>{header}</tr>{''.join(rows)}</table>"
+
+
+@dataclass
+class RunStats:
+    """Totals since the engine started (or since `reset`), and the latest steps."""
+
+    steps: int = 0
+    tokens: int = 0  # computed: prompt tokens and decoded ones
+    sampled: int = 0  # answer tokens
+    padded_tokens: int = 0  # what padding each step to a rectangle would have computed
+    seconds: float = 0.0
+    peak_blocks: int = 0
+    blocks_total: int = 0
+    history: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=HISTORY))
+
+    def add(self, record: StepRecord) -> None:
+        self.steps += 1
+        self.tokens += record.num_tokens
+        self.sampled += record.num_sampled
+        self.padded_tokens += record.padded_tokens
+        self.seconds += record.seconds
+        self.peak_blocks = max(self.peak_blocks, record.blocks_used)
+        self.blocks_total = record.blocks_total
+        self.history.append(record)
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.__init__()  # type: ignore[misc]
+
+    @property
+    def padding_saved(self) -> int:
+        """Tokens that rectangles would have computed beyond the real ones."""
+        return self.padded_tokens - self.tokens

@@ -1,0 +1,50 @@
+"""Options of the kernel tests and the choice of simulator or GPU, made before numba is imported anywhere.
+
+--device=cpu (default): kernels run in numba's simulator, at toy sizes. --device=cuda: on a GPU, all sizes.
+--rung op=name: which rung of an op is tested on the GPU (may repeat; "plain" by default).
+--strict-tools: a missing compiler or assembler fails tests instead of skipping them.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sharp")
+    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where kernels run: simulator or GPU")
+    group.addoption("--rung", action="append", default=[], metavar="OP=NAME", help="test this rung of an op")
+    group.addoption("--strict-tools", action="store_true", help="fail where compiler or ptxas is missing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cuda":
+        os.environ.pop("NUMBA_ENABLE_CUDASIM", None)
+    else:
+        os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+
+
+@pytest.fixture(scope="session")
+def on_gpu(request: pytest.FixtureRequest) -> bool:
+    """True under --device=cuda; fails at once if there is no GPU then."""
+    if request.config.getoption("--device") != "cuda":
+        return False
+    from kernels_numba import compiler
+
+    if not compiler.AVAILABLE:
+        pytest.fail(f"--device=cuda, but numba.cuda cannot be imported: {compiler.REASON}")
+    if not compiler.cuda.is_available():
+        pytest.fail("--device=cuda, but there is no usable CUDA device")
+    return True
+
+
+@pytest.fixture(scope="session")
+def forced_rungs(request: pytest.FixtureRequest) -> dict[str, str]:
+    """{op: rung} from --rung."""
+    pairs = [text.partition("=") for text in request.config.getoption("--rung")]
+    for op, equals, name in pairs:
+        if not (op and equals and name):
+            pytest.fail(f"--rung is {op + equals + name!r}; OP=NAME is required")
+    return {op: name for op, _, name in pairs}

@@ -1,0 +1,45 @@
+"""Tolerances that are earned, never chosen: twice the error of a plain numpy version of the same dtype, plus rounding.
+
+Source of the rule: flash-attention's tests compare a kernel's error with that of a straightforward implementation.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
+
+
+def _row_max(array):
+    array = np.abs(np.asarray(array, np.float64))
+    return array.max(axis=-1, keepdims=True) if array.size else array
+
+
+def error_ratio(actual, plain, truth, dtype, terms=1):
+    """Largest error over its allowance (at most 1 passes): actual against truth (float64), row by row.
+
+    A row's allowance is 2 x the largest error of `plain` in the row + rounding x its largest true value. Rounding is
+    one eps of the dtype, plus the random walk of a float32 sum of `terms` terms added one by one (BLAS, which made
+    `plain`, adds in blocks and errs less): 0.25 sqrt(terms) float32 eps. NaN or inf in one and not in the other: inf.
+    """
+    actual, plain, truth = (np.asarray(a, np.float64) for a in (actual, plain, truth))
+    assert actual.shape == truth.shape == plain.shape, (actual.shape, plain.shape, truth.shape)
+    if actual.size == 0:
+        return 0.0
+    finite = np.isfinite(truth)
+    same = np.where(finite, np.isfinite(actual), (actual == truth) | (np.isnan(actual) & np.isnan(truth)))
+    if not same.all():
+        return np.inf
+    actual, plain, truth = (np.where(finite, a, 0.0) for a in (actual, plain, truth))
+    rounding = EPS[dtype] + 0.25 * np.sqrt(terms) * EPS["float32"]
+    allowed = 2 * _row_max(plain - truth) + rounding * _row_max(truth)
+    error = np.abs(actual - truth)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(error == 0, 0.0, error / allowed)
+    return float(ratio.max())
+
+
+def assert_close(actual, plain, truth, dtype, terms=1, what=""):
+    """error_ratio of at most 1."""
+    ratio = error_ratio(actual, plain, truth, dtype, terms)
+    assert ratio <= 1, f"{what}: error is {ratio:.3g} times the allowed one ({dtype})"
