@@ -10,6 +10,7 @@ right.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import re
@@ -85,8 +86,9 @@ class Report:
     def __str__(self) -> str:
         verdict = "; ".join(self.problems) or "ok"
         return (
-            f"{self.name:40} {self.arch:7} {self.threads:4} threads {self.registers:4} registers "
-            f"{self.spill_bytes:3} B spilled {self.stack_bytes:4} B stack {self.shared_bytes:6} B shared  {verdict}"
+            f"{self.name:38} {self.arch:7} {self.threads:4} threads {self.registers:4} registers "
+            f"{self.spill_bytes:3} B spilled {self.stack_bytes:4} B stack {self.shared_bytes:6} B shared  "
+            f"{verdict}"
         )
 
 
@@ -145,13 +147,13 @@ def variants() -> Iterator[Variant]:
                 arguments = (array(f32, 2, layout), rows2, dense2, dense2, ids)
                 yield Variant(name(f"lm_head_{label}"), kernel, arguments, config.threads)
             table = array(i32, 2, layout)
+            paged = (rows3, rows3, cache, cache, ids, ids, table, f32)
             for head_dim in (64, 128) if layout == "C" else (64,):
-                arguments = (rows3, rows3, cache, cache, ids, ids, table, f32)
                 threads = paged_attention.THREADS
                 kernel = prefill_attention.make_prefill_attention_kernel(head_dim, 3, 64, dtype)
-                yield Variant(name(f"prefill_attention_d{head_dim}"), kernel, arguments, threads)
+                yield Variant(name(f"prefill_attention_d{head_dim}"), kernel, paged, threads)
                 kernel = decode_attention.make_decode_attention_kernel(head_dim, 3, 64, dtype)
-                yield Variant(name(f"decode_attention_d{head_dim}"), kernel, arguments, threads)
+                yield Variant(name(f"decode_attention_d{head_dim}"), kernel, paged, threads)
     sample_arguments = (ids, array(f32, 2), array(f32, 1), array(u64, 1), ids)
     yield Variant("sample", sample.make_sample_kernel(), sample_arguments, sample.THREADS)
 
@@ -166,8 +168,7 @@ def compile_ptx(variant: Variant, arch: str) -> str:
     """The variant's PTX for `arch`, as the launcher would make it on such a device."""
     capability = _capability(arch)
     # Device functions ask the current device for its capability; there is none here.
-    import numba.cuda.dispatcher as dispatcher
-
+    dispatcher: Any = importlib.import_module("numba.cuda.dispatcher")
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability[:2])
     function = variant.kernel.py_func
     ptx, _ = compiler.cuda.compile_ptx(function, variant.signature, cc=capability, device=False, abi="numba")

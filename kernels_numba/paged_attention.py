@@ -109,8 +109,8 @@ def check_attention(
     check(op, "q", q, dtypes, out.shape, rows=1)
     check(op, "k_cache", k_cache, dtypes, (None, None, None, out.shape[2]))
     check(op, "v_cache", v_cache, dtypes, k_cache.shape)
-    check(op, "context_lens", context_lens, kind.int32, (None,))
-    check(op, "block_table", block_table, kind.int32, (context_lens.shape[0], None), rows=1)
+    check(op, "block_table", block_table, kind.int32, (None, None), rows=1)
+    check(op, "context_lens", context_lens, kind.int32, (block_table.shape[0],))
     if k_cache.shape[1] == 0 or out.shape[1] % k_cache.shape[1]:
         fail(op, "q", f"has {out.shape[1]} heads", f"a multiple of the {k_cache.shape[1]} kv heads")
     if kind is Device:

@@ -63,7 +63,7 @@ class Scheduler:
         """Queue a request. Raises RequestTooLarge for what can never fit, QueueFull at max_queue_len."""
         self.refuse_if_too_large(request)
         if len(self.waiting) >= self.config.max_queue_len:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting, the limit max_queue_len")
+            raise QueueFull(len(self.waiting), self.config.max_queue_len)
         self.waiting.append(request)
 
     def _admit(self) -> bool:

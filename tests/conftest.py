@@ -14,7 +14,9 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("sharp")
-    group.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where kernels run: simulator or GPU")
+    group.addoption(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where kernels run: simulator or GPU"
+    )
     group.addoption("--rung", action="append", default=[], metavar="OP=NAME", help="test this rung of an op")
     group.addoption("--strict-tools", action="store_true", help="fail where compiler or ptxas is missing")
 

@@ -1,6 +1,8 @@
-"""Tolerances that are earned, never chosen: twice the error of a plain numpy version of the same dtype, plus rounding.
+"""Tolerances that are earned, never chosen: twice the error of a plain numpy version of the same dtype, plus
+rounding.
 
-Source of the rule: flash-attention's tests compare a kernel's error with that of a straightforward implementation.
+Source of the rule: flash-attention's tests compare a kernel's error with that of a straightforward
+implementation.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ def _row_max(array):
 def error_ratio(actual, plain, truth, dtype, terms=1):
     """Largest error over its allowance (at most 1 passes): actual against truth (float64), row by row.
 
-    A row's allowance is 2 x the largest error of `plain` in the row + rounding x its largest true value. Rounding is
-    one eps of the dtype, plus the random walk of a float32 sum of `terms` terms added one by one (BLAS, which made
-    `plain`, adds in blocks and errs less): 0.25 sqrt(terms) float32 eps. NaN or inf in one and not in the other: inf.
+    Errors are measured relative to the largest true value of their row, so a row of small numbers is held as
+    tightly as one of large numbers. Allowed: 2 x the largest such error of `plain` + rounding. Rounding is
+    one eps of the dtype, plus the random walk of a float32 sum of `terms` terms added one by one (BLAS, which
+    made `plain`, adds in blocks and errs less): 0.25 sqrt(terms) float32 eps. NaN or inf in one
+    and not in the other: inf.
     """
     actual, plain, truth = (np.asarray(a, np.float64) for a in (actual, plain, truth))
     assert actual.shape == truth.shape == plain.shape, (actual.shape, plain.shape, truth.shape)
@@ -32,11 +36,9 @@ def error_ratio(actual, plain, truth, dtype, terms=1):
         return np.inf
     actual, plain, truth = (np.where(finite, a, 0.0) for a in (actual, plain, truth))
     rounding = EPS[dtype] + 0.25 * np.sqrt(terms) * EPS["float32"]
-    allowed = 2 * _row_max(plain - truth) + rounding * _row_max(truth)
-    error = np.abs(actual - truth)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(error == 0, 0.0, error / allowed)
-    return float(ratio.max())
+    scale = np.maximum(_row_max(truth), np.finfo(np.float64).tiny)
+    allowed = 2 * (np.abs(plain - truth) / scale).max() + rounding
+    return float((np.abs(actual - truth) / scale).max() / allowed)
 
 
 def assert_close(actual, plain, truth, dtype, terms=1, what=""):

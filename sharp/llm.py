@@ -1,0 +1,241 @@
+"""LLM: the front door. Load a model, generate, stream, chat; any number of threads at once.
+
+Drives an Engine on its background thread and waits on sinks, so that a Ctrl-C or a dropped iterator ends the
+caller's requests and nobody else's. Refuses to know steps, pages and devices.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sharp.config import EngineConfig
+from sharp.engine import Engine, Sink
+from sharp.request import QueueFull, Request, RequestOutput, SamplingParams
+
+POLL_SECONDS = 0.2  # how often a waiting caller looks whether the engine still lives
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, str]
+
+
+class LLM:
+    """A model and its engine. `model`: a GGUF file, an HF directory, a pulled name, or (for tests) a model object.
+
+    device: "auto", "cuda" or "cpu"; dtype: "auto", "float32" or "bfloat16"; rungs: op name -> rung name, to force
+    a kernel; further options are EngineConfig's. Raises ValueError or TypeError for options out of range,
+    ModelFileError for files, RuntimeError for a device that cannot be had, MemoryError for a model that does not fit.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Any,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        rungs: Mapping[str, str] | None = None,
+        tokenizer: Any = None,
+        progress: bool = True,
+        **options: Any,
+    ) -> None:
+        config = EngineConfig(device=device, dtype=dtype, rungs=dict(rungs or {}), **options)
+        if isinstance(model, (str, Path)):
+            from sharp.model import Model
+
+            model = Model.load(model, config, progress=progress)
+        self.model = model
+        self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer
+        self.config = config
+        self.engine = Engine(model, self.tokenizer, config)
+        self.engine.start()
+
+    @property
+    def device_name(self) -> str:
+        """The device and dtype that were taken, for people."""
+        return str(getattr(self.model, "device_name", type(self.model).__name__))
+
+    # Text in, text out --------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers to all prompts, in their order. A prompt is text (as it is, no template) or token ids.
+
+        One SamplingParams for all or one a prompt. Raises at the door, naming the prompt's index, before anything
+        is queued; raises the engine's error if it dies; Ctrl-C ends these requests and leaves the engine usable.
+        """
+        requests = self._requests(prompts, sampling_params)
+        finished: dict[str, RequestOutput] = {}
+        with _progress_bar(len(requests), use_tqdm) as bar:
+            for output in self._run(requests, final_only=True):
+                finished[output.request_id] = output
+                bar.update()
+        return [finished[request.request_id] for request in requests]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """The growing answers of all prompts as they come: each output holds the whole text so far.
+
+        request_id is "…-0" for the first prompt, "…-1" for the second and so on (see `prompt_index`). The prompts
+        are checked and queued at once; closing the iterator ends what is unfinished.
+        """
+        requests = self._requests(prompts, sampling_params)
+        return self._run(requests, final_only=False)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Like generate, for one conversation or a list of them: [{"role": ..., "content": ...}, ...]."""
+        return self.generate(self._render(messages), sampling_params, use_tqdm=use_tqdm)
+
+    def chat_stream(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Like stream, for one conversation or a list of them."""
+        return self.stream(self._render(messages), sampling_params)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; its caller gets what there is, with finish_reason "abort"."""
+        return self.engine.abort(request_id)
+
+    # Inside -------------------------------------------------------------------------------------------------------
+
+    def _render(self, messages: Any) -> list[list[int]]:
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise ValueError("messages must be a non-empty list of {'role', 'content'} or a list of such lists")
+        talks = [messages] if isinstance(messages[0], Mapping) else messages
+        # The template writes the special tokens itself, a second bos would be one too many.
+        return [
+            self.tokenizer.encode(self.tokenizer.apply_chat_template(talk), add_special_tokens=False)
+            for talk in talks
+        ]
+
+    def _requests(self, prompts: Any, params: Any) -> list[Request]:
+        self.engine.raise_if_over()
+        if isinstance(prompts, (str, bytes)):
+            prompts = [prompts]
+        elif not isinstance(prompts, (list, tuple, np.ndarray)):
+            raise TypeError(f"prompts must be text, token ids or a list of them, not {type(prompts).__name__}")
+        elif len(prompts) and isinstance(prompts[0], (int, np.integer)):
+            prompts = [prompts]
+        per_prompt = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if len(per_prompt) != len(prompts):
+            raise ValueError(f"{len(per_prompt)} sampling parameters for {len(prompts)} prompts")
+        group = f"{threading.get_ident():x}-{next(_GROUPS)}"
+        requests = []
+        for index, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True)):
+            try:
+                requests.append(self.engine.make_request(prompt, own, f"{group}-{index}"))
+            except (ValueError, TypeError) as error:
+                if len(prompts) == 1:
+                    raise
+                raise type(error)(f"prompt {index}: {error}") from error
+        return requests
+
+    def _run(self, requests: list[Request], *, final_only: bool) -> Iterator[RequestOutput]:
+        """Queue everything that has room now, then hand out outputs; the rest follows as the queue empties."""
+        sink: Sink = SimpleQueue()
+        pending = deque(requests)
+        in_flight: set[str] = set()
+        self._feed(pending, in_flight, sink, final_only)
+
+        def outputs() -> Iterator[RequestOutput]:
+            try:
+                while pending or in_flight:
+                    try:
+                        output = sink.get(timeout=POLL_SECONDS)
+                    except Empty:
+                        self.engine.raise_if_over()
+                        self._feed(pending, in_flight, sink, final_only)
+                        continue
+                    if isinstance(output, BaseException):
+                        raise output
+                    if output.finished:
+                        in_flight.discard(output.request_id)
+                        self._feed(pending, in_flight, sink, final_only)
+                    yield output
+            finally:
+                for request_id in list(in_flight):
+                    self.engine.abort(request_id)
+
+        return _Outputs(outputs(), lambda: [self.engine.abort(request_id) for request_id in list(in_flight)])
+
+    def _feed(self, pending: deque[Request], in_flight: set[str], sink: Sink, final_only: bool) -> None:
+        while pending:
+            try:
+                self.engine.submit(pending[0], sink, final_only=final_only)
+            except QueueFull:
+                return
+            in_flight.add(pending.popleft().request_id)
+
+    def close(self) -> None:
+        """End the engine and free the model; callers that still wait get EngineClosed. May be called twice."""
+        self.engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Outputs(Iterator[RequestOutput]):
+    """An iterator that ends its requests when it is closed or dropped, even before its first item."""
+
+    def __init__(self, outputs: Iterator[RequestOutput], abort: Any) -> None:
+        self._outputs, self._abort = outputs, abort
+
+    def __iter__(self) -> _Outputs:
+        return self
+
+    def __next__(self) -> RequestOutput:
+        return next(self._outputs)
+
+    def close(self) -> None:
+        """End what is unfinished."""
+        self._outputs.close()  # type: ignore[attr-defined]
+        self._abort()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def prompt_index(output: RequestOutput) -> int:
+    """Which of the prompts of its call an output of stream() or chat_stream() belongs to."""
+    return int(output.request_id.rsplit("-", 1)[1])
+
+
+
+
+
+
+_GROUPS = itertools.count()
+
+
+def _progress_bar(total: int, shown: bool) -> Any:
+    from tqdm.auto import tqdm
+
+    return tqdm(total=total, desc="generating", unit="request", disable=not shown)
