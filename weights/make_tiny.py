@@ -23,7 +23,49 @@ SEED = 20
 HIDDEN, INTERMEDIATE, LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 32, 64, 2, 4, 2, 16
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # LEFT+RIGHT, in order of rank; Ġ is the byte-level alphabet's space.
-MERGES = ["Ġ+t", "Ġ+a", "i+n", "h+e", "r+e", "o+n", "e+r", "Ġt+he", "a+t", "Ġ+s", "Ġ+o", "e+n", "Ġ+c", "e+s", "Ġ+w", "n+d", "i+t", "o+r", "i+s", "a+n", "Ġa+nd", "in+g", "o+u", "Ġ+f", "e+d", "Ġ+p", "Ġo+f", "Ġt+o", "a+l", "a+r", "u+s", "l+e", "Ġi+n", "h+i", "l+o", "he+l", "hel+lo", "Ġ+i", "l+d", "w+or", "wor+ld"]
+MERGES = [
+    "Ġ+t",
+    "Ġ+a",
+    "i+n",
+    "h+e",
+    "r+e",
+    "o+n",
+    "e+r",
+    "Ġt+he",
+    "a+t",
+    "Ġ+s",
+    "Ġ+o",
+    "e+n",
+    "Ġ+c",
+    "e+s",
+    "Ġ+w",
+    "n+d",
+    "i+t",
+    "o+r",
+    "i+s",
+    "a+n",
+    "Ġa+nd",
+    "in+g",
+    "o+u",
+    "Ġ+f",
+    "e+d",
+    "Ġ+p",
+    "Ġo+f",
+    "Ġt+o",
+    "a+l",
+    "a+r",
+    "u+s",
+    "l+e",
+    "Ġi+n",
+    "h+i",
+    "l+o",
+    "he+l",
+    "hel+lo",
+    "Ġ+i",
+    "l+d",
+    "w+or",
+    "wor+ld",
+]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
     "{{ '<|im_end|>\\n' }}{% endfor %}"
