@@ -33,8 +33,7 @@ def gather(cache: Any, pages: Any, length: int) -> Any:
 
 
 def attention_spec(q: Any, k: Any, v: Any, first_position: int, softmax_scale: float) -> Any:
-    """Causal attention of one sequence: q[Tq, Hq, D] from absolute position `first_position` on, k, v[Hkv, n,
-    D].
+    """Causal attention of one sequence: q[Tq, Hq, D], row 0 at `first_position`, and k, v[Hkv, n, D].
 
     out[i, h] = sum_j softmax_j(softmax_scale * q[i, h] . k[h // (Hq / Hkv), j]) v[.., j] over the keys
     j <= first_position + i; zeros where there is none -> [Tq, Hq, D].

@@ -1,15 +1,16 @@
 """sharp: an LLM inference engine in readable Python, from the scheduler to the kernels.
 
-A padded rectangle is never built. A step is a ragged list of (request, number of new tokens); a decode is the case
-of one token, a prompt chunk the case of many; several prompts and many decodes ride in one forward pass, under one
-token budget.
+A padded rectangle is never built. A step is a ragged list of (request, number of new tokens); a decode is the
+case of one token, a prompt chunk the case of many; several prompts and many decodes ride in one forward pass,
+under one token budget.
 
     Scheduler.plan() -> BatchPlan -> stage() -> DeviceBatch -> forward() -> logits -> sample() -> ids
                      -> Scheduler.commit() -> RequestOutput
 
-- scheduler.py decides, in pure Python; plan.py is its decision as numpy arrays; nothing else changes a Request.
-- staging.py moves a plan to the device; model.py is one forward for every device; `ops` are numpy (`reference`) or
-  numba.cuda kernels (`plain` today), picked op by op: LLM(rungs={"gemm": "plain"}).
+- scheduler.py decides, in pure Python; plan.py is its decision as numpy arrays; nothing else changes a
+  Request.
+- staging.py moves a plan to the device; model.py is one forward for every device; `ops` are numpy
+  (`reference`) or numba.cuda kernels (`plain` today), picked op by op: LLM(rungs={"gemm": "plain"}).
 - engine.py is the only loop. If it dies, every caller gets its error at once; nobody hangs.
 - Admission books a request's worst case in KV pages, so that nothing running can run out of memory.
 - In one rung family on one device, a request's answer has the same bits whatever shares its batch. (The numpy

@@ -1,4 +1,5 @@
-"""The text of one answer as it grows: whole characters, no part of a stop string, cut where a stop string begins.
+"""The text of one answer as it grows: whole characters, no part of a stop string, cut where a stop string
+begins.
 
 Knows a detokenizer and stop strings; refuses to know requests and steps.
 """
@@ -17,7 +18,8 @@ class Detokenizer(Protocol):
 
 
 class AnswerText:
-    """Feed tokens with `push`; read `visible`. After a stop string was met, `stopped_by` names it and nothing changes."""
+    """Feed tokens with `push`; read `visible`. After a stop string was met, `stopped_by` names it and nothing
+    changes."""
 
     def __init__(self, detokenizer: Detokenizer, stop: tuple[str, ...]) -> None:
         self._detokenizer = detokenizer

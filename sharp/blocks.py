@@ -1,4 +1,5 @@
-"""BlockAllocator: which KV pages are free. Knows page numbers; refuses to know what is in them or whose they are."""
+"""BlockAllocator: which KV pages are free. Knows page numbers; refuses to know what is in them or whose they
+are."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class BlockAllocator:
         return pages
 
     def free(self, pages: list[int]) -> None:
-        """Give pages back. Raises ValueError, changing nothing, for a page that is not in use or given twice."""
+        """Give pages back. Raises ValueError, changing nothing, for a page that is not in use or given
+        twice."""
         if len(set(pages)) != len(pages):
             raise ValueError(f"a page is given back twice in {pages}")
         foreign = [page for page in pages if page not in self._used]

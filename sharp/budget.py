@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sharp.config import EngineConfig, ModelConfig
+from sharp.model_config import DTYPE_BYTES
 
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 HOST_PAGES_LIMIT = 1 << 30  # default bytes of KV pages in host memory: a laptop has other things to do
 HOST_PAGES_FRACTION = 0.25  # and at most this share of what is free
 CUDA_RESERVE = 1 << 30  # left free on a GPU: modules, local memory of kernels, other processes' growth
@@ -64,7 +64,7 @@ def plan_memory(
     `config.memory_limit` (bytes of pages) override the share taken by default.
     Raises MemoryError naming needed and available bytes if not even one page fits.
     """
-    element = ELEMENT_BYTES[dtype]
+    element = DTYPE_BYTES[dtype]
     activations = config.max_num_batched_tokens * activation_columns(model) * element
     rows = min(config.max_num_seqs, config.max_num_batched_tokens)
     logits = rows * model.vocab_size * 4

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sharp.model_config import ModelConfig
 
@@ -19,7 +20,8 @@ MAX_INT32 = 2**31 - 1
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Options of the engine; the names are the field's. Raises TypeError or ValueError naming option and limit."""
+    """Options of the engine; the names are the field's. Raises TypeError or ValueError naming option and
+    limit."""
 
     max_num_batched_tokens: int = 1024  # tokens of one step, decodes and prompt chunks together
     max_num_seqs: int = 64  # sequences running at once
@@ -48,22 +50,31 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least {low}, not {value}")
             if value > MAX_INT32 and name != "memory_limit":
                 raise ValueError(f"{name} must be at most {MAX_INT32} (plans hold int32), not {value}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be a whole number, not {self.seed!r}")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be in [0, 2**64), not {self.seed}")
+        _check_seed(self.seed)
         if self.max_num_seqs > self.max_num_batched_tokens:
             raise ValueError(
-                f"max_num_seqs {self.max_num_seqs} is over max_num_batched_tokens {self.max_num_batched_tokens}: "
-                "every running sequence decodes one token in every step"
+                f"max_num_seqs {self.max_num_seqs} is over max_num_batched_tokens "
+                f"{self.max_num_batched_tokens}: every running sequence decodes one token in every step"
             )
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
-        if not isinstance(self.rungs, Mapping):
-            raise TypeError(f"rungs must map op names to rung names, not {self.rungs!r}")
-        for op, rung in self.rungs.items():
-            if not isinstance(op, str) or not isinstance(rung, str):
-                raise TypeError(f"rungs must map op names to rung names, not {op!r}: {rung!r}")
-        object.__setattr__(self, "rungs", dict(self.rungs))  # a copy: the caller's dict may change later
+        object.__setattr__(self, "rungs", _checked_rungs(self.rungs))
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be a whole number, not {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2**64), not {seed}")
+
+
+def _checked_rungs(rungs: Any) -> dict[str, str]:
+    """A copy, because the caller's mapping may change later."""
+    if not isinstance(rungs, Mapping):
+        raise TypeError(f"rungs must map op names to rung names, not {rungs!r}")
+    for op, rung in rungs.items():
+        if not (isinstance(op, str) and isinstance(rung, str)):
+            raise TypeError(f"rungs must map op names to rung names, not {op!r}: {rung!r}")
+    return dict(rungs)

@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from sharp.model_config import DTYPE_BYTES
+
 Array = Any  # np.ndarray on the host, a numba device array on a GPU: the ops accept either family
-DTYPES = ("float32", "bfloat16")
-ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
 
 
 class Device(Protocol):
@@ -171,9 +171,9 @@ class CudaDevice:
         return views
 
     def free_bytes(self) -> int:
-        """Free device memory in bytes as the driver reports it (the simulator: a notional 1 GiB)."""
+        """Free device memory in bytes as the driver reports it (the simulator: a notional 4 GiB)."""
         if self._simulator:
-            return 1 << 30
+            return 4 << 30
         return int(self._cuda.current_context().get_memory_info().free)
 
     def synchronize(self) -> None:
@@ -216,8 +216,8 @@ def open_device(device: str, dtype: str) -> Device:
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device must be auto, cuda or cpu, not {device!r}")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ValueError(f"dtype must be auto, {' or '.join(DTYPES)}, not {dtype!r}")
+    if dtype != "auto" and dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype must be auto, {' or '.join(DTYPE_BYTES)}, not {dtype!r}")
     if device == "auto":
         from kernels_numba import compiler
 

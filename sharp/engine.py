@@ -1,67 +1,34 @@
 """The only loop: plan, stage, forward, sample, commit; and the promise that nobody who waits on it hangs.
 
-By hand (notebooks, tests): add_request(), then step() until has_unfinished is False. Behind LLM: start() runs the
-same step() on a thread, and callers wait on the sinks of their requests. If a step raises, the engine is dead: every
-caller gets that very error, later ones EngineDead. Refuses to know files, devices and chat.
+By hand (notebooks, tests): add_request(), then step() until has_unfinished is False. Behind LLM: start() runs
+the same step() on a thread, and callers wait on the sinks of their requests. If a step raises, the engine is
+dead: every caller gets that very error, later ones EngineDead. Refuses to know files, devices and chat.
 """
 
 from __future__ import annotations
 
 import itertools
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from queue import SimpleQueue
-from typing import Any, Protocol
-
-import numpy as np
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
 
 from sharp.answer import AnswerText
-from sharp.config import EngineConfig, ModelConfig
-from sharp.plan import BatchPlan, SampleOutput
+from sharp.config import EngineConfig
+from sharp.door import check_params, check_prompt, check_request_id, derive_seed
+from sharp.interrupts import uninterrupted
+from sharp.live import LiveRequest, Sink
+from sharp.plan import BatchPlan, SampleOutput, StepModel
 from sharp.request import (
-    CompletionOutput,
     EngineClosed,
     EngineDead,
     Request,
     RequestOutput,
     SamplingParams,
-    Status,
 )
 from sharp.scheduler import Scheduler
 from sharp.trace import RunStats, StepRecord
-
-Sink = SimpleQueue["RequestOutput | BaseException"]
-
-
-class StepModel(Protocol):
-    """What the engine asks of a model; see sharp/model.py."""
-
-    config: ModelConfig
-    num_blocks: int
-    block_size: int
-
-    def stage(self, plan: BatchPlan) -> Any: ...
-
-    def forward(self, batch: Any) -> Any: ...
-
-    def sample(self, logits: Any, batch: Any) -> SampleOutput: ...
-
-    def close(self) -> None: ...
-
-
-@dataclass(eq=False)
-class _Live:
-    """A request that has not finished, its text, and who wants to hear of it."""
-
-    request: Request
-    text: AnswerText
-    sink: Sink | None
-    final_only: bool
-    num_seen: int = 0  # output tokens already in the text
 
 
 class Engine:
@@ -69,23 +36,32 @@ class Engine:
 
     def __init__(self, model: StepModel, tokenizer: Any, config: EngineConfig) -> None:
         if model.block_size != config.block_size:
-            raise ValueError(f"the model's pages hold {model.block_size} tokens, block_size is {config.block_size}")
+            raise ValueError(
+                f"the model's pages hold {model.block_size} tokens, block_size is {config.block_size}"
+            )
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.max_model_len = config.max_model_len or model.config.max_position_embeddings
+        trained = model.config.max_position_embeddings
+        self.max_model_len = config.max_model_len or trained
+        if self.max_model_len > trained:
+            raise ValueError(
+                f"max_model_len {self.max_model_len} is over the model's limit of {trained} positions"
+            )
         self.scheduler = Scheduler(config, model.num_blocks, self.max_model_len, model.config.eos_token_ids)
         self.stats = RunStats()
         self.last_plan: BatchPlan | None = None
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._outbox: list[RequestOutput] = []
         self._order = itertools.count()
         self._lock = threading.RLock()  # guards the scheduler and _live; never held during a forward
         self._work = threading.Condition(self._lock)
         self._step_lock = threading.Lock()  # one step at a time
+        self._dropped: deque[str] = deque()  # ids to abort before the next plan, see abort_soon
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._closed = False
+        self._model_closed = False
 
-    # Requests ---------------------------------------------------------------------------------------------------
+    # Requests --------------------------------------------------------------------------------
 
     def make_request(
         self, prompt: str | list[int], params: SamplingParams | None = None, request_id: str | None = None
@@ -94,49 +70,32 @@ class Engine:
 
         Raises TypeError or ValueError naming the value and the limit; RequestTooLarge if it could never fit.
         """
-        params = params if params is not None else SamplingParams()
-        if not isinstance(params, SamplingParams):
-            raise TypeError(f"sampling parameters must be SamplingParams, not {type(params).__name__}")
-        order = next(self._order)
+        params = check_params(params)
+        request_id = check_request_id(request_id)
+        token_ids = check_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
+        order = next(self._order)  # only now: what is refused does not shift the seeds of the others
         request = Request(
-            request_id=request_id if request_id is not None else f"request-{order}",
+            request_id=f"request-{order}" if request_id is None else request_id,
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=self._token_ids(prompt),
+            prompt_token_ids=token_ids,
             params=params,
             seed=derive_seed(self.config.seed, order) if params.seed is None else params.seed,
         )
         self.scheduler.refuse_if_too_large(request)
         return request
 
-    def _token_ids(self, prompt: str | list[int]) -> list[int]:
-        if isinstance(prompt, str):
-            token_ids: list[int] = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, (list, tuple, np.ndarray)):
-            token_ids = []
-            for token_id in prompt:
-                if isinstance(token_id, (bool, np.bool_)) or not isinstance(token_id, (int, np.integer)):
-                    raise TypeError(f"token ids must be whole numbers, not {token_id!r}")
-                if not 0 <= token_id < self.model.config.vocab_size:
-                    raise ValueError(f"token id {token_id} is outside [0, {self.model.config.vocab_size})")
-                token_ids.append(int(token_id))
-        else:
-            raise TypeError(f"a prompt must be text or a list of token ids, not {type(prompt).__name__}")
-        if not token_ids:
-            raise ValueError("the prompt is empty: at least one token is needed")
-        return token_ids
-
     def submit(self, request: Request, sink: Sink | None = None, *, final_only: bool = False) -> str:
         """Queue a request made by make_request. Its outputs (or the engine's error) go to `sink` as well.
 
         Raises EngineDead, EngineClosed, QueueFull, or ValueError for an id that is in use.
         """
-        with self._lock:
+        with uninterrupted(), self._lock:
             self._raise_if_over()
             if request.request_id in self._live:
                 raise ValueError(f"request id {request.request_id!r} is in use")
             text = AnswerText(self.tokenizer.detokenizer(), request.params.stop_strings)
             self.scheduler.add(request)
-            self._live[request.request_id] = _Live(request, text, sink, final_only)
+            self._live[request.request_id] = LiveRequest(request, text, sink, final_only)
             self._work.notify_all()
         return request.request_id
 
@@ -150,104 +109,110 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """End a request and free its pages; False if there is no such unfinished request."""
-        with self._lock:
-            live = self._live.get(request_id)
-            if live is None or self._error is not None:
-                return False
-            self.scheduler.finish(live.request, "abort")
-            self._deliver([live])
+        with uninterrupted(), self._lock:
+            return self._abort(request_id)
+
+    def _abort(self, request_id: str) -> bool:
+        live = self._live.get(request_id)
+        if live is None or self._error is not None:
+            return False
+        self.scheduler.finish(live.request, "abort")
+        self._deliver([live])
         return True
+
+    def abort_soon(self, request_ids: Iterable[str]) -> None:
+        """End requests before the next step is planned. Takes no lock.
+
+        For finalizers: the garbage collector may run one in the middle of plan(), in the thread that holds
+        the lock.
+        """
+        self._dropped.extend(request_ids)
 
     @property
     def has_unfinished(self) -> bool:
         with self._lock:
             return bool(self._live) or bool(self._outbox)
 
-    # A step -------------------------------------------------------------------------------------------------------
+    # A step ----------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; returns the outputs of the requests that moved, empty if there is nothing to do.
 
-        An interruption (Ctrl-C) leaves the engine as it was before the step. Any other error is the engine's end:
-        it is raised here and in every caller that waits.
+        An interruption (Ctrl-C) leaves the engine as it was before the step. Any other error is the engine's
+        end: it is raised here and in every caller that waits.
         """
+        was_alive = self._error is None
         with self._step_lock:
-            clock = [time.perf_counter()]
-            plan = None
+            if was_alive and self._error is not None:
+                raise self._error  # it died in another thread's step while this one waited
+            with self._lock:
+                self._raise_if_over()
             try:
-                with _uninterrupted(), self._lock:
-                    self._raise_if_over()
-                    plan = self.scheduler.plan()
-                    self.last_plan = plan or self.last_plan
-                if plan is not None:
-                    clock.append(time.perf_counter())
-                    batch = self.model.stage(plan)
-                    clock.append(time.perf_counter())
-                    logits = self.model.forward(batch)
-                    clock.append(time.perf_counter())
-                    sampled = self.model.sample(logits, batch)
-                    clock.append(time.perf_counter())
-                    executed, plan = plan, None  # from here on the step has happened: never roll it back
-                    with _uninterrupted(), self._lock:
-                        self._commit(executed, sampled, clock)
+                self._step()
             except KeyboardInterrupt:
-                if plan is not None:
-                    with self._lock:
-                        self.scheduler.rollback(plan)
-                raise
-            except (EngineDead, EngineClosed):
+                self._roll_back()
                 raise
             except BaseException as error:
                 self._die(error)
                 raise
-        outputs, self._outbox = self._outbox, []
+        with self._lock:
+            outputs, self._outbox = self._outbox, []
         return outputs
 
+    def _step(self) -> None:
+        clock = [time.perf_counter()]
+        self._roll_back()  # a second Ctrl-C may have come in the way of it
+        with uninterrupted(), self._lock:
+            while self._dropped:
+                self._abort(self._dropped.popleft())
+            plan = self.scheduler.plan()
+            if plan is None and self._live:  # rather an error that reaches everybody than a loop for ever
+                raise RuntimeError(
+                    f"{len(self._live)} requests are unfinished, but the scheduler plans nothing"
+                )
+        if plan is None:
+            return
+        self.last_plan = plan
+        clock.append(time.perf_counter())
+        batch = self.model.stage(plan)
+        clock.append(time.perf_counter())
+        logits = self.model.forward(batch)
+        clock.append(time.perf_counter())
+        sampled = self.model.sample(logits, batch)
+        clock.append(time.perf_counter())
+        with uninterrupted(), self._lock:
+            try:
+                self._commit(plan, sampled, clock)
+            except BaseException as error:  # no Ctrl-C gets here: lengths and texts may disagree now
+                self._die(error)
+                raise
+
+    def _roll_back(self) -> None:
+        with uninterrupted(), self._lock:
+            if self.scheduler.in_flight is not None:
+                self.scheduler.rollback(self.scheduler.in_flight)
+
     def _commit(self, plan: BatchPlan, sampled: SampleOutput, clock: list[float]) -> None:
-        updated = self.scheduler.commit(plan, sampled)
+        scheduler, block_size = self.scheduler, self.config.block_size
+        # Pages with content, before those of finished requests are given back; booked ones may be empty.
+        blocks_used = sum(-(-request.num_computed_tokens // block_size) for request in scheduler.running)
+        updated = scheduler.commit(plan, sampled)
         moved = [self._live[request.request_id] for request in updated]
         for live in moved:
-            self._read(live)
-        pages = self.scheduler.blocks  # counted before finished ones are forgotten, so that a peak is a peak
+            stop = live.read()
+            if stop is not None:
+                scheduler.stop_on_text(live.request, stop)
         clock.append(time.perf_counter())
-        plan_s, stage_s, forward_s, sample_s, commit_s = np.diff(clock).tolist()
-        self.stats.add(
-            StepRecord(
-                step=plan.step, plan_s=plan_s, stage_s=stage_s, forward_s=forward_s, sample_s=sample_s,
-                commit_s=commit_s, num_tokens=plan.num_tokens, num_seqs=plan.num_seqs,
-                num_decodes=plan.num_decodes, num_sampled=len(sampled.token_ids),
-                padded_tokens=plan.padded_tokens, blocks_used=int((plan.block_table >= 0).sum()),
-                blocks_total=pages.num_blocks, running=len(self.scheduler.running),
-                waiting=len(self.scheduler.waiting),
-            )
-        )  # fmt: skip
+        self.stats.add(StepRecord.of(plan, clock, scheduler, blocks_used))
         self._deliver(moved)
 
-    def _read(self, live: _Live) -> None:
-        """Turn a request's new tokens into text, and end the request where a stop string appears."""
-        request = live.request
-        token_ids = request.output_token_ids
-        while live.num_seen < len(token_ids):
-            # The id that ended an answer (eos or a stop id) is no part of its text.
-            ended_it = request.finish_reason == "stop" and live.num_seen == len(token_ids) - 1
-            if not ended_it:
-                live.text.push(token_ids[live.num_seen])
-            live.num_seen += 1
-        if request.status is Status.FINISHED:
-            live.text.finish()
-        if live.text.stopped_by is not None and request.stop_reason != live.text.stopped_by:
-            self.scheduler.stop_on_text(request, live.text.stopped_by)
-            live.text.finish()
-
-    def _deliver(self, moved: list[_Live]) -> None:
+    def _deliver(self, moved: list[LiveRequest]) -> None:
         for live in moved:
-            finished = live.request.status is Status.FINISHED
-            if finished:
-                live.text.finish()
+            if live.finished:
                 del self._live[live.request.request_id]
-            if live.final_only and not finished:
+            if live.final_only and not live.finished:
                 continue
-            output = _snapshot(live)
+            output = live.snapshot()
             if live.sink is not None:
                 live.sink.put(output)
             else:
@@ -258,7 +223,7 @@ class Engine:
         """The record of the latest step."""
         return self.stats.history[-1] if self.stats.history else None
 
-    # The loop thread, the end -------------------------------------------------------------------------------------
+    # The loop thread, the end ----------------------------------------------------------------------------
 
     def start(self) -> None:
         """Run steps on a thread whenever there is work. Outputs then reach sinks only."""
@@ -281,6 +246,14 @@ class Engine:
             return
         except BaseException as error:  # step() has told the callers; this is for an error outside of it
             self._die(error)
+        finally:
+            if self._closed:
+                self._close_model()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the engine died of."""
+        return self._error
 
     @property
     def alive(self) -> bool:
@@ -296,15 +269,17 @@ class Engine:
 
     def _raise_if_over(self) -> None:
         if self._error is not None:
-            raise EngineDead(f"the engine is dead: {type(self._error).__name__}: {self._error}") from self._error
+            raise EngineDead(
+                f"the engine is dead: {type(self._error).__name__}: {self._error}"
+            ) from self._error
         if self._closed:
             raise EngineClosed("the engine is closed")
 
     def _die(self, error: BaseException) -> None:
         with self._lock:
-            if self._error is None:
+            if self._error is None and not self._closed:
                 self._error = error
-            self._tell_all(self._error)
+            self._tell_all(error)
 
     def _tell_all(self, error: BaseException) -> None:
         """Hand `error` to every caller that waits on a sink; each sink hears it once."""
@@ -314,58 +289,25 @@ class Engine:
         self._live.clear()
 
     def close(self, timeout: float = 10.0) -> None:
-        """End the loop; callers that still wait get EngineClosed. The model is closed too. May be called twice."""
-        with self._lock:
-            already, self._closed = self._closed, True
+        """End the loop; callers that still wait get EngineClosed. The model is closed too. May be called
+        twice."""
+        with uninterrupted(), self._lock:
+            self._closed = True
+            for request in self.scheduler.requests():  # a step that is under way passes them over
+                self.scheduler.finish(request, "abort")
             self._tell_all(EngineClosed("the engine was closed while the request was running"))
             self._work.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
-        if not already and (self._thread is None or not self._thread.is_alive()):
+        if self._thread is None or not self._thread.is_alive():
+            if self._step_lock.acquire(
+                timeout=timeout
+            ):  # a step by hand in another thread still uses the model
+                self._close_model()
+                self._step_lock.release()
+
+    def _close_model(self) -> None:
+        with self._lock:
+            already, self._model_closed = self._model_closed, True
+        if not already:
             self.model.close()
-
-
-def _snapshot(live: _Live) -> RequestOutput:
-    request = live.request
-    answer = CompletionOutput(
-        index=0,
-        text=live.text.visible,
-        token_ids=tuple(request.output_token_ids),
-        finish_reason=request.finish_reason,
-        stop_reason=request.stop_reason,
-        logprobs=tuple(request.logprobs) if request.params.logprobs is not None else None,
-    )
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=request.prompt,
-        prompt_token_ids=tuple(request.prompt_token_ids),
-        outputs=(answer,),
-        finished=request.status is Status.FINISHED,
-    )
-
-
-def derive_seed(seed: int, order: int) -> int:
-    """A 64-bit seed for the engine's `order`-th request, well mixed (numpy's SeedSequence)."""
-    return int(np.random.SeedSequence([seed, order]).generate_state(1, np.uint64)[0])
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Hold a Ctrl-C back until the end of the block: lengths, pages and texts change together or not at all.
-
-    Only the main thread can be interrupted, so elsewhere this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed: list[Any] = []
-    previous = signal.signal(signal.SIGINT, lambda *args: pressed.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pressed:
-        if callable(previous):
-            previous(*pressed[0])
-        elif previous is not signal.SIG_IGN:
-            raise KeyboardInterrupt

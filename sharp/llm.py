@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -18,8 +20,17 @@ from typing import Any
 import numpy as np
 
 from sharp.config import EngineConfig
-from sharp.engine import Engine, Sink
-from sharp.request import QueueFull, Request, RequestOutput, SamplingParams
+from sharp.engine import Engine
+from sharp.live import Sink
+from sharp.request import (
+    EngineClosed,
+    EngineDead,
+    QueueFull,
+    Request,
+    RequestOutput,
+    RequestTooLarge,
+    SamplingParams,
+)
 
 POLL_SECONDS = 0.2  # how often a waiting caller looks whether the engine still lives
 
@@ -28,11 +39,13 @@ Message = Mapping[str, str]
 
 
 class LLM:
-    """A model and its engine. `model`: a GGUF file, an HF directory, a pulled name, or (for tests) a model object.
+    """A model and its engine. `model`: a GGUF file, an HF directory, a pulled name, or (for tests) a model
+    object.
 
-    device: "auto", "cuda" or "cpu"; dtype: "auto", "float32" or "bfloat16"; rungs: op name -> rung name, to force
-    a kernel; further options are EngineConfig's. Raises ValueError or TypeError for options out of range,
-    ModelFileError for files, RuntimeError for a device that cannot be had, MemoryError for a model that does not fit.
+    device: "auto", "cuda" or "cpu"; dtype: "auto", "float32" or "bfloat16"; rungs: op name -> rung name, to
+    force a kernel; further options are EngineConfig's. Raises ValueError or TypeError for options out of
+    range, ModelFileError for files, RuntimeError for a device that cannot be had, MemoryError for a model
+    that does not fit.
     """
 
     def __init__(
@@ -56,13 +69,15 @@ class LLM:
         self.config = config
         self.engine = Engine(model, self.tokenizer, config)
         self.engine.start()
+        # An LLM that is dropped, or still open when Python exits, ends its thread and frees the model.
+        weakref.finalize(self, self.engine.close)
 
     @property
     def device_name(self) -> str:
         """The device and dtype that were taken, for people."""
         return str(getattr(self.model, "device_name", type(self.model).__name__))
 
-    # Text in, text out --------------------------------------------------------------------------------------------
+    # Text in, text out --------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -73,8 +88,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers to all prompts, in their order. A prompt is text (as it is, no template) or token ids.
 
-        One SamplingParams for all or one a prompt. Raises at the door, naming the prompt's index, before anything
-        is queued; raises the engine's error if it dies; Ctrl-C ends these requests and leaves the engine usable.
+        One SamplingParams for all or one a prompt. Raises at the door, naming the prompt's index, before
+        anything is queued; raises the engine's error if it dies; Ctrl-C ends these requests and leaves the
+        engine usable.
         """
         requests = self._requests(prompts, sampling_params)
         finished: dict[str, RequestOutput] = {}
@@ -91,8 +107,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """The growing answers of all prompts as they come: each output holds the whole text so far.
 
-        request_id is "…-0" for the first prompt, "…-1" for the second and so on (see `prompt_index`). The prompts
-        are checked and queued at once; closing the iterator ends what is unfinished.
+        request_id is "…-0" for the first prompt, "…-1" for the second and so on (see `prompt_index`). The
+        prompts are checked and queued at once; closing the iterator ends what is unfinished.
         """
         requests = self._requests(prompts, sampling_params)
         return self._run(requests, final_only=False)
@@ -119,11 +135,13 @@ class LLM:
         """End a request; its caller gets what there is, with finish_reason "abort"."""
         return self.engine.abort(request_id)
 
-    # Inside -------------------------------------------------------------------------------------------------------
+    # Inside -------------------------------------------------------------------------------------------
 
     def _render(self, messages: Any) -> list[list[int]]:
         if not isinstance(messages, (list, tuple)) or not messages:
-            raise ValueError("messages must be a non-empty list of {'role', 'content'} or a list of such lists")
+            raise ValueError(
+                "messages must be a non-empty list of {'role', 'content'} or a list of such lists"
+            )
         talks = [messages] if isinstance(messages[0], Mapping) else messages
         # The template writes the special tokens itself, a second bos would be one too many.
         return [
@@ -136,10 +154,19 @@ class LLM:
         if isinstance(prompts, (str, bytes)):
             prompts = [prompts]
         elif not isinstance(prompts, (list, tuple, np.ndarray)):
-            raise TypeError(f"prompts must be text, token ids or a list of them, not {type(prompts).__name__}")
+            raise TypeError(
+                f"prompts must be text, token ids or a list of them, not {type(prompts).__name__}"
+            )
         elif len(prompts) and isinstance(prompts[0], (int, np.integer)):
             prompts = [prompts]
-        per_prompt = [params] * len(prompts) if params is None or isinstance(params, SamplingParams) else list(params)
+        if params is None or isinstance(params, SamplingParams):
+            per_prompt = [params] * len(prompts)
+        elif isinstance(params, (list, tuple)):
+            per_prompt = list(params)
+        else:
+            raise TypeError(
+                f"sampling_params must be SamplingParams or a list of them, not {type(params).__name__}"
+            )
         if len(per_prompt) != len(prompts):
             raise ValueError(f"{len(per_prompt)} sampling parameters for {len(prompts)} prompts")
         group = f"{threading.get_ident():x}-{next(_GROUPS)}"
@@ -150,47 +177,23 @@ class LLM:
             except (ValueError, TypeError) as error:
                 if len(prompts) == 1:
                     raise
-                raise type(error)(f"prompt {index}: {error}") from error
+                # A subclass may want more than a message (UnicodeEncodeError).
+                kind = next(k for k in (RequestTooLarge, ValueError, TypeError) if isinstance(error, k))
+                raise kind(f"prompt {index}: {error}") from error
         return requests
 
-    def _run(self, requests: list[Request], *, final_only: bool) -> Iterator[RequestOutput]:
-        """Queue everything that has room now, then hand out outputs; the rest follows as the queue empties."""
-        sink: Sink = SimpleQueue()
-        pending = deque(requests)
-        in_flight: set[str] = set()
-        self._feed(pending, in_flight, sink, final_only)
-
-        def outputs() -> Iterator[RequestOutput]:
-            try:
-                while pending or in_flight:
-                    try:
-                        output = sink.get(timeout=POLL_SECONDS)
-                    except Empty:
-                        self.engine.raise_if_over()
-                        self._feed(pending, in_flight, sink, final_only)
-                        continue
-                    if isinstance(output, BaseException):
-                        raise output
-                    if output.finished:
-                        in_flight.discard(output.request_id)
-                        self._feed(pending, in_flight, sink, final_only)
-                    yield output
-            finally:
-                for request_id in list(in_flight):
-                    self.engine.abort(request_id)
-
-        return _Outputs(outputs(), lambda: [self.engine.abort(request_id) for request_id in list(in_flight)])
-
-    def _feed(self, pending: deque[Request], in_flight: set[str], sink: Sink, final_only: bool) -> None:
-        while pending:
-            try:
-                self.engine.submit(pending[0], sink, final_only=final_only)
-            except QueueFull:
-                return
-            in_flight.add(pending.popleft().request_id)
+    def _run(self, requests: list[Request], *, final_only: bool) -> _Outputs:
+        outputs = _Outputs(self, requests, final_only)
+        try:
+            outputs.feed()
+        except BaseException:
+            outputs.close()
+            raise
+        return outputs
 
     def close(self) -> None:
-        """End the engine and free the model; callers that still wait get EngineClosed. May be called twice."""
+        """End the engine and free the model; callers that still wait get EngineClosed. May be called
+        twice."""
         self.engine.close()
 
     def __enter__(self) -> LLM:
@@ -203,33 +206,79 @@ class LLM:
 
 
 class _Outputs(Iterator[RequestOutput]):
-    """An iterator that ends its requests when it is closed or dropped, even before its first item."""
+    """The outputs of one call's requests as they come. Ends its requests when it is closed or dropped.
 
-    def __init__(self, outputs: Iterator[RequestOutput], abort: Any) -> None:
-        self._outputs, self._abort = outputs, abort
+    Queues what has room and the rest as the queue empties.
+    """
+
+    def __init__(self, llm: LLM, requests: list[Request], final_only: bool) -> None:
+        self._llm = llm  # a dropped LLM ends its engine: not before this is done
+        self._engine, self._final_only = llm.engine, final_only
+        self._pending = deque(requests)
+        self._in_flight: set[str] = set()
+        self._sink: Sink = SimpleQueue()
+
+    def feed(self) -> None:
+        """Queue pending requests until the queue is full. Raises EngineDead or EngineClosed."""
+        while self._pending:
+            request = self._pending[0]
+            self._in_flight.add(request.request_id)  # first, so that a Ctrl-C in between finds it here
+            try:
+                self._engine.submit(request, self._sink, final_only=self._final_only)
+            except QueueFull:
+                self._in_flight.discard(request.request_id)
+                return
+            self._pending.popleft()
 
     def __iter__(self) -> _Outputs:
         return self
 
     def __next__(self) -> RequestOutput:
-        return next(self._outputs)
+        try:
+            return self._next()
+        except BaseException:  # the end, a Ctrl-C, or the engine's error
+            self.close()
+            raise
+
+    def _next(self) -> RequestOutput:
+        while self._pending or self._in_flight:
+            over = not self._engine.alive
+            output: RequestOutput | BaseException | None
+            try:
+                output = self._sink.get(timeout=0 if over else POLL_SECONDS)
+            except Empty:
+                output = self._engine.error if over else None
+                if over and output is None:
+                    self._engine.raise_if_over()
+            if isinstance(
+                output, (StopIteration, GeneratorExit)
+            ):  # these would end the caller's loop in silence
+                raise EngineDead(f"the engine died of {output!r}") from output
+            if isinstance(output, BaseException):
+                raise output
+            if output is not None and output.finished:
+                self._in_flight.discard(output.request_id)
+            if output is None or output.finished:
+                with suppress(EngineDead, EngineClosed):  # the next round raises the error itself
+                    self.feed()
+            if output is not None:
+                return output
+        raise StopIteration
 
     def close(self) -> None:
         """End what is unfinished."""
-        self._outputs.close()  # type: ignore[attr-defined]
-        self._abort()
+        self._pending.clear()
+        for request_id in list(self._in_flight):
+            self._engine.abort(request_id)
+        self._in_flight.clear()
 
     def __del__(self) -> None:
-        self.close()
+        self._engine.abort_soon(self._in_flight)  # the garbage collector's moment is no moment for a lock
 
 
 def prompt_index(output: RequestOutput) -> int:
     """Which of the prompts of its call an output of stream() or chat_stream() belongs to."""
     return int(output.request_id.rsplit("-", 1)[1])
-
-
-
-
 
 
 _GROUPS = itertools.count()

@@ -32,6 +32,7 @@ from kernels_numba.ops import resolve
 from sharp.budget import Budget, plan_memory
 from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
+from sharp.model_config import DTYPE_BYTES
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.sampling import sample
 from sharp.staging import DeviceBatch, stage
@@ -158,6 +159,16 @@ class Model:
                 f"max_model_len {self.max_model_len} is over the model's {self.config.max_position_embeddings} positions"
             )
         self.ops = resolve(device.default_rung, config.rungs)
+        elsewhere = "plain" if device.kind == "cpu" else "reference"
+        for op, rung in config.rungs.items():
+            if rung == elsewhere:
+                raise ValueError(f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})")
+        needed = self.config.num_parameters * (4 if device.kind == "cpu" else DTYPE_BYTES[device.dtype])
+        if needed > device.free_bytes():
+            raise MemoryError(
+                f"{checkpoint.path}: the weights need {needed:,} bytes as {device.dtype}, "
+                f"but {device.free_bytes():,} are free on {device.name}"
+            )
         self.tokenizer = checkpoint.tokenizer()
         self.weights = load_weights(checkpoint, device.upload_float, progress=progress)
         self.budget: Budget = plan_memory(

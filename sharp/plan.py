@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import html
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from sharp.config import ModelConfig
 
 Int32 = npt.NDArray[np.int32]
 
@@ -52,7 +55,8 @@ class BatchPlan:
 
     @property
     def padded_tokens(self) -> int:
-        """Tokens of the rectangle that a padded batch would have computed: B x the longest sequence's new tokens."""
+        """Tokens of the rectangle that a padded batch would have computed: B x the longest sequence's new
+        tokens."""
         return self.num_seqs * int(np.diff(self.cu_seqlens_q).max(initial=0))
 
     @property
@@ -72,10 +76,14 @@ class BatchPlan:
             wanted = {"temperatures": np.float32, "seeds": np.uint64}.get(name, np.int32)
             assert not isinstance(array, np.ndarray) or array.dtype == wanted, f"{name} is {array.dtype}"
         ends = self.cu_seqlens_q[1:] - 1
-        assert np.isin(self.logits_rows, ends).all() and (np.diff(self.logits_rows) > 0).all(), "logits_rows"
+        assert np.isin(self.logits_rows, ends).all(), "logits_rows: a row that ends no sequence"
+        assert (np.diff(self.logits_rows) > 0).all(), "logits_rows do not ascend"
         assert len(set(self.request_ids)) == num_seqs, "request_ids"
-        assert self.cu_seqlens_q[0] == 0 and len(counts) == num_seqs and (counts > 0).all(), "cu_seqlens_q"
-        assert (counts[: self.num_decodes] == 1).all() and (counts[self.num_decodes :] > 1).all(), "num_decodes"
+        assert self.cu_seqlens_q[0] == 0, "cu_seqlens_q does not begin with 0"
+        assert len(counts) == num_seqs, "cu_seqlens_q and request_ids differ in length"
+        assert (counts > 0).all(), "cu_seqlens_q: a sequence without a token"
+        assert (counts[: self.num_decodes] == 1).all(), "num_decodes: more than one token in a decode"
+        assert (counts[self.num_decodes :] > 1).all(), "num_decodes: a one-token sequence behind the decodes"
         assert len(np.unique(self.slot_mapping)) == self.num_tokens, "slot_mapping: a slot is written twice"
         for seq in range(num_seqs):
             start, stop = self.cu_seqlens_q[seq], self.cu_seqlens_q[seq + 1]
@@ -83,7 +91,9 @@ class BatchPlan:
             expected = np.arange(context - (stop - start), context)
             assert (self.positions[start:stop] == expected).all(), f"positions of sequence {seq}"
             pages = self.block_table[seq, expected // block_size]
-            assert (self.block_table[seq, : -(-context // block_size)] >= 0).all(), f"block_table of sequence {seq}"
+            assert (self.block_table[seq, : -(-context // block_size)] >= 0).all(), (
+                f"block_table of sequence {seq}"
+            )
             slots = pages * block_size + expected % block_size
             assert (self.slot_mapping[start:stop] == slots).all(), f"slot_mapping of sequence {seq}"
 
@@ -103,15 +113,31 @@ class BatchPlan:
         return (
             f"<b>step {self.step}</b>: {self.num_tokens} of {budget} tokens, {self.num_seqs} sequences "
             f"({self.num_decodes} decodes); a padded rectangle would compute {self.padded_tokens} tokens"
-            "<table><tr><th>request</th><th>kind</th><th>tokens</th><th>context</th><th>share of the budget</th></tr>"
-            + "".join(rows)
-            + "</table>"
+            "<table><tr><th>request</th><th>kind</th><th>tokens</th><th>context</th>"
+            "<th>share of the budget</th></tr>" + "".join(rows) + "</table>"
         )
 
 
 @dataclass(frozen=True)
 class SampleOutput:
-    """What a step's sampling gave: one id per logits row, and log-probabilities (natural log) where asked for."""
+    """What a step's sampling gave: one id per logits row, and log-probabilities (natural log) where asked
+    for."""
 
     token_ids: Int32  # [R]
     logprobs: tuple[dict[int, float] | None, ...]  # R
+
+
+class StepModel(Protocol):
+    """What the engine asks of a model: it answers a BatchPlan in three calls. See sharp/model.py."""
+
+    config: ModelConfig
+    num_blocks: int
+    block_size: int
+
+    def stage(self, plan: BatchPlan) -> Any: ...
+
+    def forward(self, batch: Any) -> Any: ...
+
+    def sample(self, logits: Any, batch: Any) -> SampleOutput: ...
+
+    def close(self) -> None: ...

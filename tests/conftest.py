@@ -3,11 +3,13 @@
 --device=cpu (default): kernels run in numba's simulator, at toy sizes. --device=cuda: on a GPU, all sizes.
 --rung op=name: which rung of an op is tested on the GPU (may repeat; "plain" by default).
 --strict-tools: a missing compiler or assembler fails tests instead of skipping them.
+--require-demo-model: a demo model that was not pulled fails tests instead of skipping them.
 """
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--rung", action="append", default=[], metavar="OP=NAME", help="test this rung of an op")
     group.addoption("--strict-tools", action="store_true", help="fail where compiler or ptxas is missing")
+    group.addoption("--require-demo-model", action="store_true", help="fail where the demo model is missing")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,3 +53,17 @@ def forced_rungs(request: pytest.FixtureRequest) -> dict[str, str]:
         if not (op and equals and name):
             pytest.fail(f"--rung is {op + equals + name!r}; OP=NAME is required")
     return {op: name for op, _, name in pairs}
+
+
+@pytest.fixture(scope="session")
+def demo_model(request: pytest.FixtureRequest) -> Path:
+    """Path of the pulled demo model; skips without it, fails without it under --require-demo-model."""
+    from sharp.model_config import ModelFileError
+    from sharp.pull import resolve
+
+    try:
+        return resolve("smollm2-135m-instruct")
+    except ModelFileError as error:
+        if request.config.getoption("--require-demo-model"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kernels_numba.assemble import ARCHS, Report
+from kernels_numba.assemble import ARCHS, STRIDED_ARCHS, Report
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS_MISSING = 3
@@ -50,7 +50,9 @@ def test_plain_kernels_assemble(request, record_property):
     assert bad == []
     assert result.returncode == 0, result.stderr
     names = {row["name"] for row in rows}
-    assert {(row["name"], row["arch"]) for row in rows} == {(name, arch) for name in names for arch in ARCHS}
+    for name in names:
+        expected = STRIDED_ARCHS if name.endswith("strided") else ARCHS
+        assert {row["arch"] for row in rows if row["name"] == name} == set(expected), name
     ops = ("embedding", "rms_norm", "gemm", "rope", "store_kv", "prefill_attention", "decode_attention")
     for op in (*ops, "silu_mul", "lm_head"):
         for dtype in ("float32", "bfloat16"):
@@ -64,7 +66,8 @@ def test_plain_kernels_assemble(request, record_property):
         assert 0 < row["registers"] <= 255, row
         record_property(f"{row['name']} {row['arch']}", row["registers"])
         print(
-            f"{row['name']:38} {row['arch']:7} {row['registers']:4} registers {row['shared_bytes']:6} B shared"
+            f"{row['name']:38} {row['arch']:7} {row['registers']:4} registers "
+            f"{row['shared_bytes']:6} B shared"
         )
 
 
@@ -85,7 +88,7 @@ except ToolsMissing as error:
 def bad(out, x):
     many = cuda.local.array(4000, np.float32)
     for i in range(4000):
-        many[i] = x[i] * 2.5
+        many[i] = x[i] * 0.1
     out[0] = many[int(x[0])]
 
 f32 = cuda.types.float32
@@ -96,7 +99,7 @@ assert report.float64 > 0 and report.stack_bytes >= 16000, report
 
 
 def test_a_float64_literal_is_found(request):
-    """The check can fail: 2.5 without float32() is float64 arithmetic, and a large local array leaves
+    """The check can fail: 0.1 without float32() is float64 arithmetic, and a large local array leaves
     registers."""
     result = without_simulator("-c", BAD_KERNEL)
     require_tools(result, request)

@@ -163,7 +163,7 @@ def test_a_hanging_group_is_killed_and_names_its_test(tmp_path):
 
 def test_a_failing_and_an_empty_group_fail(tmp_path):
     name = write(tmp_path, "def test_wrong():\n    assert 1 == 2\n")
-    with pytest.raises(pytest.fail.Exception, match="(?s)child pytest ended with 1.*assert 1 == 2"):
+    with pytest.raises(pytest.fail.Exception, match=r"(?s)child pytest ended with 1.*assert 1 == 2"):
         check_group([name], limit_s=60, cwd=tmp_path, environment=QUICK)
     with pytest.raises(pytest.fail.Exception, match="no test was selected"):
         check_group([name, "-k", "nothing"], limit_s=60, cwd=tmp_path, environment=QUICK)
@@ -195,7 +195,7 @@ def test_groups_take_every_kernel_test_once():
 
 
 COLLECT = f"""
-import sys, pytest
+import contextlib, io, sys, pytest
 
 class Collector:
     def pytest_collection_finish(self, session):
@@ -204,9 +204,8 @@ class Collector:
 split = sys.argv.index("no:cacheprovider") + 1
 for selection in [{NOT_REFERENCE!r}, *sys.argv[split:]]:
     collector = Collector()
-    sys.stdout, real = open("/dev/null", "w"), sys.stdout
-    pytest.main([*sys.argv[1:split], "-k", selection], plugins=[collector])
-    sys.stdout = real
+    with contextlib.redirect_stdout(io.StringIO()):
+        pytest.main([*sys.argv[1:split], "-k", selection], plugins=[collector])
     print("---")
     print("\\n".join(collector.nodes))
 """

@@ -21,11 +21,11 @@ def error_ratio(actual, plain, truth, dtype, terms=1):
     """Largest error over its allowance (at most 1 passes): actual against truth (float64), row by row.
 
     Errors are measured relative to the largest true value of their row, so a row of small numbers is held as
-    tightly as one of large numbers. (A sixteenth of the
-    largest value of all is the least: sums that cancel to nothing have no relative accuracy.) Allowed: 2 x
-    the largest such error of `plain` + rounding. Rounding is one eps of the dtype, plus the random walk of a
-    float32 sum of `terms` terms added one by one (BLAS, which made `plain`, adds in blocks and errs less):
-    0.25 sqrt(terms) float32 eps. NaN or inf in one and not in the other: inf.
+    tightly as one of large numbers. (A sixteenth of the largest value
+    of all is the least: sums that cancel to nothing have no relative accuracy.) Allowed: 2 x the largest such
+    error of `plain` + rounding. Rounding is one eps of the dtype, plus the random walk of a float32 sum of
+    `terms` terms added one by one (BLAS, which made `plain`, adds in blocks and errs less): 0.25 sqrt(terms)
+    float32 eps. NaN or inf in one and not in the other: inf.
     """
     actual, plain, truth = (np.asarray(a, np.float64) for a in (actual, plain, truth))
     assert actual.shape == truth.shape == plain.shape, (actual.shape, plain.shape, truth.shape)

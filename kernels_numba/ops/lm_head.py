@@ -12,7 +12,7 @@ import numpy as np
 from kernels_numba.checks import Device, Host, check, check_aligned
 from kernels_numba.compiler import element_name
 from kernels_numba.cost import Cost
-from kernels_numba.ops.gemm import gemm_cost, make_gemm_kernel, pick_config
+from kernels_numba.ops.gemm import blas_product, gemm_cost, make_gemm_kernel, pick_config
 from kernels_numba.registry import Rung, make_register
 from kernels_numba.wide import wide
 
@@ -57,7 +57,7 @@ def lm_head_reference(out: Any, hidden: Any, weight: Any, logits_rows: Any, *, s
     if logits_rows.size and not 0 <= logits_rows.min() <= logits_rows.max() < len(hidden):
         lm_head_spec(hidden, weight, logits_rows)  # raises with the value
     if hidden.dtype == weight.dtype == np.float32:
-        np.matmul(hidden[logits_rows], weight.T, out=out)
+        blas_product(out, hidden[logits_rows], weight)
     else:
         out[...] = lm_head_spec(hidden, weight, logits_rows)
 

@@ -1,0 +1,235 @@
+"""The command line: `sharp` or `python -m sharp`. Imports the engine only when a command needs it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sharp.cli.errors import INTERRUPTED, CommandError, bad_input, explain, say
+from sharp.demo import DEMO_MODEL, PROMPT_CHUNK
+
+if TYPE_CHECKING:
+    from sharp.llm import LLM
+    from sharp.request import SamplingParams
+
+STARTED = time.monotonic()
+
+app = typer.Typer(
+    name="sharp",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str,
+    typer.Option(metavar="MODEL", help="A GGUF file, an HF directory, or a name that `sharp pull` fetched."),
+]
+MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to generate for a request.")]
+Temperature = Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token, else samples.")]
+Seed = Annotated[int | None, typer.Option(metavar="S", help="Of the random numbers; one for all requests.")]
+Device = Annotated[str, typer.Option(metavar="auto|cuda|cpu")]
+Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16")]
+Rung = Annotated[list[str] | None, typer.Option(metavar="OP=NAME", help="Force a kernel; may repeat.")]
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """A transformer inference engine whose every performance path is a Python file."""
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="As it is, no chat template; may repeat.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help='JSONL: {"prompt": ""}, {"prompt_token_ids": []} or a string a line.'
+        ),
+    ] = None,
+    max_tokens: MaxTokens = 16,
+    temperature: Temperature = 1.0,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    rung: Rung = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object a request on stdout.")] = False,
+) -> None:
+    """Continue prompts. Answers go to stdout, everything else to stderr."""
+    from sharp.cli.prompts import check_text, read_prompts
+
+    if bool(prompt) == (prompts_file is not None):
+        raise CommandError("give --prompt (it may repeat) or --prompts-file, one of the two", 2)
+    prompts: list[str | list[int]]
+    if prompts_file is not None:
+        prompts = read_prompts(prompts_file)
+    else:
+        prompts = [check_text(text, f"prompt {i}") for i, text in enumerate(prompt or [], 1)]
+    params = sampling(max_tokens, temperature, seed)
+    # bad_input: what the engine refuses at its door: an empty prompt, one too long, no token id of this model
+    with load(model, device, dtype, rung) as llm, bad_input():
+        outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
+    for index, output in enumerate(outputs):
+        answer = output.outputs[0]
+        if json:
+            write_json(
+                {
+                    "prompt": output.prompt,
+                    "prompt_token_ids": list(output.prompt_token_ids),
+                    "token_ids": list(answer.token_ids),
+                    "text": answer.text,
+                    "finish_reason": answer.finish_reason,
+                }
+            )
+        else:
+            print(f"[{index + 1}] {answer.text}" if len(outputs) > 1 else answer.text)
+
+
+@app.command()
+def chat(
+    model: Model = DEMO_MODEL,
+    system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    rung: Rung = None,
+) -> None:
+    """Talk with a chat model. /reset forgets, /exit ends, Ctrl-C stops an answer."""
+    from sharp.cli.chat import chat_loop
+
+    params = sampling(max_tokens, temperature, seed)
+    with load(model, device, dtype, rung) as llm:
+        chat_loop(llm, params, system)
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Describe this instead of the machine.")] = None,
+) -> None:
+    """Describe this machine (for a bug report) or a model."""
+    from sharp.info import machine_report, model_report, print_report
+
+    print_report(machine_report() if model is None else model_report(model))
+
+
+@app.command()
+def pull(name: Annotated[str, typer.Argument(help="A model of weights/MANIFEST.toml.")]) -> None:
+    """Fetch a model, verify it, and print where it is."""
+    from sharp.pull import pull as fetch
+
+    print(fetch(name, progress=sys.stderr.isatty()))
+
+
+@app.command()
+def demo(
+    model: Model = DEMO_MODEL,
+    max_tokens: MaxTokens = 48,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    rung: Rung = None,
+) -> None:
+    """Run eight chats side by side through one engine."""
+    from rich.console import Console
+
+    from sharp.demo import run_demo
+    from sharp.pull import pull as fetch
+    from sharp.pull import read_manifest
+
+    if model in read_manifest():
+        fetch(model, progress=True)
+    sampling(max_tokens, 0.0, None)
+    with load(model, device, dtype, rung, long_prefill_token_threshold=PROMPT_CHUNK) as llm, bad_input():
+        run_demo(llm, STARTED, max_tokens, Console())
+
+
+def sampling(max_tokens: int, temperature: float, seed: int | None) -> SamplingParams:
+    """The sampling options, checked before a model is loaded for them."""
+    from sharp.request import SamplingParams
+
+    with bad_input():
+        return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+
+def load(model: str, device: str, dtype: str, rung: list[str] | None, **options: Any) -> LLM:
+    """The model on its device; says on stderr which one that is."""
+    from sharp.config import DEVICES, DTYPES
+    from sharp.llm import LLM
+
+    for name, value, known in (("--device", device, DEVICES), ("--dtype", dtype, DTYPES)):
+        if value not in known:
+            raise CommandError(f"{name} is {value!r}; it must be one of {', '.join(known)}", 2)
+    rungs = parse_rungs(rung or [])
+    llm = LLM(model, device=device, dtype=dtype, rungs=rungs, progress=sys.stderr.isatty(), **options)
+    say(f"sharp: on {llm.device_name}")
+    return llm
+
+
+def parse_rungs(pairs: list[str]) -> dict[str, str]:
+    """["gemm=plain", ...] -> {"gemm": "plain", ...}, checked against what exists."""
+    from kernels_numba.ops import resolve
+
+    rungs = {}
+    for pair in pairs:
+        op, equals, name = pair.partition("=")
+        if not (op and equals and name):
+            raise CommandError(f"--rung is {pair!r}; it must be OP=NAME", 2)
+        rungs[op] = name
+    with bad_input():
+        resolve("reference", rungs)
+    return rungs
+
+
+def write_json(value: dict[str, Any]) -> None:
+    """One line of JSON on stdout, in UTF-8 whatever the locale says."""
+    import json
+
+    sys.stdout.flush()
+    sys.stdout.buffer.write(json.dumps(value, ensure_ascii=False).encode("utf-8") + b"\n")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; errors end in one line on stderr."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["--version"]:
+        from sharp import __version__
+
+        print(f"sharp {__version__}")
+        return 0
+    try:
+        code = app(words or ["--help"], prog_name="sharp", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        say("sharp: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        if "--traceback" in words[:1]:
+            raise
+        if hasattr(error, "format_message"):  # the option parser's own errors
+            say(f"sharp: {error.format_message()} (see sharp --help)")
+            return int(getattr(error, "exit_code", 2))
+        if type(error).__name__ == "Abort":  # Ctrl-C, as the option parser reports it
+            return INTERRUPTED
+        shown = explain(error)
+        say(f"sharp: {shown}")
+        return shown.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

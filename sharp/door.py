@@ -1,0 +1,53 @@
+"""What is checked when a request comes in, before anything is queued: prompts, and the seed of those without
+one.
+
+Knows tokenizers and vocabulary sizes; refuses to know queues and pages (see Scheduler.refuse_if_too_large).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sharp.request import SamplingParams
+
+
+def check_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
+    """The token ids of a prompt given as text or as ids. Raises TypeError or ValueError naming value and
+    limit."""
+    if isinstance(prompt, str):
+        token_ids: list[int] = tokenizer.encode(prompt)
+    elif isinstance(prompt, (list, tuple, np.ndarray)):
+        token_ids = []
+        for token_id in prompt:
+            if isinstance(token_id, (bool, np.bool_)) or not isinstance(token_id, (int, np.integer)):
+                raise TypeError(f"token ids must be whole numbers, not {token_id!r}")
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(f"token id {token_id} is outside [0, {vocab_size})")
+            token_ids.append(int(token_id))
+    else:
+        raise TypeError(f"a prompt must be text or a list of token ids, not {type(prompt).__name__}")
+    if not token_ids:
+        raise ValueError("the prompt is empty: at least one token is needed")
+    return token_ids
+
+
+def check_params(params: Any) -> SamplingParams:
+    """Sampling parameters, the default ones for None; those inside have been checked when they were made."""
+    params = SamplingParams() if params is None else params
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling parameters must be SamplingParams, not {type(params).__name__}")
+    return params
+
+
+def check_request_id(request_id: Any) -> str | None:
+    """A caller's own id for a request, or None."""
+    if not isinstance(request_id, str | None):
+        raise TypeError(f"a request id must be a str, not {request_id!r}")
+    return request_id
+
+
+def derive_seed(seed: int, order: int) -> int:
+    """A 64-bit seed for the engine's `order`-th request, well mixed (numpy's SeedSequence)."""
+    return int(np.random.SeedSequence([seed, order]).generate_state(1, np.uint64)[0])

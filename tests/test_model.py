@@ -1,0 +1,118 @@
+"""The whole forward: numpy reference and plain kernels (in the simulator), alone, packed and cut."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from engine_checks import TINY, check_same_bits, decode, load
+
+from sharp.budget import activation_columns, plan_memory
+from sharp.config import EngineConfig
+from sharp.model import rope_table
+
+PROMPTS = [[5, 9, 17, 3, 250, 44, 81], [7], [11, 12, 13], list(range(20, 150))]
+TOY = PROMPTS[:3]  # for the simulator, which runs some thousands of threads a second
+
+
+def test_reference_alone_packed_and_cut():
+    check_same_bits("cpu", "float32", PROMPTS, 6, (1, 2, 5, 63, 64, 65), exact=False)
+
+
+@pytest.mark.parametrize("cut", range(1, 30))
+def test_reference_cut_at_any_token(cut):
+    model, config = load(TINY, "cpu", "float32", num_blocks=8)
+    prompt = list(range(40, 70))
+    whole, _ = decode(model, config, [prompt], 4)
+    chunked = EngineConfig(num_blocks=8, long_prefill_token_threshold=cut)
+    assert decode(model, chunked, [prompt], 4)[0] == whole
+
+
+def test_plain_kernels_give_the_references_ids_and_keep_their_bits():
+    ids, logits = check_same_bits("cuda", "float32", TOY, 2, (2,), exact=True)
+    model, config = load(TINY, "cpu", "float32", num_blocks=8)
+    expected_ids, expected = decode(model, config, TOY, 2)
+    assert ids == expected_ids
+    for ours, theirs in zip(logits, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_plain_kernels_in_bfloat16_follow_the_rounded_reference():
+    ids, logits = check_same_bits("cuda", "bfloat16", TOY[:2], 2, (3,), exact=True)
+    model, config = load(TINY, "cpu", "bfloat16", num_blocks=8)
+    expected_ids, expected = decode(model, config, TOY[:2], 2)
+    exact_model, exact_config = load(TINY, "cpu", "float32", num_blocks=8)
+    _, exact = decode(exact_model, exact_config, TOY[:2], 2)
+    for ours, theirs, truth in zip(logits, expected, exact, strict=True):
+        # The same rounding points: as far from float32 as the rounded reference is, within a factor of 2.
+        assert np.abs(ours[0] - truth[0]).max() <= 2 * np.abs(theirs[0] - truth[0]).max() + 1e-3
+    assert [i[0] for i in ids] == [i[0] for i in expected_ids]
+
+
+def test_a_wrong_position_shows():
+    """The check above can fail: rotate by the wrong angle, and ids change."""
+    model, config = load(TINY, "cpu", "float32", num_blocks=8)
+    right, _ = decode(model, config, PROMPTS, 6)
+    model.cos_sin[:] = np.roll(model.cos_sin, 1, axis=0)
+    model.cos_sin[0] = model.cos_sin[5]
+    assert decode(model, config, PROMPTS, 6)[0] != right
+
+
+def test_rope_table_is_the_formula():
+    model, _ = load(TINY, "cpu", "float32", num_blocks=2)
+    table = rope_table(model.config, 50)
+    half = model.config.head_dim // 2
+    for position in (0, 1, 7, 49):
+        for pair in range(half):
+            angle = position * model.config.rope_theta ** (-2 * pair / model.config.head_dim)
+            assert table[position, pair] == pytest.approx(np.cos(angle), abs=2e-6)
+            assert table[position, half + pair] == pytest.approx(np.sin(angle), abs=2e-6)
+
+
+def test_a_step_over_the_workspace_is_refused():
+    model, config = load(TINY, "cpu", "float32", num_blocks=8, max_num_batched_tokens=8, max_num_seqs=4)
+    larger = EngineConfig(num_blocks=8)
+    with pytest.raises(ValueError, match="30 tokens .* over the workspace of 8 tokens"):
+        decode(model, larger, [list(range(30))], 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 1 << 20}, "max_model_len 1048576 is over the model's"),
+        ({"rungs": {"gemm": "plain"}}, "rung 'plain' of gemm does not run on device 'cpu'"),
+        ({"rungs": {"gemm": "nonsense"}}, "no rung 'nonsense'"),
+        ({"rungs": {"nonsense": "plain"}}, "no op 'nonsense'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_at_the_door(options, message):
+    with pytest.raises(ValueError, match=message):
+        load(TINY, "cpu", "float32", **options)
+
+
+def test_pages_that_do_not_fit_are_refused_with_the_figures():
+    with pytest.raises(MemoryError, match="KV pages need .* bytes, but .* remain"):
+        load(TINY, "cpu", "float32", num_blocks=1 << 40 >> 10)
+
+
+def test_the_budgets_terms_add_up():
+    model, config = load(TINY, "cpu", "float32")
+    budget = model.budget
+    work = model.work
+    measured = sum(a.nbytes for a in (work.residual, work.x, work.delta, work.qkv, work.attention))
+    measured += work.gate_up.nbytes + work.act.nbytes
+    assert budget.activations == measured
+    assert budget.activations == config.max_num_batched_tokens * activation_columns(model.config) * 4
+    assert budget.logits == work.logits.nbytes
+    assert budget.rope_table == model.cos_sin.nbytes
+    assert budget.kv_pages == sum(cache.k.nbytes + cache.v.nbytes for cache in model.kv)
+    assert sum(v for k, v in budget.terms().items() if k != "free") <= budget.free
+
+
+def test_memory_limit_bounds_the_pages():
+    model, _ = load(TINY, "cpu", "float32", num_blocks=4)
+    page = model.budget.page_bytes
+    config = EngineConfig(memory_limit=10 * page + 1)
+    budget = plan_memory(
+        model.config, config, free=1 << 30, dtype="float32", kind="cpu", max_model_len=model.max_model_len
+    )
+    assert budget.num_blocks == 10
