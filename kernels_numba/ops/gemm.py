@@ -37,7 +37,7 @@ class Config:
 
 FEW_ROWS = 16
 # Few rows: reading weights is all the work, so many small blocks with deep steps keep many loads in flight.
-FEW = Config(4, 4, 4, 2, 4) if SIMULATOR else Config(8, 32, 64, 1, 1)
+FEW = Config(4, 16, 16, 2, 16) if SIMULATOR else Config(8, 32, 64, 1, 1)
 # Many rows: 4 x 4 outputs a thread make 16 fma of 8 shared-memory reads.
 MANY = Config(4, 8, 8, 4, 4) if SIMULATOR else Config(64, 64, 16, 4, 4)
 
