@@ -74,7 +74,7 @@ def generate(
     if prompts_file is not None:
         prompts = read_prompts(prompts_file)
     else:
-        prompts = [check_text(text, f"prompt {i}") for i, text in enumerate(prompt or [], 1)]
+        prompts = [check_text(text, f"prompt {i}") for i, text in enumerate(prompt or [])]
     params = sampling(max_tokens, temperature, seed)
     # bad_input: what the engine refuses at its door: an empty prompt, one too long, no token id of this model
     with load(model, device, dtype, rung) as llm, bad_input():

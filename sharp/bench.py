@@ -1,6 +1,8 @@
-"""Benchmarks of the whole engine beside transformers, in one process, interleaved, and checked before they count.
+"""Benchmarks of the whole engine beside transformers, in one process, interleaved, and checked before they
+count.
 
-`python -m sharp.bench engine --against transformers --commit SHA --out FILE` measures; `... import FILE` records;
+`python -m sharp.bench engine --against transformers --commit SHA --out FILE` measures; `... import FILE`
+records;
 with no arguments the recorded table is printed. torch and transformers are imported here alone, lazily.
 Refuses to report a time for answers that are not the baseline's.
 """
@@ -36,7 +38,9 @@ class Case:
 
 
 def engine_cases(tokenizer: Any) -> list[Case]:
-    """Batch-1 decoding (a short prompt, so that decode dominates), and the demo's 8 prompts of mixed length."""
+    """Batch-1 decoding (a short prompt, so that decode dominates), and the demo's 8 prompts of mixed
+    length.
+    """
     from sharp.demo import demo_conversations
 
     mixed = [tokenizer.encode(tokenizer.apply_chat_template(talk)) for talk in demo_conversations()]
@@ -98,7 +102,9 @@ class Transformers:
 
 
 def disagreement(case: Case, ours: list[list[int]], theirs: list[list[int]], baseline: Transformers) -> float:
-    """The largest margin, in units of NEAR_TIE, at which the two first part; 0 if all ids are equal. Over 1: wrong."""
+    """The largest margin, in units of NEAR_TIE, at which the two first part; 0 if all ids are equal. Over
+    1: wrong.
+    """
     worst = 0.0
     for prompt, a, b in zip(case.prompts, ours, theirs, strict=True):
         parted = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
@@ -114,7 +120,7 @@ def seconds(call: Callable[[], Any]) -> float:
 
 
 def cpu_name() -> str:
-    """"CPU <model>" as the operating system names it."""
+    """ "CPU <model>" as the operating system names it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -147,7 +153,9 @@ def bench_engine(model: str, commit: str, rounds: int) -> list[dict[str, Any]]:
 
         err = disagreement(case, ours(), theirs(), baseline)  # also the warm-up of both
         if err > 1:
-            raise SystemExit(f"{case.name}: our ids part from the baseline's at a margin of {err * NEAR_TIE:.3f}")
+            raise SystemExit(
+                f"{case.name}: our ids part from the baseline's at a margin of {err * NEAR_TIE:.3f}"
+            )
         times: list[tuple[float, float]] = []
         for _ in tqdm(range(rounds), desc=case.name, unit="round"):
             times.append((seconds(ours), seconds(theirs)))
@@ -178,18 +186,29 @@ def show() -> None:
 
 
 def head_commit() -> str:
-    """The checkout's commit. Raises SystemExit where files differ from it: a row must name the code that ran."""
+    """The checkout's commit. Raises SystemExit where files differ from it: a row must name the code that
+    ran.
+    """
     git = ["git", "-C", str(results.ROOT)]
     dirty = subprocess.run(
-        [*git, "status", "--porcelain", "--", "sharp", "kernels_numba"], capture_output=True, text=True, check=True
+        [*git, "status", "--porcelain", "--", "sharp", "kernels_numba"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     if dirty:
-        raise SystemExit("sharp/ or kernels_numba/ differ from the last commit: commit first, or pass --commit")
-    return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        raise SystemExit(
+            "sharp/ or kernels_numba/ differ from the last commit: commit first, or pass --commit"
+        )
+    return subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="sharp.bench", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="sharp.bench", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     commands = parser.add_subparsers(dest="command")
     engine = commands.add_parser("engine", help="the engine on the CPU beside transformers")
     engine.add_argument("--against", choices=["transformers"], default="transformers")

@@ -1,6 +1,7 @@
 """Memory as arithmetic: named terms in bytes, and the number of KV pages that what remains can hold.
 
-Knows shapes and element sizes. Refuses to measure anything: the free bytes come in as an argument. (The Phase-0
+Knows shapes and element sizes. Refuses to measure anything: the free bytes come in as an argument. (The
+Phase-0
 probe that measures step times and checks these predictions builds on this table.)
 """
 
@@ -18,7 +19,9 @@ CUDA_RESERVE = 1 << 30  # left free on a GPU: modules, local memory of kernels, 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes by name, after the weights are loaded. `num_blocks` pages of `page_bytes` each fit in `kv_pages`."""
+    """Bytes by name, after the weights are loaded. `num_blocks` pages of `page_bytes` each fit in
+    `kv_pages`.
+    """
 
     free: int
     activations: int
@@ -84,7 +87,8 @@ def plan_memory(
         num_blocks = min(share // page_bytes, most_useful)
     if num_blocks < 1 or num_blocks * page_bytes > available:
         raise MemoryError(
-            f"{max(num_blocks, 1)} KV pages need {max(num_blocks, 1) * page_bytes:,} bytes, but {max(available, 0):,} "
+            f"{max(num_blocks, 1)} KV pages need {max(num_blocks, 1) * page_bytes:,} bytes, "
+            f"but {max(available, 0):,} "
             f"remain of {free:,} free after activations ({activations:,}), logits ({logits:,}) and reserve "
             f"({reserve:,}); lower max_num_batched_tokens, max_num_seqs or num_blocks, or raise memory_limit"
         )

@@ -3,7 +3,8 @@
 Knows how to allocate, upload and download arrays in the engine's dtype, and which rung family runs there.
 Refuses to know what the arrays mean: no shapes of models, no requests.
 
-bfloat16 is stored as `ml_dtypes.bfloat16` on the host (numpy rounds on assignment) and as uint16 bit patterns on
+bfloat16 is stored as `ml_dtypes.bfloat16` on the host (numpy rounds on assignment) and as uint16 bit
+patterns on
 a CUDA device (kernels convert; numba has no shared arrays of bfloat16). Weights of a bfloat16 host model hold
 rounded values in float32 arrays, because BLAS multiplies nothing narrower.
 """
@@ -83,7 +84,9 @@ class HostDevice:
         return dict(arrays)
 
     def free_bytes(self) -> int:
-        """Memory that can be taken without swapping, in bytes (Linux: MemAvailable, else the physical pages)."""
+        """Memory that can be taken without swapping, in bytes (Linux: MemAvailable, else the physical
+        pages).
+        """
         try:
             with open("/proc/meminfo", encoding="ascii") as meminfo:
                 for line in meminfo:
@@ -143,8 +146,10 @@ class CudaDevice:
     def stage(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Array]:
         """A step's small arrays in one pinned buffer, one asynchronous copy, and views of the result.
 
-        The buffer is rewritten at the next call, so this waits for whatever still reads it: nothing in the steady
-        loop, an abandoned step after an interruption. Offsets are multiples of 16 bytes: every view is aligned.
+        The buffer is rewritten at the next call, so this waits for whatever still reads it: nothing in the
+        steady
+        loop, an abandoned step after an interruption. Offsets are multiples of 16 bytes: every view is
+        aligned.
         """
         self.synchronize()
         offsets, total = {}, 0
@@ -152,7 +157,9 @@ class CudaDevice:
             offsets[name] = total
             total += -(-max(array.nbytes, 1) // 16) * 16
         if self._pinned is None or self._pinned.nbytes < total:
-            capacity = 1 << (total - 1).bit_length()  # grow-only, doubling: a few allocations in a process's life
+            capacity = (
+                1 << (total - 1).bit_length()
+            )  # grow-only, doubling: a few allocations in a process's life
             self._pinned = self._cuda.pinned_array(capacity, np.uint8)
             self._staged = self._cuda.device_array(capacity, np.uint8)
         assert self._pinned is not None
@@ -204,7 +211,9 @@ def cuda_problem() -> str | None:
         return None
     try:
         return None if compiler.cuda.is_available() else "the CUDA driver reports no usable device"
-    except Exception as error:  # a broken driver raises its own kinds of errors; any of them means: not usable
+    except (
+        Exception
+    ) as error:  # a broken driver raises its own kinds of errors; any of them means: not usable
         return f"the CUDA driver failed: {error}"
 
 
@@ -226,5 +235,7 @@ def open_device(device: str, dtype: str) -> Device:
         return HostDevice("float32" if dtype == "auto" else dtype)
     problem = cuda_problem()
     if problem:
-        raise RuntimeError(f"device 'cuda' was asked for, but {problem}; device='cpu' runs the numpy reference")
+        raise RuntimeError(
+            f"device 'cuda' was asked for, but {problem}; device='cpu' runs the numpy reference"
+        )
     return CudaDevice("bfloat16" if dtype == "auto" else dtype)

@@ -1,14 +1,16 @@
 """The forward pass: one readable list of launches over packed tokens, written once for every device.
 
-`forward` knows the order of the operations; `ops` decides who executes them: numpy (`reference`), plain numba.cuda
-kernels, or later rungs, one by one. It refuses to know requests and the scheduler: a step is token ids, positions,
-slots and block tables, with no padding anywhere.
+`forward` knows the order of the operations; `ops` decides who executes them: numpy (`reference`), plain
+numba.cuda kernels, or later rungs, one by one. It refuses to know requests and the scheduler: a step is token
+ids, positions, slots and block tables, with no padding anywhere.
 
-Rounding points (activation dtype bfloat16; with float32 nothing is rounded). Every op computes in float32 from
+Rounding points (activation dtype bfloat16; with float32 nothing is rounded). Every op computes in float32
+from
 inputs as stored, and rounds once where its result is stored:
 
     embedding        copied from the table, already rounded
-    rms_norm         residual + delta in float32, rounded and stored; the norm reads the rounded value; its output
+    rms_norm         residual + delta in float32, rounded and stored; the norm reads the rounded value; its
+    output
                      (normalised x weight) is rounded once
     gemm             float32 accumulation with K ascending, bias added in float32, rounded once
     rope             angles from a float32 table; the rotated pair rounded once
@@ -41,7 +43,9 @@ from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoin
 
 @dataclass(frozen=True)
 class Workspace:
-    """Caller-owned outputs, allocated once for the largest step: T is the step-token budget, R the most rows."""
+    """Caller-owned outputs, allocated once for the largest step: T is the step-token budget, R the most
+    rows.
+    """
 
     residual: Array  # [T, H] the residual stream
     x: Array  # [T, H] normalised input of the next product
@@ -99,7 +103,8 @@ def forward(
     work: Workspace,
     stream: Any,
 ) -> Array:
-    """Logits f32[R, V] of the batch's `logits_rows`; the keys and values of all T tokens are in their pages after it.
+    """Logits f32[R, V] of the batch's `logits_rows`; the keys and values of all T tokens are in their pages
+    after it.
 
     Nothing is allocated on the device and nothing waits: all launches go to `stream`.
     """
@@ -147,22 +152,29 @@ def forward(
 
 
 class Model:
-    """Weights, pages and workspace on one device, and the three verbs the engine drives: stage, forward, sample."""
+    """Weights, pages and workspace on one device, and the three verbs the engine drives: stage, forward,
+    sample.
+    """
 
-    def __init__(self, checkpoint: Checkpoint, config: EngineConfig, device: Device, *, progress: bool = False) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, config: EngineConfig, device: Device, *, progress: bool = False
+    ) -> None:
         self.config = checkpoint.config
         self.device = device
         self.block_size = config.block_size
         self.max_model_len = config.max_model_len or self.config.max_position_embeddings
         if self.max_model_len > self.config.max_position_embeddings:
             raise ValueError(
-                f"max_model_len {self.max_model_len} is over the model's {self.config.max_position_embeddings} positions"
+                f"max_model_len {self.max_model_len} is over the model's "
+                f"{self.config.max_position_embeddings} positions"
             )
         self.ops = resolve(device.default_rung, config.rungs)
         elsewhere = "plain" if device.kind == "cpu" else "reference"
         for op, rung in config.rungs.items():
             if rung == elsewhere:
-                raise ValueError(f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})")
+                raise ValueError(
+                    f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})"
+                )
         needed = self.config.num_parameters * (4 if device.kind == "cpu" else DTYPE_BYTES[device.dtype])
         if needed > device.free_bytes():
             raise MemoryError(
@@ -185,12 +197,15 @@ class Model:
         self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
         page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
         self.kv = [
-            KVCache(k=device.empty(page_shape), v=device.empty(page_shape)) for _ in range(self.config.num_layers)
+            KVCache(k=device.empty(page_shape), v=device.empty(page_shape))
+            for _ in range(self.config.num_layers)
         ]
 
     @classmethod
     def load(cls, path: str | Path, config: EngineConfig, *, progress: bool = False) -> Model:
-        """Open a checkpoint (GGUF file, HF directory or pulled name) and put it on the device the config names."""
+        """Open a checkpoint (GGUF file, HF directory or pulled name) and put it on the device the config
+        names.
+        """
         checkpoint = open_checkpoint(path)
         return cls(checkpoint, config, open_device(config.device, config.dtype), progress=progress)
 
@@ -202,8 +217,8 @@ class Model:
         """Bring a plan to the device. Raises ValueError if it is larger than the workspace."""
         if plan.num_tokens > self.work.x.shape[0] or len(plan.logits_rows) > self.work.logits.shape[0]:
             raise ValueError(
-                f"a step of {plan.num_tokens} tokens and {len(plan.logits_rows)} logits rows is over the workspace "
-                f"of {self.work.x.shape[0]} tokens and {self.work.logits.shape[0]} rows"
+                f"a step of {plan.num_tokens} tokens and {len(plan.logits_rows)} logits rows is over the "
+                f"workspace of {self.work.x.shape[0]} tokens and {self.work.logits.shape[0]} rows"
             )
         return stage(plan, self.device)
 

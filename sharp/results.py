@@ -1,6 +1,7 @@
 """The recorded measurements: rows of notebooks/results/<device-slug>.json, and the rules for changing them.
 
-Knows the fields of a row and how rows of one op on one device replace each other. Refuses to measure anything.
+Knows the fields of a row and how rows of one op on one device replace each other. Refuses to measure
+anything.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
 FIELDS = (
-    "op", "case", "rung", "dtype", "value", "unit", "us", "tflops", "gbs", "roofline", "baseline", "baseline_us",
-    "ratio", "reference", "reference_source", "err", "commit", "source_hash", "date", "gpu", "driver", "ptxas",
+    "op", "case", "rung", "dtype", "value", "unit", "us", "tflops", "gbs", "roofline", "baseline",
+    "baseline_us",
+    "ratio", "reference", "reference_source", "err", "commit", "source_hash", "date", "gpu", "driver",
+    "ptxas",
 )  # fmt: skip
 
 
@@ -35,7 +38,9 @@ def source_hash(paths: Iterable[str], root: Path = ROOT) -> str:
 
 
 def make_row(**values: Any) -> dict[str, Any]:
-    """A row with every field of FIELDS, None where not given. Raises ValueError for a field that does not exist."""
+    """A row with every field of FIELDS, None where not given. Raises ValueError for a field that does not
+    exist.
+    """
     unknown = set(values) - set(FIELDS)
     if unknown:
         raise ValueError(f"unknown result fields {sorted(unknown)}; the fields are {', '.join(FIELDS)}")
@@ -46,14 +51,17 @@ def commit_exists(commit: str, root: Path = ROOT) -> bool:
     """Whether the checkout's history holds this commit."""
     if not re.fullmatch(r"[0-9a-f]{7,40}", commit):
         return False
-    check = subprocess.run(["git", "cat-file", "-e", commit + "^{commit}"], cwd=root, capture_output=True, check=False)
+    check = subprocess.run(
+        ["git", "cat-file", "-e", commit + "^{commit}"], cwd=root, capture_output=True, check=False
+    )
     return check.returncode == 0
 
 
 def import_rows(rows: list[dict[str, Any]], results: Path = RESULTS, root: Path = ROOT) -> list[Path]:
     """Put rows into their devices' files; all earlier rows of the same op on the same device go at once.
 
-    Raises ValueError for a row with missing or unknown fields, without a device, or of an unknown commit; nothing
+    Raises ValueError for a row with missing or unknown fields, without a device, or of an unknown commit;
+    nothing
     is written then.
     """
     if not rows:
@@ -64,7 +72,9 @@ def import_rows(rows: list[dict[str, Any]], results: Path = RESULTS, root: Path 
         if not row["op"] or not row["gpu"]:
             raise ValueError(f"row {number}: op and gpu must be named, got {row['op']!r} and {row['gpu']!r}")
         if not commit_exists(str(row["commit"]), root):
-            raise ValueError(f"row {number}: commit {row['commit']!r} is not in this history: measure committed code")
+            raise ValueError(
+                f"row {number}: commit {row['commit']!r} is not in this history: measure committed code"
+            )
     written = []
     for slug in sorted({device_slug(str(row["gpu"])) for row in rows}):
         path = results / f"{slug}.json"

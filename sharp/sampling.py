@@ -1,7 +1,9 @@
 """Logits -> token ids, and the log-probabilities a request asked for.
 
-The choice itself is the op `sample` (argmax, or Gumbel-max over Philox numbers keyed by seed and output index), on
-the device the logits are on. Log-probabilities are for people and are computed on the host, for the rows that want
+The choice itself is the op `sample` (argmax, or Gumbel-max over Philox numbers keyed by seed and output
+index), on
+the device the logits are on. Log-probabilities are for people and are computed on the host, for the rows
+that want
 them only. Refuses to know requests, stop conditions and text.
 """
 
@@ -25,7 +27,8 @@ def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
 
 
 def top_logprobs(logits: npt.NDArray[np.float32], token_id: int, count: int) -> dict[int, float]:
-    """Natural-log probabilities of the `count` likeliest ids, best first (ties: lowest id), and of `token_id`.
+    """Natural-log probabilities of the `count` likeliest ids, best first (ties: lowest id), and of
+    `token_id`.
 
     logits: f32[V], untempered. `token_id` comes last if it is not among the best.
     """
@@ -36,10 +39,13 @@ def top_logprobs(logits: npt.NDArray[np.float32], token_id: int, count: int) -> 
     return chosen
 
 
-def sample(logits: Array, batch: DeviceBatch, out: Array, ops: SimpleNamespace, device: Device) -> SampleOutput:
+def sample(
+    logits: Array, batch: DeviceBatch, out: Array, ops: SimpleNamespace, device: Device
+) -> SampleOutput:
     """The next token of each sequence that has logits in this step.
 
-    logits: f32[R, V] on the device; out: i32[R] on the device, overwritten. Waits for the step to finish, also
+    logits: f32[R, V] on the device; out: i32[R] on the device, overwritten. Waits for the step to finish,
+    also
     when R is 0, so that the host may reuse the staging buffer afterwards.
     Raises FloatingPointError if a row has no comparable logit (the forward produced NaN).
     """
@@ -51,11 +57,13 @@ def sample(logits: Array, batch: DeviceBatch, out: Array, ops: SimpleNamespace, 
     token_ids = device.download(out)
     if (token_ids < 0).any():
         row = int(np.flatnonzero(token_ids < 0)[0])
-        raise FloatingPointError(f"step {plan.step}: logits row {row} is NaN throughout: the forward is broken")
+        raise FloatingPointError(
+            f"step {plan.step}: logits row {row} is NaN throughout: the forward is broken"
+        )
     wanted = np.flatnonzero(plan.num_logprobs >= 0)
     logprobs: list[dict[int, float] | None] = [None] * len(token_ids)
     if len(wanted):
         host_logits = device.download(logits)
-        for row in wanted:
+        for row in wanted.tolist():
             logprobs[row] = top_logprobs(host_logits[row], int(token_ids[row]), int(plan.num_logprobs[row]))
     return SampleOutput(token_ids=token_ids.copy(), logprobs=tuple(logprobs))

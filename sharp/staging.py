@@ -14,7 +14,9 @@ from sharp.plan import BatchPlan
 
 @dataclass(frozen=True)
 class DeviceBatch:
-    """One step's indices where the kernels can read them; T tokens, B sequences, D of them decodes, R logits rows."""
+    """One step's indices where the kernels can read them; T tokens, B sequences, D of them decodes, R
+    logits rows.
+    """
 
     plan: BatchPlan
     token_ids: Array  # i32[T]
@@ -40,7 +42,9 @@ class DeviceBatch:
 
 
 def stage(plan: BatchPlan, device: Device) -> DeviceBatch:
-    """Bring a plan's arrays to the device (one pinned, asynchronous copy on CUDA; nothing moves on the host)."""
+    """Bring a plan's arrays to the device (one pinned, asynchronous copy on CUDA; nothing moves on the
+    host).
+    """
     decodes = plan.num_decodes
     arrays = device.stage(
         {

@@ -143,7 +143,7 @@ def test_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     done = run("generate", *GREEDY, "--prompt", b"caf\xe9")
     assert done.returncode == 2
-    assert b"prompt 1 is not valid UTF-8" in done.stderr
+    assert b"prompt 0: not valid UTF-8" in done.stderr
     assert b"Traceback" not in done.stderr
 
 
@@ -160,7 +160,7 @@ def test_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["generate", *GREEDY, "--prompt", "ab" * 3000], 2, "2048"),
         (["generate", *GREEDY, "--prompt", "a", "--max-tokens", "0"], 2, "max_tokens"),
         (["generate", *GREEDY, "--prompt", "a", "--max-tokens", "-3"], 2, "-3"),
-        (["generate", *GREEDY, "--prompt", "a", "--max-tokens", "many"], 2, "many"),
+        (["generate", *GREEDY, "--prompt", "a", "--max-tokens", "many"], 2, "--max-tokens"),
         (["generate", "--model", TINY, "--prompt", "a", "--temperature", "-1"], 2, "temperature"),
         (["generate", "--model", TINY, "--prompt", "a", "--temperature", "nan"], 2, "temperature"),
         (["generate", *GREEDY, "--prompt", "a", "--seed", "-1"], 2, "seed"),

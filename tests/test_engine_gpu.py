@@ -1,4 +1,6 @@
-"""The whole engine on a real GPU; run by test_gpu.py in a child with a time limit (`python -m pytest -m gpu`)."""
+"""The whole engine on a real GPU; run by test_gpu.py in a child with a time limit (`python -m pytest -m
+gpu`).
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,13 @@ def test_demo_model_against_the_golden_ids(demo_llm):
         parted = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(theirs))
         equal, total = equal + parted, total + len(theirs)
         if demo_llm.model.device.dtype == "float32" and parted < len(theirs):
-            assert margin[parted] < NEAR_TIE, f"{want['name']} parts at token {parted}, margin {margin[parted]:.3f}"
+            assert margin[parted] < NEAR_TIE, (
+                f"{want['name']} parts at token {parted}, margin {margin[parted]:.3f}"
+            )
     print(f"{demo_llm.device_name}: {equal} of {total} tokens before the first difference")
     if demo_llm.model.device.dtype == "float32":
         assert equal >= 0.98 * total
     else:
-        assert equal >= 0.3 * total  # rounding to bfloat16 changes what is nearly tied; nonsense would part at once
+        assert (
+            equal >= 0.3 * total
+        )  # rounding to bfloat16 changes what is nearly tied; nonsense would part at once

@@ -17,7 +17,7 @@ def check_text(prompt: str, what: str) -> str:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise CommandError(f"{what} is not valid UTF-8 (at character {error.start})", 2) from None
+        raise CommandError(f"{what}: not valid UTF-8 (at character {error.start})", 2) from None
     return prompt
 
 

@@ -1,0 +1,88 @@
+"""The rules of notebooks/results: fields, commits, replacement; and that what is recorded keeps them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+
+from sharp import results
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A git repository with one commit; returns (root, commit)."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.com"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    commit = subprocess.run(
+        [*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    return tmp_path, commit
+
+
+def row(sha, **changes):
+    values = {
+        "op": "gemm",
+        "case": "a",
+        "rung": "plain",
+        "value": 1.0,
+        "commit": commit,
+        "gpu": "NVIDIA H100 80GB HBM3",
+    }
+    return results.make_row(**{**values, **changes})
+
+
+def test_rows_of_an_op_and_device_are_replaced_at_once(checkout):
+    root, commit = checkout
+    folder = root / "results"
+    results.import_rows([row(commit), row(commit, case="b"), row(commit, op="rope")], folder, root)
+    other = row(commit, gpu="NVIDIA H200", case="z")
+    paths = results.import_rows([row(commit, value=2.0), other], folder, root)
+    assert [path.name for path in paths] == ["nvidia-h100-80gb-hbm3.json", "nvidia-h200.json"]
+    h100 = json.loads((folder / "nvidia-h100-80gb-hbm3.json").read_text(encoding="utf-8"))
+    assert [(r["op"], r["case"], r["value"]) for r in h100] == [("gemm", "a", 2.0), ("rope", "a", 1.0)]
+    assert len(results.read_rows(folder)) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"commit": "0" * 40}, "is not in this history"),
+        ({"commit": "HEAD; rm"}, "is not in this history"),
+        ({"gpu": None}, "op and gpu must be named"),
+    ],
+)
+def test_rows_that_prove_nothing_are_refused_and_nothing_is_written(checkout, change, message):
+    root, commit = checkout
+    with pytest.raises(ValueError, match=message):
+        results.import_rows([row(commit), row(commit, **change)], root / "results", root)
+    assert not (root / "results").exists()
+
+
+def test_fields_are_fixed(checkout):
+    root, commit = checkout
+    with pytest.raises(ValueError, match="unknown result fields"):
+        results.make_row(speed=1)
+    broken = row(commit)
+    del broken["err"]
+    with pytest.raises(ValueError, match="fields missing or unknown"):
+        results.import_rows([broken], root / "results", root)
+
+
+def test_what_is_recorded_keeps_the_rules():
+    for recorded in results.read_rows():
+        assert set(recorded) == set(results.FIELDS)
+        assert recorded["err"] is not None
+        assert recorded["err"] <= 1, recorded
+        assert results.format_row(recorded)
+
+
+def test_a_source_hash_sees_every_byte(tmp_path):
+    (tmp_path / "a.py").write_bytes(b"x = 1\n")
+    (tmp_path / "b.py").write_bytes(b"")
+    before = results.source_hash(["a.py", "b.py"], tmp_path)
+    assert before == results.source_hash(["b.py", "a.py"], tmp_path)
+    (tmp_path / "b.py").write_bytes(b"#")
+    assert before != results.source_hash(["a.py", "b.py"], tmp_path)
