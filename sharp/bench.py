@@ -41,7 +41,7 @@ def engine_cases(tokenizer: Any) -> list[Case]:
     """Batch-1 decoding (a short prompt, so that decode dominates), and the demo's 8 prompts of mixed
     length.
     """
-    from sharp.demo import demo_conversations
+    from sharp.demo_prompts import demo_conversations
 
     mixed = [tokenizer.encode(tokenizer.apply_chat_template(talk)) for talk in demo_conversations()]
     short = tokenizer.encode("The history of the bicycle begins")

@@ -28,7 +28,7 @@ def row(sha, **changes):
         "case": "a",
         "rung": "plain",
         "value": 1.0,
-        "commit": commit,
+        "commit": sha,
         "gpu": "NVIDIA H100 80GB HBM3",
     }
     return results.make_row(**{**values, **changes})
