@@ -23,9 +23,9 @@ demo *options: setup
 pull name=model: setup
     @{{python}} -m sharp pull {{name}}
 
-# all tests that need no GPU
+# all tests that need no GPU; one BLAS thread a worker: two workers with two each are several times slower
 test *options: (setup "--dev") pull
-    @{{python}} -m pytest -n 2 {{options}}
+    @OPENBLAS_NUM_THREADS=1 {{python}} -m pytest -n 2 {{options}}
 
 # the tests that need a CUDA device
 test-gpu *options: (setup "--dev") pull

@@ -9,8 +9,8 @@
 # %% [markdown]
 # # A tour: one batch through the engine
 #
-# Everything below is the real engine on a tiny random model (its answers are noise, its steps are not). No GPU
-# is needed: on a laptop the same forward runs over numpy. The whole engine is one chain of arrows:
+# Everything below is the real engine on a tiny random model (its answers are noise, its steps are not). No
+# GPU is needed: on a laptop the same forward runs over numpy. The whole engine is one chain of arrows:
 #
 # ```
 # Scheduler.plan() -> BatchPlan -> stage() -> DeviceBatch -> forward() -> logits -> sample() -> ids
@@ -77,8 +77,8 @@ print("logits_rows  ", plan.logits_rows, "(only sequences whose prompt is comple
 
 # %% [markdown]
 # ## stage, forward, sample, commit: by hand
-# `stage` brings the indices to the device, `forward` is a list of launches (read `sharp/model.py`), `sample` gives
-# one id per logits row, and `commit` is the only place where a request grows.
+# `stage` brings the indices to the device, `forward` is a list of launches (read `sharp/model.py`), `sample`
+# gives one id per logits row, and `commit` is the only place where a request grows.
 
 # %%
 batch = model.stage(plan)
