@@ -11,6 +11,9 @@ default:
 _venv:
     @command -v {{python}} >/dev/null || python3 -m venv .venv
 
+_model:
+    @{{python}} -m sharp pull {{model}} >/dev/null
+
 # install what this machine needs to run; --dev: and to test, --notebooks: and JupyterLab
 setup *options: _venv
     @{{python}} sharp/environment.py {{options}}
@@ -23,12 +26,13 @@ demo *options: setup
 pull name=model: setup
     @{{python}} -m sharp pull {{name}}
 
-# all tests that need no GPU; one BLAS thread a worker: two workers with two each are several times slower
-test *options: (setup "--dev") pull
+# One BLAS thread a worker: two workers with two threads each on two cores take several times as long.
+# all tests that need no GPU
+test *options: (setup "--dev") _model
     @OPENBLAS_NUM_THREADS=1 {{python}} -m pytest -n 2 {{options}}
 
 # the tests that need a CUDA device
-test-gpu *options: (setup "--dev") pull
+test-gpu *options: (setup "--dev") _model
     @{{python}} -m pytest -m gpu {{options}}
 
 # format and sort imports
@@ -52,11 +56,11 @@ bench-import file: setup
     @{{python}} -m sharp.bench import {{file}}
 
 # run every notebook
-nb: (setup "--dev") pull
+nb: (setup "--dev") _model
     @{{python}} -m pytest tests/test_notebooks.py
 
 # open the notebooks in JupyterLab
-lab: (setup "--dev" "--notebooks") pull
+lab: (setup "--dev" "--notebooks") _model
     @{{python}} -m jupyter lab notebooks
 
 # count lines, file by file

@@ -148,7 +148,7 @@ def demo(
     from sharp.pull import read_manifest
 
     if model in read_manifest():
-        fetch(model, progress=True)
+        fetch(model, progress=sys.stderr.isatty())
     sampling(max_tokens, 0.0, None)
     with load(model, device, dtype, rung, long_prefill_token_threshold=PROMPT_CHUNK) as llm, bad_input():
         run_demo(llm, STARTED, max_tokens, Console())

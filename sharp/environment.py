@@ -30,6 +30,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LOCK_FILE = "requirements.lock"
@@ -249,7 +250,7 @@ def say(text: str) -> None:
 
 
 @contextlib.contextmanager
-def only_one_at_a_time(path: str):  # type: ignore[no-untyped-def]
+def only_one_at_a_time(path: str) -> Iterator[None]:
     """Hold a file lock: two recipes started together must not run pip over each other."""
     import fcntl
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from engine_checks import TINY, check_same_bits, decode, load
 
+from kernels_numba import compiler
 from sharp.budget import activation_columns, plan_memory
 from sharp.config import EngineConfig
 from sharp.model import rope_table
@@ -28,6 +29,7 @@ def test_reference_cut_at_any_token(cut):
 
 
 def test_plain_kernels_give_the_references_ids_and_keep_their_bits():
+    assert compiler.cuda.is_available()  # the simulator; raises KernelsUnavailable without numba.cuda
     ids, logits = check_same_bits("cuda", "float32", TOY, 2, (2,), exact=True)
     model, config = load(TINY, "cpu", "float32", num_blocks=8)
     expected_ids, expected = decode(model, config, TOY, 2)
@@ -37,6 +39,7 @@ def test_plain_kernels_give_the_references_ids_and_keep_their_bits():
 
 
 def test_plain_kernels_in_bfloat16_follow_the_rounded_reference():
+    assert compiler.cuda.is_available()
     runs = {}
     for device, dtype in (("cuda", "bfloat16"), ("cpu", "bfloat16"), ("cpu", "float32")):
         model, config = load(TINY, device, dtype, num_blocks=8, max_num_batched_tokens=64, max_num_seqs=8)
