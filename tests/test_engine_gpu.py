@@ -20,6 +20,13 @@ PROMPTS = [[5, 9, 17, 3, 250, 44, 81], [7], [11, 12, 13], list(range(20, 150)), 
 NEAR_TIE = 0.02
 
 
+@pytest.fixture(autouse=True)
+def only_in_the_child(on_gpu):
+    """The parent of the groups selects these tests too, but in the simulator: far too slow for them."""
+    if not on_gpu:
+        pytest.skip("runs under --device=cuda only, in the child that test_gpu.py starts")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_same_bits_alone_packed_and_cut(on_gpu, dtype):
     assert on_gpu
