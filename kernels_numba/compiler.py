@@ -48,11 +48,8 @@ SIMULATOR: bool = False
 try:
     from numba import cuda as _cuda
     from numba.cuda.core import config as _config
-except (
-    ImportError,
-    OSError,
-    AttributeError,
-) as _error:  # a wrong numpy or libcuda shows as any of these three
+except (ImportError, OSError, AttributeError) as _error:
+    # a wrong numpy or libcuda shows as any of these three
     cuda = _MissingCuda()
     REASON = f"{type(_error).__name__}: {_error}"
 else:

@@ -1,8 +1,7 @@
 """Memory as arithmetic: named terms in bytes, and the number of KV pages that what remains can hold.
 
 Knows shapes and element sizes. Refuses to measure anything: the free bytes come in as an argument. (The
-Phase-0
-probe that measures step times and checks these predictions builds on this table.)
+Phase-0 probe that measures step times and checks these predictions is to build on this table.)
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Budget:
         return self.num_blocks * self.page_bytes
 
     def terms(self) -> dict[str, int]:
-        """The table that `sharp info` and notebooks print, in bytes."""
+        """The table that notebooks print, in bytes."""
         return {
             "free": self.free,
             "activations": self.activations,
@@ -88,9 +87,9 @@ def plan_memory(
     if num_blocks < 1 or num_blocks * page_bytes > available:
         raise MemoryError(
             f"{max(num_blocks, 1)} KV pages need {max(num_blocks, 1) * page_bytes:,} bytes, "
-            f"but {max(available, 0):,} "
-            f"remain of {free:,} free after activations ({activations:,}), logits ({logits:,}) and reserve "
-            f"({reserve:,}); lower max_num_batched_tokens, max_num_seqs or num_blocks, or raise memory_limit"
+            f"but {max(available, 0):,} remain of {free:,} free after "
+            f"activations ({activations:,}), logits ({logits:,}) and reserve ({reserve:,}); lower "
+            f"max_num_batched_tokens, max_num_seqs or num_blocks, or raise memory_limit"
         )
     return Budget(
         free=free,

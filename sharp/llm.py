@@ -250,9 +250,8 @@ class _Outputs(Iterator[RequestOutput]):
                 output = self._engine.error if over else None
                 if over and output is None:
                     self._engine.raise_if_over()
-            if isinstance(
-                output, (StopIteration, GeneratorExit)
-            ):  # these would end the caller's loop in silence
+            # These two would end the caller's loop in silence.
+            if isinstance(output, (StopIteration, GeneratorExit)):
                 raise EngineDead(f"the engine died of {output!r}") from output
             if isinstance(output, BaseException):
                 raise output

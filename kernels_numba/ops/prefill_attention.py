@@ -82,9 +82,8 @@ def _locate(row: Any, cu_seqlens_q: Any, context_lens: Any) -> Any:
         return 0, -1
     low = 0
     high = num_seqs
-    while (
-        high - low > 1
-    ):  # cu_seqlens_q[low] <= row < cu_seqlens_q[high]; empty sequences fall out by themselves
+    # cu_seqlens_q[low] <= row < cu_seqlens_q[high]; empty sequences fall out by themselves
+    while high - low > 1:
         middle = (low + high) // 2
         if cu_seqlens_q[middle] <= row:
             low = middle
