@@ -10,6 +10,7 @@ KernelsUnavailable. `AVAILABLE` speaks of the import alone: ask `cuda.is_availab
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,11 @@ AVAILABLE: bool = False
 SIMULATOR: bool = False
 
 try:
-    from numba import cuda as _cuda
-    from numba.cuda.core import config as _config
+    with warnings.catch_warnings():
+        # numba-cuda 0.30 makes a timedelta without a unit while it is imported, which numpy 2.5 deprecates.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from numba import cuda as _cuda
+        from numba.cuda.core import config as _config
 except (ImportError, OSError, AttributeError) as _error:
     # a wrong numpy or libcuda shows as any of these three
     cuda = _MissingCuda()
