@@ -93,12 +93,18 @@ class Report:
         )
 
 
-def find_ptxas() -> Path:
-    """ptxas inside site-packages/nvidia (package nvidia-cuda-nvcc); ToolsMissing if there is none."""
+def find_tool(name: str) -> Path:
+    """ptxas, nvdisasm or cuobjdump inside site-packages/nvidia; ToolsMissing if there is none."""
     for folder in dict.fromkeys([*site.getsitepackages(), site.getusersitepackages(), *sys.path]):
-        for path in sorted(Path(folder).glob("nvidia/*/bin/ptxas")):
+        for path in sorted(Path(folder).glob(f"nvidia/*/bin/{name}")):
             return path
-    raise ToolsMissing("no ptxas in site-packages: install nvidia-cuda-nvcc")
+    package = {"ptxas": "nvcc"}.get(name, name)
+    raise ToolsMissing(f"no {name} in site-packages: install nvidia-cuda-{package}")
+
+
+def find_ptxas() -> Path:
+    """The assembler of the package nvidia-cuda-nvcc; ToolsMissing if there is none."""
+    return find_tool("ptxas")
 
 
 def variants() -> Iterator[Variant]:

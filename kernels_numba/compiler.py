@@ -45,6 +45,11 @@ cuda: Any
 REASON: str = ""
 AVAILABLE: bool = False
 SIMULATOR: bool = False
+# What kernels_numba/ptx builds instructions from; None in the simulator and where numba.cuda is missing.
+intrinsic: Any = None
+signature: Any = None
+RequireLiteralValue: Any = None
+TypingError: Any = None
 
 try:
     with warnings.catch_warnings():
@@ -60,6 +65,13 @@ else:
     cuda = _cuda
     AVAILABLE = True
     SIMULATOR = bool(_config.ENABLE_CUDASIM)
+    if not SIMULATOR:
+        from numba.cuda import extending as _extending
+        from numba.cuda.core import errors as _errors
+        from numba.cuda.typing import signature as _signature
+
+        intrinsic, signature = _extending.intrinsic, _signature
+        RequireLiteralValue, TypingError = _errors.RequireLiteralValue, _errors.TypingError
     # A decode step of one sequence legitimately launches a handful of blocks.
     _config.CUDA_LOW_OCCUPANCY_WARNINGS = 0
 

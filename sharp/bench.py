@@ -1,8 +1,7 @@
-"""Benchmarks of the whole engine beside transformers, in one process, interleaved, and checked before they
-count.
+"""Benchmarks beside transformers and torch, in one process, interleaved, and checked before they count.
 
-`python -m sharp.bench engine --against transformers --commit SHA --out FILE` measures; `... import FILE`
-records;
+`python -m sharp.bench engine --against transformers --commit SHA --out FILE` measures the engine, `... gemm`
+a kernel (kernels_numba/bench.py times it); `... import FILE` records;
 with no arguments the recorded table is printed. torch and transformers are imported here alone, lazily.
 Refuses to report a time for answers that are not the baseline's.
 """
@@ -176,6 +175,61 @@ def bench_engine(model: str, commit: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def nvidia_facts() -> tuple[str, str]:
+    """(GPU name, driver version). Raises SystemExit, after the recorded table, where there is no CUDA
+    device."""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True,
+        ).stdout.splitlines()[0]  # fmt: skip
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        show()
+        raise SystemExit("no NVIDIA GPU here: nothing was measured; above is what is recorded") from None
+    name, _, driver = found.partition(",")
+    return name.strip(), driver.strip()
+
+
+def bench_gemm(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time the GEMM for many tokens beside torch.matmul; one row a case, written to --out as they come."""
+    from tqdm.auto import tqdm
+
+    from kernels_numba import bench, launch
+    from kernels_numba.ops import OPS
+    from kernels_numba.registry import pick
+
+    gpu, driver = nvidia_facts()
+    rung = pick("gemm", OPS["gemm"].rungs, args.rung)
+    cases = bench.gemm_cases(args.quick, args.case)
+    commit, digest = args.commit or head_commit(), results.source_hash(results.op_sources("gemm"))
+    rows: list[dict[str, Any]] = []
+    if args.resume and args.out and args.out.exists():
+        earlier = json.loads(args.out.read_text(encoding="utf-8"))
+        rows = [row for row in earlier if (row["commit"], row["source_hash"]) == (commit, digest)]
+    done = {row["case"] for row in rows}
+    todo = [case for case in cases if case.name not in done]
+    progress = tqdm(bench.measure_all(todo, rung, args.rounds), total=len(todo), desc="gemm", unit="case")
+    for case, measured in progress:
+        figures = bench.gemm_figures(case, measured, gpu)
+        row = results.make_row(
+            op="gemm", case=case.name, rung=args.rung, dtype="bfloat16",
+            value=figures["tflops"], unit="TFLOP/s",
+            baseline="torch.matmul", err=round(measured.err, 3), commit=commit, source_hash=digest,
+            date=date.today().isoformat(), gpu=gpu, driver=driver, ptxas=launch.linker_version(), **figures,
+        )  # fmt: skip
+        rows.append(row)
+        spread = f"({measured.low:.1f}..{measured.high:.1f} us, {args.rounds} rounds, {measured.detail})"
+        progress.write(f"{results.format_row(row)} {spread}")
+        if args.out:
+            args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    ratios = [row["ratio"] for row in rows]
+    print(
+        f"{len(rows)} shapes: geometric mean {statistics.geometric_mean(ratios):.3f}x, "
+        f"least {min(ratios):.3f}x"
+    )
+    return rows
+
+
 def show() -> None:
     """Print the recorded table."""
     rows = results.read_rows()
@@ -216,6 +270,17 @@ def main(argv: list[str] | None = None) -> None:
     engine.add_argument("--commit", help="the commit being measured (default: HEAD of a clean checkout)")
     engine.add_argument("--rounds", type=int, default=5)
     engine.add_argument("--out", type=Path, help="write the rows here, for `import`")
+    gemm = commands.add_parser("gemm", help="the GEMM for many tokens beside torch.matmul, on a GPU")
+    gemm.add_argument("--against", choices=["torch"], default="torch")
+    gemm.add_argument("--rung", default="hopper")
+    gemm.add_argument("--case", default="", help="only shapes whose name contains this text")
+    gemm.add_argument("--quick", action="store_true", help="three sizes of M instead of six")
+    gemm.add_argument(
+        "--resume", action="store_true", help="keep the rows that --out holds of this very code"
+    )
+    gemm.add_argument("--commit", help="the commit being measured (default: HEAD of a clean checkout)")
+    gemm.add_argument("--rounds", type=int, default=7)
+    gemm.add_argument("--out", type=Path, help="write the rows here, for `import`")
     recorder = commands.add_parser("import", help="record the rows of a file that `engine --out` wrote")
     recorder.add_argument("file", type=Path)
     commands.add_parser("show", help="print the recorded table")
@@ -225,6 +290,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.out:
             args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         print(json.dumps(rows))
+    elif args.command == "gemm":
+        try:
+            print(json.dumps(bench_gemm(args)))
+        except ValueError as error:
+            sys.exit(f"not measured: {error}")
     elif args.command == "import":
         try:
             paths = results.import_rows(json.loads(args.file.read_text(encoding="utf-8")))

@@ -37,6 +37,28 @@ def source_hash(paths: Iterable[str], root: Path = ROOT) -> str:
     return digest.hexdigest()[:16]
 
 
+def op_sources(op: str, root: Path = ROOT) -> list[str]:
+    """The files, relative to root, whose bytes decide what a kernel op computes and how fast: its module,
+    what it imports inside kernels_numba, and theirs. ValueError for an op without a module.
+    """
+    package = root / "kernels_numba"
+    start = next((p for p in (package / "ops" / f"{op}.py", package / "ops" / op) if p.exists()), None)
+    if start is None:
+        raise ValueError(f"no op {op!r} in kernels_numba/ops")
+    todo, seen = [start] if start.is_file() else sorted(start.glob("*.py")), set()
+    while todo:
+        path = todo.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for name in re.findall(
+            r"^\s*from (kernels_numba[\w.]*) import", path.read_text(encoding="utf-8"), re.MULTILINE
+        ):
+            module = root.joinpath(*name.split("."))
+            todo += [p for p in (module.with_suffix(".py"), module / "__init__.py") if p.exists()]
+    return sorted(str(path.relative_to(root)) for path in seen)
+
+
 def make_row(**values: Any) -> dict[str, Any]:
     """A row with every field of FIELDS, None where not given. Raises ValueError for a field that does not
     exist.
@@ -74,6 +96,10 @@ def import_rows(rows: list[dict[str, Any]], results: Path = RESULTS, root: Path 
         if not commit_exists(str(row["commit"]), root):
             raise ValueError(
                 f"row {number}: commit {row['commit']!r} is not in this history: measure committed code"
+            )
+        if row["err"] is None or not row["err"] <= 1:
+            raise ValueError(
+                f"row {number}: err is {row['err']!r}; only a result within its tolerance (1) counts"
             )
     written = []
     for slug in sorted({device_slug(str(row["gpu"])) for row in rows}):

@@ -114,6 +114,11 @@ def test_engine_on_gpu(rung_options):
     check_group([str(path), "--device=cuda", "-m", "gpu or not gpu", *rung_options])
 
 
+@pytest.mark.gpu
+def test_tensor_core_gemm_on_gpu():
+    check_group(["tests/test_gemm.py", "--device=cuda", "-m", "gpu", "-k", "not specialisation"], LIMIT_S)
+
+
 # The helper itself, on any machine.
 
 QUICK = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from sharp import results
+from sharp import bench, results
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def row(sha, **changes):
         "value": 1.0,
         "commit": sha,
         "gpu": "NVIDIA H100 80GB HBM3",
+        "err": 0.5,
     }
     return results.make_row(**{**values, **changes})
 
@@ -52,6 +53,9 @@ def test_rows_of_an_op_and_device_are_replaced_at_once(checkout):
         ({"commit": "0" * 40}, "is not in this history"),
         ({"commit": "HEAD; rm"}, "is not in this history"),
         ({"gpu": None}, "op and gpu must be named"),
+        ({"err": None}, "only a result within its tolerance"),
+        ({"err": 1.5}, "only a result within its tolerance"),
+        ({"err": float("nan")}, "only a result within its tolerance"),
     ],
 )
 def test_rows_that_prove_nothing_are_refused_and_nothing_is_written(checkout, change, message):
@@ -77,6 +81,23 @@ def test_what_is_recorded_keeps_the_rules():
         assert recorded["err"] is not None
         assert recorded["err"] <= 1, recorded
         assert results.format_row(recorded)
+        sources = bench.SOURCES if recorded["op"] == "engine" else results.op_sources(recorded["op"])
+        assert recorded["source_hash"] == results.source_hash(sources), (
+            f"{recorded['op']} {recorded['case']}: its source changed since it was measured"
+        )
+
+
+def test_an_ops_sources_are_what_it_imports():
+    sources = results.op_sources("gemm")
+    assert {
+        "kernels_numba/ops/gemm/hopper.py",
+        "kernels_numba/ptx/wgmma.py",
+        "kernels_numba/launch.py",
+    } <= set(sources)
+    assert "kernels_numba/ops/rope.py" not in sources
+    assert "kernels_numba/ops/rope.py" in results.op_sources("rope")
+    with pytest.raises(ValueError, match="no op 'gem'"):
+        results.op_sources("gem")
 
 
 def test_a_source_hash_sees_every_byte(tmp_path):

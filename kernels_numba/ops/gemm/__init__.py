@@ -220,5 +220,17 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2_7b_qkv": {"m": 33, "n": 4608, "k": 3584, "bias": True},
     "odd": {"m": 67, "n": 131, "k": 77, "bias": True},
 }
-rungs: dict[str, Rung] = {"reference": gemm_reference, "plain": gemm}
+
+
+def gemm_hopper(
+    out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None, num_rows: Any = None
+) -> None:
+    """Rung "hopper" (sm_90a): tensor cores, TMA, a persistent grid; see hopper.py, which is imported when
+    first used."""
+    from kernels_numba.ops.gemm import hopper
+
+    hopper.gemm_hopper(out, x, weight, bias, stream=stream, num_rows=num_rows)
+
+
+rungs: dict[str, Rung] = {"reference": gemm_reference, "plain": gemm, "hopper": gemm_hopper}
 register = make_register("gemm", rungs)

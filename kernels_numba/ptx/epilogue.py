@@ -1,0 +1,203 @@
+"""Accumulators of a wgmma out of registers: to shared memory for a TMA store, or straight to global memory.
+
+Knows the accumulator layout of wgmma m64nNk16 (PTX ISA, "Register fragments and shared memory matrix
+layouts" of wgmma): in a warpgroup, warp w and lane l hold, for each group j of 8 columns, acc[4j..4j+3] =
+rows (16w + l/4) and 8 below it, columns 8j + 2(l % 4) and the next: (row, c), (row, c+1), (row+8, c),
+(row+8, c+1). Every function here is unrolled while the code is generated, because an accumulator indexed by
+a variable would leave the registers. Refuses to know: tiles, barriers, what the numbers mean.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from kernels_numba import compiler
+from kernels_numba.ptx import asm as _asm
+
+if _asm.USABLE:
+    from llvmlite import ir
+
+PACK = {
+    "bfloat16": "cvt.rn.bf16x2.f32 $0, $2, $1;",
+    "float16": "cvt.rn.f16x2.f32 $0, $2, $1;",
+}
+WIDEN = {  # one half of a packed pair to float32
+    "bfloat16": ("shl.b32 $0, $1, 16;", "and.b32 $0, $1, 0xffff0000;"),
+    "float16": (
+        "{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, $1;\ncvt.f32.f16 $0, lo;\n}",
+        "{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, $1;\ncvt.f32.f16 $0, hi;\n}",
+    ),
+}
+
+
+def _pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    return context.make_array(array_type)(context, builder, array).data
+
+
+def _load(builder: Any, pointer: Any, index: int) -> Any:
+    return builder.load(builder.gep(pointer, [ir.IntType(32)(index)]))
+
+
+def _pack(builder: Any, dtype: str, low: Any, high: Any) -> Any:
+    i32, f32 = ir.IntType(32), ir.FloatType()
+    fn = ir.InlineAsm(ir.FunctionType(i32, [f32, f32]), PACK[dtype], "=r,f,f", side_effect=False)
+    return builder.call(fn, [low, high])
+
+
+def _check(n: int, dtype: str, known: tuple[str, ...]) -> None:
+    if n % 8 or not 8 <= n <= 256:
+        raise ValueError(f"n is {n}; accumulators have a multiple of 8 columns from 8 to 256")
+    if dtype not in known:
+        raise ValueError(f"dtype is {dtype!r}; known here: {', '.join(known)}")
+
+
+@cache
+def make_stage(n: int, chunk: int, chunks: int, dtype: str) -> Any:
+    """f(acc, round, base, row_bytes, half, row_xor): stmatrix of `chunks` chunks of `chunk` columns each.
+
+    acc: local f32[n / 2]; round: which chunks, those from round * chunks on; base: shared address of the
+    first chunk's 64 rows; row_bytes: byte offset of this lane's row in a chunk; half: lane / 16, its
+    8-column half; row_xor: the swizzle's row bits (128-byte swizzle for 64 columns, 64-byte for 32,
+    32-byte for 16).
+    stmatrix .x4 (PTX ISA, "stmatrix") stores 16 rows x 16 columns: lanes 0-15 address the left half, 16-31
+    the right.
+    """
+    _check(n, dtype, tuple(PACK))
+    if chunk not in (16, 32, 64) or n % (chunk * chunks):
+        raise ValueError(
+            f"chunk is {chunk}, chunks {chunks}; chunk must be 16, 32 or 64, and chunk * chunks divide {n}"
+        )
+    if not _asm.USABLE:
+        return _asm.unavailable("make_stage")
+    i32 = ir.IntType(32)
+    text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
+    store_type = ir.FunctionType(ir.VoidType(), [i32] * 5)
+    chunk_bytes = 64 * chunk * 2
+    signature, types = _asm.signature, compiler.cuda.types
+
+    @_asm.intrinsic  # type: ignore[untyped-decorator]
+    def stage(
+        typingctx: Any, acc: Any, which: Any, base: Any, row_bytes: Any, half: Any, row_xor: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _pointer(context, builder, sig.args[0], args[0])
+            _, which_, base_, row_, half_, xor_ = args
+            store = ir.InlineAsm(store_type, text, "r,r,r,r,r,~{memory}", side_effect=True)
+            for part in range(n // (chunk * chunks)):
+                with builder.if_then(builder.icmp_signed("==", which_, i32(part))):
+                    for c in range(chunks):
+                        start = builder.add(builder.add(base_, row_), i32(c * chunk_bytes))
+                        for j in range(0, chunk // 8, 2):
+                            first = ((part * chunks + c) * (chunk // 8) + j) * 4
+                            pairs = [
+                                _pack(
+                                    builder,
+                                    dtype,
+                                    _load(builder, data, first + 2 * p),
+                                    _load(builder, data, first + 2 * p + 1),
+                                )
+                                for p in range(4)
+                            ]
+                            column = builder.xor(builder.add(half_, i32(j)), xor_)
+                            builder.call(store, [builder.add(start, builder.shl(column, i32(4))), *pairs])
+            return context.get_dummy_value()
+
+        return signature(types.none, acc, *[types.int32] * 5), codegen
+
+    return stage
+
+
+@cache
+def make_store_rows(n: int, dtype: str) -> Any:
+    """f(acc, out, row_bytes, col, num_cols, low, high): acc to global memory, two neighbouring columns a
+    store.
+
+    acc: local f32[n / 2]; out: int64 address of (this thread's upper row, col); row_bytes: int32 bytes from
+    one row to the next; col: this thread's first column; num_cols: columns from num_cols on are not written
+    (a multiple of 8, so that a group of 8 is written whole or not at all); low, high: int32, nonzero where
+    the upper row and the one 8 below it may be written. dtype: "float32" (8-byte stores), "bfloat16" or
+    "float16" (4-byte).
+    """
+    _check(n, dtype, ("float32", *PACK))
+    if not _asm.USABLE:
+        return _asm.unavailable("make_store_rows")
+    i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+    wide = dtype == "float32"
+    item = 4 if wide else 2
+    operands = [f32, f32] if wide else [i32]
+    values = "{$2, $3}" if wide else "$2"
+    text = (
+        "{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n@p st.global."
+        + ("v2.f32" if wide else "b32")
+        + f" [$0], {values};\n}}"
+    )
+    constraints = "l,r," + ("f,f" if wide else "r") + ",~{memory}"
+    store_type = ir.FunctionType(ir.VoidType(), [i64, i32, *operands])
+    signature, types = _asm.signature, compiler.cuda.types
+
+    @_asm.intrinsic  # type: ignore[untyped-decorator]
+    def store_rows(
+        typingctx: Any, acc: Any, out: Any, row_bytes: Any, col: Any, num_cols: Any, low: Any, high: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _pointer(context, builder, sig.args[0], args[0])
+            _, out_, row_bytes_, col_, num_cols_, low_, high_ = args
+            store = ir.InlineAsm(store_type, text, constraints, side_effect=True)
+            below = builder.add(out_, builder.shl(builder.sext(row_bytes_, i64), i64(3)))
+            for j in range(n // 8):
+                inside = builder.zext(builder.icmp_signed("<", builder.add(col_, i32(8 * j)), num_cols_), i32)
+                for start, may, first in ((out_, low_, 4 * j), (below, high_, 4 * j + 2)):
+                    pair = [_load(builder, data, first), _load(builder, data, first + 1)]
+                    if not wide:
+                        pair = [_pack(builder, dtype, *pair)]
+                    allowed = builder.select(builder.icmp_signed("!=", may, i32(0)), inside, i32(0))
+                    builder.call(store, [builder.add(start, i64(8 * j * item)), allowed, *pair])
+            return context.get_dummy_value()
+
+        parameters = [types.int64, types.int32, types.int32, types.int32, types.int32, types.int32]
+        return signature(types.none, acc, *parameters), codegen
+
+    return store_rows
+
+
+@cache
+def make_add_bias(n: int, dtype: str) -> Any:
+    """f(acc, bias, col, num_cols): acc[.., c] += bias[c] in float32, for columns below num_cols.
+
+    acc: local f32[n / 2]; bias: int64 address of bias[col], `dtype` "bfloat16" or "float16", 4-byte aligned;
+    col: this thread's first column (even); num_cols: a multiple of 8.
+    """
+    _check(n, dtype, tuple(PACK))
+    if not _asm.USABLE:
+        return _asm.unavailable("make_add_bias")
+    i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+    text = "{\n.reg .pred p;\nsetp.ne.b32 p, $2, 0;\nmov.b32 $0, 0;\n@p ld.global.nc.b32 $0, [$1];\n}"
+    signature, types = _asm.signature, compiler.cuda.types
+
+    @_asm.intrinsic  # type: ignore[untyped-decorator]
+    def add_bias(typingctx: Any, acc: Any, bias: Any, col: Any, num_cols: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            data = _pointer(context, builder, sig.args[0], args[0])
+            _, bias_, col_, num_cols_ = args
+            load = ir.InlineAsm(ir.FunctionType(i32, [i64, i32]), text, "=&r,l,r", side_effect=True)
+            out = "=f" if dtype == "float16" else "=r"
+            widened = f32 if dtype == "float16" else i32
+            for j in range(n // 8):
+                inside = builder.zext(builder.icmp_signed("<", builder.add(col_, i32(8 * j)), num_cols_), i32)
+                pair = builder.call(load, [builder.add(bias_, i64(16 * j)), inside])
+                for half in (0, 1):
+                    fn = ir.InlineAsm(
+                        ir.FunctionType(widened, [i32]), WIDEN[dtype][half], f"{out},r", side_effect=False
+                    )
+                    value = builder.call(fn, [pair])
+                    if widened is i32:
+                        value = builder.bitcast(value, f32)
+                    for index in (4 * j + half, 4 * j + 2 + half):
+                        sum_ = builder.fadd(_load(builder, data, index), value)
+                        builder.store(sum_, builder.gep(data, [i32(index)]))
+            return context.get_dummy_value()
+
+        return signature(types.none, acc, types.int64, types.int32, types.int32), codegen
+
+    return add_bias
