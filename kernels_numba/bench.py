@@ -112,6 +112,7 @@ class _View:
 
 
 def _graph(torch: Any, work: Callable[[Any], None]) -> Any:
+    torch.cuda.synchronize()  # what fills the buffers runs on another stream
     stream = torch.cuda.Stream()
     work(stream)  # outside the capture: compilation, module loads and handles belong to nobody's time
     stream.synchronize()
