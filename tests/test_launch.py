@@ -1,0 +1,147 @@
+"""Cubins on disk, argument checks, and shared-memory plans, without a GPU; a launch's cost on one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kernels_numba import launch
+from kernels_numba.launch import Kernel
+from kernels_numba.smem import SmemPlan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CACHE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from kernels_numba import launch
+from kernels_numba.ops.gemm import hopper
+folder = Path({folder!r})
+def build(config):
+    kernel = hopper.hopper_kernel(hopper.CONFIGS[config], "bfloat16", "bfloat16", False)
+    return kernel.cubin("sm_90a", folder)
+first = build(64)
+assert launch.compiles == 1 and len(list(folder.iterdir())) == 1
+assert build(64) == first and launch.compiles == 1
+build(96)
+assert launch.compiles == 2 and len(list(folder.iterdir())) == 2
+for path in folder.iterdir():
+    path.write_bytes(path.read_bytes()[:-100])
+assert build(64)[1] and launch.compiles == 3
+print("cached")
+"""
+
+
+def test_a_cubin_is_compiled_once_and_a_damaged_one_again(tmp_path):
+    pytest.importorskip("numba")
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
+    child = subprocess.run(
+        [sys.executable, "-c", CACHE.format(root=str(ROOT), folder=str(tmp_path))],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-3000:]
+    assert "cached" in child.stdout
+
+
+def test_cache_files_are_whole_or_absent(tmp_path):
+    path = tmp_path / "new" / "k.cubin"
+    launch.write_cubin(path, "entry", b"\x7fELF\n\n1")
+    assert launch.read_cubin(path) == ("entry", b"\x7fELF\n\n1")
+    for damage in (b"", b"{}", b"[]\nx", b'{"entry": 1}\nx', path.read_bytes() + b"!"):
+        path.write_bytes(damage)
+        assert launch.read_cubin(path) is None
+    assert launch.read_cubin(tmp_path / "none") is None
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    launch.write_cubin(blocked / "k.cubin", "entry", b"x")  # a cache that cannot be written is no error
+
+
+def test_arguments_are_packed_and_counted():
+    kernel = Kernel("toy", lambda: None, (), "void(int64, int32, float32)", 128, cluster=2)
+    packed = kernel.prepare(4, (1 << 40, -5, 0.5))
+    assert [value.value for value in packed.values] == [1 << 40, -5, 0.5]
+    packed.set(1, 7)
+    assert packed.values[1].value == 7
+    with pytest.raises(ValueError, match="2 arguments; 3 are required"):
+        kernel.prepare(4, (1, 2))
+    with pytest.raises(ValueError, match="grid is 3; a multiple of the cluster's 2"):
+        kernel.prepare(3, (1, 2, 3.0))
+    with pytest.raises(ValueError, match="argument types float64"):
+        Kernel("toy", lambda: None, (), "void(float64)", 128)
+
+
+def test_targets_and_streams():
+    assert launch.arch_of((9, 0)) == "sm_90a"
+    assert launch.arch_of((8, 6)) == "sm_86"
+    assert launch.stream_handle(None) == 0
+    assert launch.stream_handle(17) == 17
+
+
+def test_a_plan_of_shared_memory():
+    plan = SmemPlan.of(("a", 1000, 16, 1), ("b", 1024, 1024, 3), ("bar", 8, 8, 4), limit=5000)
+    assert (plan.offset("a"), plan.offset("b"), plan.offset("b", 2), plan.offset("bar")) == (
+        0,
+        1024,
+        3072,
+        4096,
+    )
+    assert plan.bytes == 4128
+    assert "3 x 1,024 bytes" in plan.picture()
+    with pytest.raises(KeyError, match="no region 'c'"):
+        plan.offset("c")
+    with pytest.raises(IndexError, match="not a piece 3"):
+        plan.offset("b", 3)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([("a", 6000, 16, 1)], "6,000 bytes are needed, the limit is 5,000"),
+        ([("a", 16, 3, 1)], "aligned to 3"),
+        ([("a", 24, 16, 2)], "2 pieces of 24 bytes, aligned to 16"),
+        ([("a", 16, 16, 1), ("a", 16, 16, 1)], "two regions are called a"),
+    ],
+)
+def test_a_plan_that_cannot_be(parts, message):
+    with pytest.raises(ValueError, match=message):
+        SmemPlan.of(*parts, limit=5000)
+
+
+@pytest.mark.gpu
+def test_a_second_process_loads_without_compiling_and_launches_cheaply(on_gpu):
+    if not on_gpu:
+        pytest.skip("runs under --device=cuda only")
+    import time
+
+    from kernels_numba.compiler import cuda
+    from kernels_numba.ops.gemm import hopper
+
+    x = cuda.to_device(np.ones((64, 64), np.uint16))
+    out = cuda.to_device(np.zeros((64, 64), np.uint16))
+    hopper.gemm_hopper(out, x, x)
+    kernel = hopper.hopper_kernel(
+        hopper.pick_hopper_config(64, 64, hopper.num_sms()), "bfloat16", "bfloat16", False
+    )
+    before = launch.compiles
+    again = Kernel(kernel.name, kernel.make, kernel.key, kernel.signature, kernel.threads, kernel.smem)
+    again.load()
+    assert launch.compiles == before
+    count = cuda.to_device(np.zeros(1, np.int32))  # no rows: the cost of a launch alone
+    one = again.prepare(1, (0, 0, 0, launch.address(out), 0, launch.address(count), 64, 64, 128))
+    stream = cuda.stream()
+    handle = launch.stream_handle(stream)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(100):
+            one(handle)
+        times.append((time.perf_counter() - start) / 100 * 1e6)
+        stream.synchronize()
+    print(f"{sorted(times)[10]:.2f} us a launch")
+    assert sorted(times)[10] < 12
