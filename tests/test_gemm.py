@@ -161,7 +161,10 @@ def test_hopper_against_float64(cuda, m, n, k, dtype, out_dtype, has_bias):
     if has_bias:
         want += gpu.down(bias).astype(np.float64)
     epsilon = {"float32": 2e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}[out_dtype]
-    for config in hopper.CONFIGS.values():
+    # Every tile in the plain case; elsewhere the epilogues differ, and one tile of each kind of store box
+    # has them all.
+    widths = hopper.WIDTHS if (out_dtype, has_bias) == ("bfloat16", False) else (32, 144, 256)
+    for config in map(hopper.CONFIGS.get, widths):
         got = product(gpu, x, weight, bias, out_dtype, m, config).astype(np.float64)
         assert np.isfinite(got).all(), config
         # The result's last place, and sums of k terms in float32 (tensor cores cut off low bits).

@@ -115,8 +115,14 @@ def test_engine_on_gpu(rung_options):
 
 
 @pytest.mark.gpu
-def test_tensor_core_gemm_on_gpu():
-    check_group(["tests/test_gemm.py", "--device=cuda", "-m", "gpu", "-k", "not specialisation"], LIMIT_S)
+@pytest.mark.parametrize("group", ["float64", "not float64"])
+def test_tensor_core_gemm_on_gpu(group):
+    check_group(["tests/test_gemm.py", "--device=cuda", "-m", "gpu", "-k", group])
+
+
+@pytest.mark.gpu
+def test_launcher_on_gpu():
+    check_group(["tests/test_launch.py", "--device=cuda", "-m", "gpu"])
 
 
 # The helper itself, on any machine.

@@ -133,7 +133,9 @@ def test_a_second_process_loads_without_compiling_and_launches_cheaply(on_gpu):
     again.load()
     assert launch.compiles == before
     count = cuda.to_device(np.zeros(1, np.int32))  # no rows: the cost of a launch alone
-    one = again.prepare(1, (0, 0, 0, launch.address(out), 0, launch.address(count), 64, 64, 128))
+    where, config = (launch.address(x), 64, 128), hopper.pick_hopper_config(64, 64, hopper.num_sms())
+    maps = launch.address(hopper._maps(where, where, where, 64, 64, config, "bfloat16", "bfloat16"))
+    one = again.prepare(1, (maps, maps, maps, launch.address(out), 0, launch.address(count), 64, 64, 128))
     stream = cuda.stream()
     handle = launch.stream_handle(stream)
     times = []
