@@ -121,8 +121,13 @@ def test_tensor_core_gemm_on_gpu(group):
 
 
 @pytest.mark.gpu
+def test_ptx_on_gpu():
+    check_group(["tests/test_ptx_gpu.py", "--device=cuda", "-m", "gpu"])
+
+
+@pytest.mark.gpu
 def test_launcher_on_gpu():
-    check_group(["tests/test_launch.py", "--device=cuda", "-m", "gpu"])
+    check_group(["tests/test_launch.py", "tests/test_launch_gpu.py", "--device=cuda", "-m", "gpu"])
 
 
 # The helper itself, on any machine.
