@@ -9,6 +9,7 @@ a variable would leave the registers. Refuses to know: tiles, barriers, what the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -52,60 +53,122 @@ def _check(n: int, dtype: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"dtype is {dtype!r}; known here: {', '.join(known)}")
 
 
-@cache
-def make_stage(n: int, chunk: int, chunks: int, dtype: str) -> Any:
-    """f(acc, round, base, row_bytes, half, row_xor): stmatrix of `chunks` chunks of `chunk` columns each.
+BOX_COLUMNS = (64, 32, 16)  # of a TMA store: rows of 128, 64 or 32 bytes, swizzled over as many
+_XOR = {64: (0, 7), 32: (1, 3), 16: (2, 1)}  # which bits of a row's number move its 16-byte units
 
-    acc: local f32[n / 2]; round: which chunks, those from round * chunks on; base: shared address of the
-    first chunk's 64 rows; row_bytes: byte offset of this lane's row in a chunk; half: lane / 16, its
-    8-column half; row_xor: the swizzle's row bits (128-byte swizzle for 64 columns, 64-byte for 32,
-    32-byte for 16).
-    stmatrix .x4 (PTX ISA, "stmatrix") stores 16 rows x 16 columns: lanes 0-15 address the left half, 16-31
-    the right.
+
+@dataclass(frozen=True)
+class Box:
+    """64 rows x `columns` (64, 32 or 16) outputs from column `first` of a tile, staged at byte `offset`."""
+
+    first: int
+    columns: int
+    offset: int
+
+
+def boxes_of(n: int, limit: int) -> tuple[tuple[Box, ...], ...]:
+    """n columns (a multiple of 16) cut into the widest boxes, in rounds that stage at most `limit` bytes.
+
+    Wide boxes first, because a row of one is a write of as many bytes. ValueError if a box has no room.
+    """
+    if n % 16 or n < 16 or limit < 64 * 2 * min(n, BOX_COLUMNS[0]):
+        raise ValueError(f"{n} columns in rounds of {limit} bytes: a multiple of 16 and 128 bytes a column")
+    rounds: list[list[Box]] = [[]]
+    first = offset = 0
+    while first < n:
+        columns = next(c for c in BOX_COLUMNS if c <= n - first)
+        if offset + 128 * columns > limit:
+            rounds.append([])
+            offset = 0
+        rounds[-1].append(Box(first, columns, offset))
+        first, offset = first + columns, offset + 128 * columns
+    return tuple(map(tuple, rounds))
+
+
+@cache
+def make_stage(n: int, rounds: tuple[tuple[Box, ...], ...], dtype: str) -> Any:
+    """f(acc, round, base, row, half): the round's boxes of this warpgroup's 64 rows to shared memory.
+
+    acc: local f32[n / 2]; base: shared address, a multiple of 1024; row: the row of 64 this lane addresses,
+    16 x (warp of the warpgroup) + lane % 16; half: lane / 16, the left or right 8 columns of 16.
+    stmatrix .x4 (PTX ISA, "stmatrix") stores 16 rows x 16 columns, each row's 16-byte units swizzled as the
+    box's tensor map says.
     """
     _check(n, dtype, tuple(PACK))
-    if chunk not in (16, 32, 64) or n % (chunk * chunks):
-        raise ValueError(
-            f"chunk is {chunk}, chunks {chunks}; chunk must be 16, 32 or 64, and chunk * chunks divide {n}"
-        )
     if not _asm.USABLE:
         return _asm.unavailable("make_stage")
     i32 = ir.IntType(32)
     text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
     store_type = ir.FunctionType(ir.VoidType(), [i32] * 5)
-    chunk_bytes = 64 * chunk * 2
     signature, types = _asm.signature, compiler.cuda.types
 
     @_asm.intrinsic  # type: ignore[untyped-decorator]
-    def stage(
-        typingctx: Any, acc: Any, which: Any, base: Any, row_bytes: Any, half: Any, row_xor: Any
-    ) -> Any:
+    def stage(typingctx: Any, acc: Any, which: Any, base: Any, row: Any, half: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             data = _pointer(context, builder, sig.args[0], args[0])
-            _, which_, base_, row_, half_, xor_ = args
+            _, which_, base_, row_, half_ = args
             store = ir.InlineAsm(store_type, text, "r,r,r,r,r,~{memory}", side_effect=True)
-            for part in range(n // (chunk * chunks)):
-                with builder.if_then(builder.icmp_signed("==", which_, i32(part))):
-                    for c in range(chunks):
-                        start = builder.add(builder.add(base_, row_), i32(c * chunk_bytes))
-                        for j in range(0, chunk // 8, 2):
-                            first = ((part * chunks + c) * (chunk // 8) + j) * 4
-                            pairs = [
-                                _pack(
-                                    builder,
-                                    dtype,
-                                    _load(builder, data, first + 2 * p),
-                                    _load(builder, data, first + 2 * p + 1),
-                                )
-                                for p in range(4)
-                            ]
-                            column = builder.xor(builder.add(half_, i32(j)), xor_)
-                            builder.call(store, [builder.add(start, builder.shl(column, i32(4))), *pairs])
+
+            def pairs(first: int) -> list[Any]:
+                loaded = [_load(builder, data, first + i) for i in range(8)]
+                return [_pack(builder, dtype, *loaded[i : i + 2]) for i in range(0, 8, 2)]
+
+            for number, boxes in enumerate(rounds):
+                with builder.if_then(builder.icmp_signed("==", which_, i32(number))):
+                    for box in boxes:
+                        shift, mask = _XOR[box.columns]
+                        moved = builder.and_(builder.lshr(row_, i32(shift)), i32(mask))
+                        start = builder.add(base_, builder.mul(row_, i32(2 * box.columns)))
+                        start = builder.add(start, i32(box.offset))
+                        for j in range(0, box.columns // 8, 2):
+                            unit = builder.xor(builder.add(half_, i32(j)), moved)
+                            at = builder.add(start, builder.shl(unit, i32(4)))
+                            builder.call(store, [at, *pairs((box.first // 8 + j) * 4)])
             return context.get_dummy_value()
 
-        return signature(types.none, acc, *[types.int32] * 5), codegen
+        return signature(types.none, acc, *[types.int32] * 4), codegen
 
     return stage
+
+
+@cache
+def make_store_boxes(rounds: tuple[tuple[Box, ...], ...]) -> Any:
+    """f(maps, round, base, row, col, num_cols): one thread sends the round's boxes to global memory by TMA.
+
+    maps: int64 address of tensor maps of the output, one for each width in BOX_COLUMNS; base: where
+    make_stage put the boxes; row, col: the output's row and column of the tile's first box; boxes from
+    column num_cols on are left out. The stores join the thread's bulk group (PTX ISA,
+    "cp.async.bulk.tensor").
+    """
+    if not _asm.USABLE:
+        return _asm.unavailable("make_store_boxes")
+    i32, i64 = ir.IntType(32), ir.IntType(64)
+    text = (
+        "{\n.reg .pred p;\nsetp.lt.s32 p, $2, $4;\n"
+        "@p cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [$0, {$2, $3}], [$1];\n}"
+    )
+    store_type = ir.FunctionType(ir.VoidType(), [i64, i32, i32, i32, i32])
+    signature, types = _asm.signature, compiler.cuda.types
+
+    @_asm.intrinsic  # type: ignore[untyped-decorator]
+    def store_boxes(
+        typingctx: Any, maps: Any, which: Any, base: Any, row: Any, col: Any, num_cols: Any
+    ) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            maps_, which_, base_, row_, col_, num_cols_ = args
+            store = ir.InlineAsm(store_type, text, "l,r,r,r,r,~{memory}", side_effect=True)
+            for number, boxes in enumerate(rounds):
+                with builder.if_then(builder.icmp_signed("==", which_, i32(number))):
+                    for box in boxes:
+                        tensor_map = builder.add(maps_, i64(128 * BOX_COLUMNS.index(box.columns)))
+                        source = builder.add(base_, i32(box.offset))
+                        column = builder.add(col_, i32(box.first))
+                        builder.call(store, [tensor_map, source, column, row_, num_cols_])
+            return context.get_dummy_value()
+
+        return signature(types.none, types.int64, *[types.int32] * 5), codegen
+
+    return store_boxes
 
 
 @cache

@@ -1,0 +1,132 @@
+"""Tiles of the Hopper GEMM: what one is made of, what fits into a block, and which suits a shape.
+
+Knows: sizes, counts and the table of measured exceptions. Refuses to know: the kernel. No choice made here
+shows in a bit of a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+from kernels_numba.ops.gemm.hopper_table import TUNED
+from kernels_numba.ptx.epilogue import BOX_COLUMNS, Box, boxes_of
+from kernels_numba.smem import SmemPlan
+
+TILE_K = 64
+ITEM = 2  # bytes of an element of x and weight
+WARP, WARPGROUP = 32, 128
+SMEM_LIMIT = 232_448  # of a block
+REGISTERS_OF_QUARTER = 16_384  # of an SM; every fourth warp of a block is there
+MAX_STAGES = 8
+BARRIER_BYTES = 16 * MAX_STAGES
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """A tile of tile_m (64 or 128) x tile_n outputs; each 64 of its rows have a consumer warpgroup."""
+
+    tile_m: int
+    tile_n: int
+
+    def __str__(self) -> str:
+        return f"{self.tile_m}x{self.tile_n}"
+
+    @property
+    def consumers(self) -> int:
+        return self.tile_m // 64
+
+    @property
+    def threads(self) -> int:
+        """The consumers' warpgroups, then the producer's warp."""
+        return self.consumers * WARPGROUP + WARP
+
+    @property
+    def registers(self) -> int:
+        """What a thread can have. One warp of producers instead of a warpgroup leaves enough for the widest
+        tile, so that no registers have to change hands (setmaxnreg)."""
+        warps = -(-self.threads // (4 * WARP))
+        return min(255, REGISTERS_OF_QUARTER // (warps * WARP) // 8 * 8)
+
+    @property
+    def stages(self) -> int:
+        """Tiles of K in flight: what fits beside the barriers and one staged box a consumer.
+
+        Stages before staging: at 512 x 3584 x 18944 a seventh stage took 4 % off, a second round of staging
+        cost nothing that could be seen.
+        """
+        room = SMEM_LIMIT - BARRIER_BYTES - self.consumers * 64 * ITEM * min(BOX_COLUMNS[0], self.tile_n)
+        return min(MAX_STAGES, room // ((self.tile_m + self.tile_n) * TILE_K * ITEM))
+
+    @property
+    def rounds(self) -> tuple[tuple[Box, ...], ...]:
+        """The boxes in which a consumer's 64 rows leave, in as few rounds of staging as the stages leave room
+        for."""
+        spare = SMEM_LIMIT - BARRIER_BYTES - self.stages * (self.tile_m + self.tile_n) * TILE_K * ITEM
+        return boxes_of(self.tile_n, spare // self.consumers // 1024 * 1024)
+
+    @property
+    def staged_bytes(self) -> int:
+        """What a consumer stages in its largest round, to a multiple of 1024."""
+        most = max(sum(64 * ITEM * box.columns for box in boxes) for boxes in self.rounds)
+        return -(-most // 1024) * 1024
+
+
+@cache
+def smem_plan(config: HopperConfig) -> SmemPlan:
+    """x stages, weight stages, each consumer's staged output, barriers; see SmemPlan.picture()."""
+    return SmemPlan.of(
+        ("x", config.tile_m * TILE_K * ITEM, 1024, config.stages),
+        ("weight", config.tile_n * TILE_K * ITEM, 1024, config.stages),
+        ("out", config.staged_bytes, 1024, config.consumers),
+        ("full", 8, 8, config.stages),
+        ("empty", 8, 8, config.stages),
+        limit=SMEM_LIMIT,
+    )
+
+
+WIDTHS = {
+    64: (32, 48, 64, 96, 128, 192, 256),
+    128: (64, 80, 96, 112, 128, 144, 160, 192, 224, 256),
+}
+CONFIGS = tuple(HopperConfig(tile_m, tile_n) for tile_m, widths in WIDTHS.items() for tile_n in widths)
+
+# Cycles, fitted to a sweep of the grid of kernels_numba/bench.py on an H100: the mean loss against the best
+# tile is 0.6 %, and where it was over 1 % the table says better.
+SMEM_BYTES_A_CYCLE, TILE_CYCLES, ONE_CONSUMER = 128, 275, 1.33
+NARROW = 1024  # columns up to which a row of tiles is so short that x should be read once
+
+
+def tile_cycles(config: HopperConfig, k: int) -> float:
+    """Time of one tile: what moves through shared memory, which binds before the tensor cores do.
+
+    In a step of K the copy engine writes x and weights once, and each consumer reads its rows of x and all
+    the weights. One consumer alone does not keep the tensor cores busy.
+    """
+    written = config.tile_m + config.tile_n
+    read = config.consumers * (64 + config.tile_n)
+    step = (written + read) * TILE_K * ITEM / SMEM_BYTES_A_CYCLE
+    return -(-k // TILE_K) * step * (ONE_CONSUMER if config.consumers == 1 else 1) + TILE_CYCLES
+
+
+def cheapest_config(m: int, n: int, k: int, num_sms: int) -> HopperConfig:
+    """The tile that the cost model finds fastest: waves of tiles over the SMs x the cycles of one. Ties go
+    to the larger tile."""
+
+    def cost(config: HopperConfig) -> float:
+        tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
+        return -(-tiles // num_sms) * tile_cycles(config, k)
+
+    return min(reversed(CONFIGS), key=cost)
+
+
+def pick_hopper_config(m: int, n: int, k: int, num_sms: int) -> tuple[HopperConfig, int]:
+    """(tile, row tiles walked together): the table's where it has this shape, else the cheapest.
+
+    The table speaks for every m of the same number of 128-row tiles. Blocks that run at one time share
+    operands through L2: 16 row tiles share their columns' weights, unless there are so few columns that
+    sharing x is worth more.
+    """
+    name = TUNED.get((-(-m // 128), n, k))
+    config = next((c for c in CONFIGS if str(c) == name), None) or cheapest_config(m, n, k, num_sms)
+    return config, 1 if n <= NARROW else 16
