@@ -13,6 +13,16 @@ import numpy as np
 import pytest
 
 from kernels_numba.ops.gemm import hopper
+from kernels_numba.ops.gemm.hopper_config import (
+    CONFIGS,
+    SMEM_LIMIT,
+    HopperConfig,
+    cheapest_config,
+    pick_hopper_config,
+    smem_plan,
+)
+from kernels_numba.ops.gemm.hopper_table import TUNED
+from kernels_numba.ptx.epilogue import boxes_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -26,68 +36,139 @@ from kernels_numba.ops.gemm import hopper
 ptxas = assemble.find_ptxas()
 import subprocess, tempfile
 reports = []
-for dtype, out_dtype, bias in (("bfloat16", "bfloat16", False), ("bfloat16", "bfloat16", True),
-                               ("bfloat16", "float32", False), ("float16", "float16", True)):
-    for config in hopper.CONFIGS.values():
-        if (bias or dtype == "float16" or out_dtype == "float32") and config.tile_n not in (32, 144, 256):
-            continue
-        kernel = hopper.hopper_kernel(config, dtype, out_dtype, bias)
-        ptx = launch.compile_ptx(kernel.make(), kernel.types, kernel.threads, "sm_90a")
-        with tempfile.TemporaryDirectory() as folder:
-            source, cubin = Path(folder) / "k.ptx", Path(folder) / "k.cubin"
-            source.write_text(ptx)
-            out = subprocess.run([str(ptxas), "-v", "-arch=sm_90a", str(source), "-o", str(cubin)],
-                                 capture_output=True, text=True, check=True)
-            sass = subprocess.run([str(assemble.find_tool("nvdisasm")), "-c", str(cubin)],
-                                  capture_output=True, text=True, check=True).stdout
-        reports.append([kernel.name, kernel.smem, out.stdout + out.stderr, sass])
+for kernel in hopper.kernels():
+    plain = kernel.key[1:4] == ("bfloat16", "bfloat16", False)
+    if not plain and str(kernel.key[0]) not in {some!r}:
+        continue
+    ptx = launch.compile_ptx(kernel.make(), kernel.types, kernel.threads, "sm_90a")
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "k.ptx", Path(folder) / "k.cubin"
+        source.write_text(ptx)
+        out = subprocess.run([str(ptxas), "-v", "-arch=sm_90a", str(source), "-o", str(cubin)],
+                             capture_output=True, text=True, check=True)
+        sass = subprocess.run([str(assemble.find_tool("nvdisasm")), "-c", str(cubin)],
+                              capture_output=True, text=True, check=True).stdout
+    config = kernel.key[0]
+    reports.append([kernel.name, config.registers, out.stdout + out.stderr, sass])
 print(json.dumps(reports))
 """
+# The other epilogues with one tile of each number of consumers and of boxes.
+SOME = ("64x48", "128x144", "128x256")
+
+
+def in_compiler(code):
+    """Standard output of `code` in a process that has the compiler instead of the simulator."""
+    pytest.importorskip("numba")
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert child.returncode == 0, child.stderr[-3000:]
+    return child.stdout.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
 def assembled():
-    pytest.importorskip("numba")
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    child = subprocess.run(
-        [sys.executable, "-c", COMPILE.format(root=str(ROOT))],
-        capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr[-3000:]
-    return json.loads(child.stdout.splitlines()[-1])
+    return json.loads(in_compiler(COMPILE.format(root=str(ROOT), some=SOME)))
 
 
 def test_every_specialisation_keeps_its_accumulators_in_registers(assembled):
-    assert len(assembled) == len(hopper.CONFIGS) + 3 * 3
-    for name, smem, report, sass in assembled:
+    assert len(assembled) == len(CONFIGS) + 7 * len(SOME)
+    for name, registers, report, sass in assembled:
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, (name, report)
-        assert re.search(r"Used 168 registers", report), (
-            name,
-            report,
-        )  # 384 threads x 168: all that an SM has
-        assert smem <= hopper.SMEM_LIMIT
+        assert int(re.search(r"Used (\d+) registers", report)[1]) <= registers, (name, report)
         assert not re.search(r"\b(LDL|STL)\b", sass), name
         assert len(re.findall(r"\bHGMMA", sass)) >= 4, name
         assert re.search(r"\bUTMALDG", sass), name
-        assert bool(re.search(r"\bUTMASTG", sass)) == ("float32" not in name), name
+        assert bool(re.search(r"\bUTMASTG", sass)) == (f"_{name.split('_')[3]}_float32" not in name), name
+        assert re.search(r"\bPREEXIT\b", sass), name  # lets the next launch start
+        assert re.search(r"\bACQBULK\b", sass), name  # waits for the one before
+
+
+# A TMA store must not overtake the stores to shared memory that it sends: each needs a fence before it.
+FENCES = """
+import sys
+sys.path.insert(0, {root!r})
+from kernels_numba import launch
+from kernels_numba.ops.gemm import hopper
+from kernels_numba.ops.gemm.hopper_config import HopperConfig
+build = hopper.Build(mutant={mutant!r})
+kernel = hopper.hopper_kernel(HopperConfig(128, 96), "bfloat16", "bfloat16", False, build)
+ptx = launch.compile_ptx(kernel.make(), kernel.types, kernel.threads, "sm_90a")
+bare = staged = sent = 0
+for line in ptx.splitlines():
+    if "stmatrix" in line:
+        bare, staged = 1, staged + 1
+    elif "fence.proxy.async" in line:
+        bare = 0
+    elif ".global.shared::cta" in line:
+        sent += 1
+        assert not bare, "a TMA store follows stmatrix without a fence"
+assert staged and sent, (staged, sent)
+print("fenced")
+"""
+
+
+def test_staged_output_is_fenced_before_it_is_sent():
+    assert in_compiler(FENCES.format(root=str(ROOT), mutant="")) == "fenced"
+    with pytest.raises(AssertionError, match="without a fence"):
+        in_compiler(FENCES.format(root=str(ROOT), mutant="no_fence"))
 
 
 def test_the_heuristic_prefers_full_waves():
-    assert hopper.pick_hopper_config(8192, 8192, 132).tile_n == 256
-    assert hopper.pick_hopper_config(512, 3584, 132).tile_n == 112  # 128 tiles: one wave
-    assert hopper.pick_hopper_config(8192, 576, 132).tile_n == 144
+    def tile(m, n, k):
+        return str(pick_hopper_config(m, n, k, 132)[0])
+
+    assert tile(8192, 8192, 4096) == "128x256"
+    assert tile(512, 3584, 3584) == "128x112"  # 128 tiles: one wave
+    assert tile(8192, 576, 1536) == "128x144"
+    assert tile(512, 576, 576) in ("64x48", "64x64")
+    assert tile(1, 4096, 4096).startswith("64x")
     for m in (1, 512, 1000, 4096):
-        assert hopper.pick_hopper_config(m, 4096, 132) in hopper.CONFIGS.values()
+        config, group = pick_hopper_config(m, 4096, 4096, 132)
+        assert config in CONFIGS
+        assert group >= 1
 
 
-@pytest.mark.parametrize("tile_n", list(hopper.CONFIGS))
-def test_shared_memory_holds_what_the_kernel_stages(tile_n):
-    config = hopper.CONFIGS[tile_n]
-    plan = hopper.smem_plan(config)
-    assert plan.bytes <= hopper.SMEM_LIMIT
-    assert tile_n % (config.chunk * config.chunks) == 0
+def test_the_table_names_tiles_that_exist_and_beats_the_model():
+    names = {str(config) for config in CONFIGS}
+    assert set(TUNED.values()) <= names
+    for (row_tiles, n, k), name in TUNED.items():
+        m = 128 * row_tiles
+        assert str(pick_hopper_config(m, n, k, 132)[0]) == name
+        assert str(pick_hopper_config(m - 127, n, k, 132)[0]) == name
+        assert str(pick_hopper_config(m - 128, n, k, 132)[0]) == TUNED.get(
+            (row_tiles - 1, n, k), str(cheapest_config(m - 128, n, k, 132))
+        )
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_shared_memory_holds_what_the_kernel_stages(config):
+    plan = smem_plan(config)
+    assert plan.bytes <= SMEM_LIMIT
+    assert config.stages >= 4
     assert all(plan.offset(name) % 1024 == 0 for name in ("x", "weight", "out"))
     assert "x" in plan.picture()
+    columns = [box.first + i for boxes in config.rounds for box in boxes for i in range(box.columns)]
+    assert columns == list(range(config.tile_n))
+    for boxes in config.rounds:
+        ends = [box.offset + 128 * box.columns for box in boxes]
+        assert [box.offset for box in boxes] == [0, *ends[:-1]]
+        assert ends[-1] <= config.staged_bytes
+
+
+def test_boxes_are_as_wide_as_they_can_be():
+    assert [box.columns for box in boxes_of(144, 1 << 20)[0]] == [64, 64, 16]
+    assert [[box.columns for box in boxes] for boxes in boxes_of(112, 8192)] == [[64], [32, 16]]
+    with pytest.raises(ValueError, match="72 columns in rounds of 8192"):
+        boxes_of(72, 8192)
+    with pytest.raises(ValueError, match="64 columns in rounds of 4096"):
+        boxes_of(64, 4096)
+
+
+def test_unknown_mutants_are_named():
+    with pytest.raises(ValueError, match="mutant is 'typo'; there are wrong_phase"):
+        hopper.Build(mutant="typo")
 
 
 # On a GPU.
@@ -124,13 +205,13 @@ def cuda(on_gpu):
     return cuda
 
 
-def product(gpu, x, weight, bias, out_dtype, rows, config=None, num_rows=None):
+def product(gpu, x, weight, bias, out_dtype, rows, config=None, num_rows=None, **how):
     """(rows of out as float64 incl. those past num_rows, which hold the fill) of a poisoned output."""
     storage = np.float32 if out_dtype == "float32" else (np.uint16 if gpu.dtype == "bfloat16" else np.float16)
     fill = np.full((rows, weight.shape[0]), np.nan, np.float32)
     out = gpu.cuda.to_device(fill) if out_dtype == "float32" else gpu.up(fill)
     assert out.dtype == storage
-    hopper.gemm_hopper(out, x, weight, bias, config=config, num_rows=num_rows)
+    hopper.gemm_hopper(out, x, weight, bias, config=config, num_rows=num_rows, **how)
     gpu.cuda.synchronize()
     return gpu.down(out)
 
@@ -163,8 +244,8 @@ def test_hopper_against_float64(cuda, m, n, k, dtype, out_dtype, has_bias):
     epsilon = {"float32": 2e-5, "bfloat16": 2.0**-8, "float16": 2.0**-11}[out_dtype]
     # Every tile in the plain case; elsewhere the epilogues differ, and one tile of each kind of store box
     # has them all.
-    widths = hopper.WIDTHS if (out_dtype, has_bias) == ("bfloat16", False) else (32, 144, 256)
-    for config in map(hopper.CONFIGS.get, widths):
+    plain = (out_dtype, has_bias) == ("bfloat16", False)
+    for config in CONFIGS if plain else [c for c in CONFIGS if str(c) in SOME]:
         got = product(gpu, x, weight, bias, out_dtype, m, config).astype(np.float64)
         assert np.isfinite(got).all(), config
         # The result's last place, and sums of k terms in float32 (tensor cores cut off low bits).
@@ -179,7 +260,7 @@ def test_rows_past_the_real_count_are_left_alone(cuda):
     whole = product(gpu, x, weight, None, "bfloat16", 300)
     for real in (0, 1, 64, 65, 127, 128, 129, 200, 299, 300):
         count = cuda.to_device(np.array([real], np.int32))
-        for config in hopper.CONFIGS.values():
+        for config in CONFIGS:
             got = product(gpu, x, weight, None, "bfloat16", 300, config, count)
             assert np.array_equal(got[:real].view(np.uint16), whole[:real].view(np.uint16)), (real, config)
             assert np.isnan(got[real:].astype(np.float32)).all(), (real, config)
@@ -196,7 +277,7 @@ def test_a_row_has_the_same_bits_in_any_company(cuda, n, k):
     weight = gpu.up(rng.standard_normal((n, k)).astype(np.float32))
     rows = rng.standard_normal((5, k)).astype(np.float32) * np.exp(rng.standard_normal((5, 1)))
     alone = [product(gpu, gpu.up(row[None]), weight, None, "float32", 1) for row in rows]
-    for config in hopper.CONFIGS.values():
+    for config in CONFIGS:
         m = int(rng.integers(5, 700))
         x = rng.standard_normal((m, k)).astype(np.float32) * 100
         places = rng.choice(m, 5, replace=False)
@@ -209,6 +290,104 @@ def test_a_row_has_the_same_bits_in_any_company(cuda, n, k):
                 m,
                 place,
             )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "config", [HopperConfig(64, 96), HopperConfig(128, 80), HopperConfig(128, 256)], ids=str
+)
+def test_bits_survive_random_pauses(cuda, config):
+    """Warps that dawdle at random reach orders that never happen by themselves; waits are bounded."""
+    rng = np.random.default_rng(5)
+    gpu = Gpu(cuda, "bfloat16")
+    x, weight = gpu.up(rng.standard_normal((777, 1032))), gpu.up(rng.standard_normal((1544, 1032)))
+    want = product(gpu, x, weight, None, "bfloat16", 777, config).view(np.uint16)
+    for _ in range(5):
+        build = hopper.Build(debug=True, stress=True)
+        got = product(gpu, x, weight, None, "bfloat16", 777, config, build=build, group=3).view(np.uint16)
+        assert np.array_equal(got, want)
+
+
+@pytest.mark.gpu
+def test_a_consumer_of_the_wrong_phase_is_caught(cuda):
+    """The mutant reads stages before they are there: its numbers must not pass for right."""
+    rng = np.random.default_rng(6)
+    gpu = Gpu(cuda, "bfloat16")
+    x, weight = gpu.up(rng.standard_normal((512, 2048))), gpu.up(rng.standard_normal((512, 2048)))
+    config = HopperConfig(128, 128)
+    want = product(gpu, x, weight, None, "bfloat16", 512, config).view(np.uint16)
+    build = hopper.Build(debug=True, mutant="wrong_phase")
+    got = product(gpu, x, weight, None, "bfloat16", 512, config, build=build).view(np.uint16)
+    assert not np.array_equal(got, want)
+
+
+LOST = """
+import sys
+sys.path.insert(0, {root!r})
+import numpy as np
+from kernels_numba.compiler import cuda
+from kernels_numba.ops.gemm import hopper
+from kernels_numba.ops.gemm.hopper_config import HopperConfig
+shapes = ((128, 4096), (128, 4096), (128, 128))
+x, weight, out = (cuda.to_device(np.ones(shape, np.float16)) for shape in shapes)
+build = hopper.Build(debug=True, mutant={mutant!r})
+hopper.gemm_hopper(out, x, weight, config=HopperConfig(128, 128), build=build)
+cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+def test_a_lost_arrival_ends_with_the_name_of_its_barrier(cuda):
+    """In a child: the failed assertion ends its CUDA context."""
+
+    def run(mutant):
+        code = LOST.format(root=str(ROOT), mutant=mutant)
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+
+    whole = run("")
+    assert whole.returncode == 0, whole.stderr
+    lost = run("lost_arrival")
+    assert lost.returncode != 0
+    assert "empty: mbarrier wait timed out" in lost.stdout + lost.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pdl", [True, False])
+def test_a_chain_of_dependent_launches_sees_what_came_before(cuda, pdl):
+    """Each product reads what the launch before it wrote and overwrites what the one before that read, in
+    every mix of tiles, from a captured graph, replayed: as by launches one at a time."""
+    torch = pytest.importorskip("torch")
+    from kernels_numba.launch import address
+
+    rng = np.random.default_rng(7)
+    gpu = Gpu(cuda, "bfloat16")
+    m, n = 700, 576
+    weights = [gpu.up(rng.standard_normal((n, n)) / np.sqrt(n)) for _ in CONFIGS]
+    start = gpu.up(rng.standard_normal((m, n)))
+    buffers = [cuda.device_array((m, n), np.uint16) for _ in range(2)]
+
+    def chain(stream, wait):
+        x = start
+        for turn, (config, weight) in enumerate(zip(CONFIGS, weights, strict=True)):
+            out = buffers[turn % 2]
+            hopper.gemm_hopper(out, x, weight, stream=stream, config=config, build=hopper.Build(pdl=pdl))
+            if wait:
+                cuda.synchronize()
+            x = out
+        return x
+
+    last = chain(None, wait=True)
+    want = last.copy_to_host()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        assert address(chain(stream.cuda_stream, wait=False)) == address(last)
+    for _ in range(20):
+        for buffer in buffers:
+            buffer.copy_to_device(np.full((m, n), 0x7FC0, np.uint16))
+        cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert np.array_equal(last.copy_to_host(), want)
 
 
 @pytest.mark.gpu

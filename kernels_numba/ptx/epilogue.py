@@ -208,8 +208,9 @@ def make_store_rows(n: int, dtype: str) -> Any:
             _, out_, row_bytes_, col_, num_cols_, low_, high_ = args
             store = ir.InlineAsm(store_type, text, constraints, side_effect=True)
             below = builder.add(out_, builder.shl(builder.sext(row_bytes_, i64), i64(3)))
+            left = builder.sub(num_cols_, col_)  # compared with constants: nothing to keep in a register
             for j in range(n // 8):
-                inside = builder.zext(builder.icmp_signed("<", builder.add(col_, i32(8 * j)), num_cols_), i32)
+                inside = builder.zext(builder.icmp_signed(">", left, i32(8 * j)), i32)
                 for start, may, first in ((out_, low_, 4 * j), (below, high_, 4 * j + 2)):
                     pair = [_load(builder, data, first), _load(builder, data, first + 1)]
                     if not wide:
@@ -246,8 +247,9 @@ def make_add_bias(n: int, dtype: str) -> Any:
             load = ir.InlineAsm(ir.FunctionType(i32, [i64, i32]), text, "=&r,l,r", side_effect=True)
             out = "=f" if dtype == "float16" else "=r"
             widened = f32 if dtype == "float16" else i32
+            left = builder.sub(num_cols_, col_)
             for j in range(n // 8):
-                inside = builder.zext(builder.icmp_signed("<", builder.add(col_, i32(8 * j)), num_cols_), i32)
+                inside = builder.zext(builder.icmp_signed(">", left, i32(8 * j)), i32)
                 pair = builder.call(load, [builder.add(bias_, i64(16 * j)), inside])
                 for half in (0, 1):
                     fn = ir.InlineAsm(
