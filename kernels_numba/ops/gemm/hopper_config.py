@@ -109,15 +109,15 @@ def tile_cycles(config: HopperConfig, k: int) -> float:
     return -(-k // TILE_K) * step * (ONE_CONSUMER if config.consumers == 1 else 1) + TILE_CYCLES
 
 
+def model_cycles(config: HopperConfig, m: int, n: int, k: int, num_sms: int) -> float:
+    """Time of the whole product: waves of tiles over the SMs x the cycles of one."""
+    tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
+    return -(-tiles // num_sms) * tile_cycles(config, k)
+
+
 def cheapest_config(m: int, n: int, k: int, num_sms: int) -> HopperConfig:
-    """The tile that the cost model finds fastest: waves of tiles over the SMs x the cycles of one. Ties go
-    to the larger tile."""
-
-    def cost(config: HopperConfig) -> float:
-        tiles = -(-m // config.tile_m) * -(-n // config.tile_n)
-        return -(-tiles // num_sms) * tile_cycles(config, k)
-
-    return min(reversed(CONFIGS), key=cost)
+    """The tile that the cost model finds fastest; ties go to the larger tile."""
+    return min(reversed(CONFIGS), key=lambda config: model_cycles(config, m, n, k, num_sms))
 
 
 def pick_hopper_config(m: int, n: int, k: int, num_sms: int) -> tuple[HopperConfig, int]:
