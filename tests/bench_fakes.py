@@ -1,8 +1,9 @@
-"""Stand-ins for the device side of the bench: a lane whose clock counts calls, a workload of made-up times."""
+"""Stand-ins for the device side of the bench: a lane whose clock counts calls, a workload of fixed times."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 from kernels_numba.bench.contest import BASELINE, Outcome
 from kernels_numba.bench.timing import Measurement
@@ -10,7 +11,7 @@ from kernels_numba.cost import Cost
 
 
 class Lane:
-    """Runs work at once. A call costs `call_us` of this clock, eager or replayed; `turns` logs who was timed."""
+    """Runs work at once. A call costs `call_us`, eager or replayed; `turns` logs who was timed."""
 
     stream = None
 
@@ -57,9 +58,9 @@ class Simulated(Lane):
 class FakeWorkload:
     """What contest.Workload is to bench_ops.run; `wrong` rungs are refused, `broken` cases cannot be made."""
 
-    opened: list = []
-    wrong: set = set()
-    broken: set = set()
+    opened: ClassVar[list] = []
+    wrong: ClassVar[set] = set()
+    broken: ClassVar[set] = set()
     interrupt_at = None
 
     def __init__(self, op, params, *, cold, torch):

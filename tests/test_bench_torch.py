@@ -1,4 +1,4 @@
-"""The baselines of the bench, on a CPU where torch is installed: right answers, and what they are compared on."""
+"""The baselines of the bench, on a CPU where torch is installed: right answers, and what they catch."""
 
 from __future__ import annotations
 

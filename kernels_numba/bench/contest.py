@@ -98,7 +98,7 @@ class Workload:
             contender(**arguments, stream=self.lane.stream)
             cuda.synchronize()
 
-        error = check_call(self.entry, self.params, call, launch)
+        error = check_call(self.entry, self.params, call, launch, scan=bound is None)
         if not error <= 1:
             raise ArithmeticError(
                 f"{name}: {error:.2f} times the tolerance from its definition; a wrong result is not timed"
