@@ -13,7 +13,7 @@ from kernels_numba.cost import Cost
 class Lane:
     """Runs work at once. A call costs `call_us`, eager or replayed; `turns` logs who was timed."""
 
-    stream = None
+    stream, cold_bytes = None, 120 << 20
 
     def __init__(self, name="", call_us=10.0, turns=None):
         self.name, self.call_us, self.turns = name, call_us, [] if turns is None else turns

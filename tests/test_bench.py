@@ -58,6 +58,11 @@ def test_rotated_buffers_leave_the_cache():
     assert timing.buffer_sets(1 << 20, cold=False) == 1
     assert timing.l2_state(1 << 20, 1) == "warm L2"
     assert timing.l2_state(1000, timing.MAX_SETS) == "L2 may hold the 2 MB rotated"
+    assert timing.cold_bytes(50 << 20) == timing.COLD_BYTES == 120 << 20
+    larger = timing.cold_bytes(100 << 20)
+    assert larger == 240 << 20
+    assert timing.buffer_sets(10 << 20, needed=larger) == 25
+    assert timing.l2_state(10 << 20, 13, larger) != "cold L2"
 
 
 def test_contenders_take_turns():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from bench_fakes import FakeWorkload
 from test_house import without_cuda
+from test_import import heavy, modules_after
 
 from kernels_numba.ops import OP_NAMES, OPS
 from sharp import bench, bench_ops, results
@@ -76,6 +77,14 @@ def test_where_cuda_cannot_be_imported(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "numba-cuda cannot be imported" in done.stdout
     assert without_cuda(tmp_path, "sharp.bench", "rope").returncode == 1
+
+
+def test_the_bench_imports_nothing_heavy_until_it_must():
+    loaded = modules_after("import sharp.bench, sharp.bench_ops, kernels_numba.bench")
+    assert not heavy(loaded)
+    loaded = modules_after("import kernels_numba.bench.contest, kernels_numba.bench.torch_side")
+    assert "torch" not in loaded
+    assert not {name for name in loaded if name.partition(".")[0] == "sharp"}
 
 
 @pytest.mark.parametrize(

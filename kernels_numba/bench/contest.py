@@ -68,8 +68,8 @@ class Workload:
         self.entry, self.params, self.torch = BENCH_OPS[op], params, torch
         self.lane: Lane = lane
         self.cost = self.entry.cost(params)
-        count = buffer_sets(self.cost.bytes, cold)
-        self.l2 = l2_state(self.cost.bytes, count)
+        count = buffer_sets(self.cost.bytes, cold, lane.cold_bytes)
+        self.l2 = l2_state(self.cost.bytes, count, lane.cold_bytes)
         shared: dict[str, Any] = {}
         self.sets = [self.entry.make(Maker(i, shared), params) for i in range(count)]
         self._arguments = [{**call.resolved(), **call.kwargs} for call in self.sets]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from kernels_numba.bench.timing import cold_bytes
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import stream_handle
 
@@ -28,6 +29,7 @@ class DriverLane:
 
         cuda.current_context()
         self.stream, self._driver = cuda.stream(), driver
+        self.cold_bytes = cold_bytes(int(cuda.get_current_device().L2_CACHE_SIZE))
         self._handle = driver.CUstream(stream_handle(self.stream))
         self._start, self._end = (_check(driver.cuEventCreate(0), "making an event") for _ in range(2))
         self._graphs: list[Any] = []

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-COLD_BYTES = 120 << 20  # over twice the L2 of an H100 or H200 (50 MB), more than any other's that we know
+COLD_BYTES = 120 << 20  # touched between two turns of a set: over twice the L2 of an H100 or H200 (50 MB)
 MAX_SETS = 2048
 LONG_ENOUGH_US = 1000.0  # of one replay, so that the gap before it does not count
 REPLAY_LIMIT_US = 200_000.0  # of one replay: a call of 200 ms needs no company
@@ -28,6 +28,7 @@ class Lane(Protocol):
     """A stream, and how work is queued, captured and timed on it."""
 
     stream: Any  # what a contender is given
+    cold_bytes: int  # what must be touched between two turns of a buffer for it to have left L2
 
     def capture(self, work: Queue) -> Queue:
         """`work`, queued once while it is captured -> a function that queues all of it again."""
@@ -51,19 +52,24 @@ class Measurement:
     sets: int
 
 
-def buffer_sets(touched_bytes: int, cold: bool = True) -> int:
-    """How many sets to rotate so that what a call touches has left L2 when its turn comes again.
+def cold_bytes(l2_bytes: int) -> int:
+    """COLD_BYTES, or 2.4 times a larger L2."""
+    return max(COLD_BYTES, l2_bytes * 12 // 5)
+
+
+def buffer_sets(touched_bytes: int, cold: bool = True, needed: int = COLD_BYTES) -> int:
+    """How many sets to rotate so that `needed` bytes are touched before a set's turn comes again.
 
     At least 2 and at most MAX_SETS, if cold; else 1."""
-    return max(2, min(MAX_SETS, -(-COLD_BYTES // max(1, touched_bytes)) + 1)) if cold else 1
+    return max(2, min(MAX_SETS, -(-needed // max(1, touched_bytes)) + 1)) if cold else 1
 
 
-def l2_state(touched_bytes: int, sets: int) -> str:
+def l2_state(touched_bytes: int, sets: int, needed: int = COLD_BYTES) -> str:
     """ "cold L2", "warm L2", or that too little is touched to tell."""
     if sets == 1:
         return "warm L2"
     turned = (sets - 1) * touched_bytes
-    return "cold L2" if turned >= COLD_BYTES else f"L2 may hold the {turned / 1e6:.0f} MB rotated"
+    return "cold L2" if turned >= needed else f"L2 may hold the {turned / 1e6:.0f} MB rotated"
 
 
 def interleaved(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

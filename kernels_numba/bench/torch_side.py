@@ -149,7 +149,9 @@ class _Interface:
 
 
 class TorchSide:
-    """torch on the device of ours: tensors that share memory, one stream, captured graphs."""
+    """torch on the device of ours: tensors that share memory, one stream, captured graphs (a timing.Lane)."""
+
+    cold_bytes = 0  # it takes the sets that our lane asked for
 
     def __init__(self) -> None:
         """ImportError without torch; RuntimeError where torch cannot use a GPU."""
