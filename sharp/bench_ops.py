@@ -192,6 +192,7 @@ def make_rows(
     """The burst row, and the sustained one if that was measured, of one rung."""
     from kernels_numba import launch
     from kernels_numba.bench import contest, peers
+    from kernels_numba.bench.ops import BENCH_OPS
 
     rows = []
     for measured, word in ((outcome.measured, ""), (outcome.sustained, " sustained")):
@@ -199,7 +200,8 @@ def make_rows(
             figures = peers.figures(item.op, cost, measured[rung], measured.get(contest.BASELINE), gpu.name)
             peer, source = peers.reference(item.op, item.case, gpu.name)
             row = results.make_row(
-                op=item.op, case=item.case + options.suffix() + word, rung=rung, dtype="bfloat16",
+                op=item.op, case=item.case + options.suffix() + word, rung=rung,
+                dtype=BENCH_OPS[item.op].dtype,
                 baseline=outcome.baseline, reference=peer, reference_source=source,
                 err=round(measured[rung].err, 3), commit=options.commit, source_hash=op_hash(item.op),
                 date=date.today().isoformat(), gpu=gpu.name, driver=gpu.driver,

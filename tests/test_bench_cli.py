@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
 
 import pytest
-from bench_fakes import FakeWorkload
+from bench_fakes import FakeWorkload, Simulated
 from test_house import without_cuda
 from test_import import heavy, modules_after
 
+from kernels_numba.bench import contest
 from kernels_numba.ops import OP_NAMES, OPS
 from sharp import bench, bench_ops, results
 
+WORKLOAD = contest.Workload  # the real one, before any test replaces it
 GPU = bench_ops.Gpu("NVIDIA H100 80GB HBM3", "580.1", (9, 0))
 COMMIT = "0123abc"
 
@@ -31,8 +34,6 @@ def workloads(monkeypatch):
 @pytest.fixture
 def gpu(monkeypatch, workloads):
     """This machine as one with an H100, where FakeWorkload measures beside a torch that is not there."""
-    from kernels_numba.bench import contest
-
     monkeypatch.setattr(bench, "gpu_here", lambda: GPU)
     monkeypatch.setattr(bench, "torch_is_here", lambda: True)
     monkeypatch.setattr(contest, "torch_side", lambda against: object() if against == "torch" else None)
@@ -228,6 +229,26 @@ def test_failures_are_told_and_nothing_else_stops(capsys, gpu, tmp_path):
     assert any("rope llama3.2-1b T=64: MemoryError: no room" in line for line in told)
 
 
+def test_the_whole_way_with_real_kernels_in_the_simulator(capsys, gpu, monkeypatch, tmp_path):
+    """Every op: words, plan, data, the plain kernel, its check, row, file. Only the clock is made up."""
+    from kernels_numba.bench import cases
+
+    toys = {op: next(iter(OPS[op].CASES.values())) for op in OP_NAMES}
+    monkeypatch.setattr(cases, "bench_cases", lambda op, quick=False, text="": {"toy": toys[op]})
+    monkeypatch.setattr(contest, "Workload", functools.partial(WORKLOAD, lane=Simulated()))
+    out = tmp_path / "rows.json"
+    words = ["--rung", "plain", "--warm", "--against", "none", "--commit", COMMIT, "--out", str(out)]
+    status, lines = run(capsys, *words)
+    assert status == 0, lines
+    rows = json.loads(out.read_text())
+    assert [row["op"] for row in rows] == list(OP_NAMES)
+    for row in rows:
+        assert (row["case"], row["rung"], row["us"]) == ("toy warm", "plain", 1e6)
+        assert row["err"] <= 1
+        assert row["dtype"] == ("float32" if row["op"] == "sample" else "bfloat16")
+    assert sum("1 calls over 1 sets of operands, warm L2" in line for line in lines) == len(OP_NAMES)
+
+
 def test_resuming(capsys, gpu, tmp_path):
     out = tmp_path / "rows.json"
     words = ["gemm", "--rung", "hopper", "--commit", COMMIT, "--out", str(out)]
@@ -281,8 +302,6 @@ def test_without_torch_there_is_no_baseline_and_it_is_said(capsys, gpu, monkeypa
     assert "baseline: none (torch is not installed)" in lines
     assert {row["baseline"] for row in json.loads(lines[-1])} == {None}
     monkeypatch.undo()
-    from kernels_numba.bench import contest
-
     if not bench.torch_is_here():
         with pytest.raises(ValueError, match="torch cannot be the baseline here"):
             contest.torch_side("torch")

@@ -36,7 +36,7 @@ class BenchOp:
 
     excerpt(call, params, rows): those rows of the problem as a small call on the host, read before the
     launch; result(call, params, rows): the same part of the outputs, read after it. blank: outputs that are
-    wholly written. rounding: allowed beside twice the plain error.
+    wholly written. unit, dtype: of its rows. rounding: allowed beside twice the plain error.
     """
 
     make: Callable[[Maker, Params], Call]
@@ -48,6 +48,7 @@ class BenchOp:
     ]
     blank: tuple[str, ...] = ("out",)
     unit: str = "GB/s"
+    dtype: str = "bfloat16"
     rounding: float = BF16_ROUNDING
     judge: Callable[[Call, list[Any], float], float] | None = None
 

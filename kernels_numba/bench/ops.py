@@ -280,5 +280,6 @@ BENCH_OPS: dict[str, BenchOp] = {
         ),
         lambda c: len(c["temperatures"]),
         _by_rows("sample", "logits", "temperatures", "seeds", "output_indices"), judge=_sample_judge,
+        dtype="float32",
     ),
 }  # fmt: skip
