@@ -23,6 +23,7 @@ from sharp import results
 # The plain rungs are for reading: on the largest shapes one call takes seconds. Unless asked for by name:
 PLAIN_FLOPS = 5e10
 ROUNDS = 7
+SUSTAINED = " sustained"  # at the end of a case's name
 RESERVE_BYTES = 1 << 20  # more than a whole grid's rows need
 
 
@@ -164,8 +165,9 @@ class RowFile:
         self.rows = [row for row in self.rows if wanted(row)]
         return before - len(self.rows)
 
-    def add(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """All of them or none."""
+        self.rows.extend(rows)
         if self.path is not None:
             self._write(json.dumps(self.rows, indent=1) + "\n")
 
@@ -186,6 +188,15 @@ def is_current(row: dict[str, Any], options: Options, gpu: Gpu) -> bool:
     )
 
 
+def lacks_sustained(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether a burst row of `rows` has no sustained one beside it, though its calls are short."""
+    from kernels_numba.bench.timing import STEADY_US
+
+    there = {(other["op"], other["case"], other["rung"]) for other in rows}
+    other = (row["op"], row["case"] + SUSTAINED, row["rung"])
+    return row["us"] < STEADY_US and not row["case"].endswith(SUSTAINED) and other not in there
+
+
 def make_rows(
     item: Item, rung: str, outcome: Any, cost: Any, options: Options, gpu: Gpu
 ) -> list[dict[str, Any]]:
@@ -195,7 +206,7 @@ def make_rows(
     from kernels_numba.bench.ops import BENCH_OPS
 
     rows = []
-    for measured, word in ((outcome.measured, ""), (outcome.sustained, " sustained")):
+    for measured, word in ((outcome.measured, ""), (outcome.sustained, SUSTAINED)):
         if rung in measured:
             figures = peers.figures(item.op, cost, measured[rung], measured.get(contest.BASELINE), gpu.name)
             peer, source = peers.reference(item.op, item.case, gpu.name)
@@ -229,6 +240,9 @@ def run(
     from kernels_numba.ops import OPS
 
     open_workload = open_workload or contest.Workload
+    if options.sustained:
+        rows = list(file.rows)
+        file.keep(lambda row: not lacks_sustained(row, rows))
     done = {(row["op"], row["case"], row["rung"]) for row in file.rows}
     failures: list[str] = []
 
@@ -252,7 +266,8 @@ def run(
                     rows = make_rows(item, rung, outcome, workload.cost, options, gpu)
                     for row, measured in zip(rows, (outcome.measured, outcome.sustained), strict=False):
                         write(describe(row, measured[rung], outcome.l2, options.rounds))
-                        file.add(row)
+                    if rows:
+                        file.add(rows)
                     advance(1)
         except Exception as error:  # no memory, or a baseline that cannot run: the next case may be well
             fail(f"{item.op} {name}: {type(error).__name__}: {error}")

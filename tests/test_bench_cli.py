@@ -272,6 +272,17 @@ def test_resuming(capsys, gpu, tmp_path):
         assert len(gpu.opened) == 6
 
 
+def test_resuming_with_the_sustained_rate_measures_again(capsys, gpu, tmp_path):
+    out = tmp_path / "rows.json"
+    words = ["gemm", "--rung", "hopper", "--case", "N=576 K=1536", "--commit", COMMIT, "--out", str(out)]
+    run(capsys, *words)
+    _, lines = run(capsys, *words, "--resume", "--sustained")
+    assert len(gpu.opened) == 12
+    assert len(json.loads(lines[-1])) == 12
+    run(capsys, *words, "--resume", "--sustained")
+    assert len(gpu.opened) == 12
+
+
 def test_an_interrupt_keeps_what_was_measured(capsys, gpu, tmp_path):
     gpu.interrupt_at = 4
     out = tmp_path / "rows.json"

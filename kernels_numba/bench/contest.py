@@ -73,7 +73,7 @@ class Workload:
         shared: dict[str, Any] = {}
         self.sets = [self.entry.make(Maker(i, shared), params) for i in range(count)]
         self._arguments = [{**call.resolved(), **call.kwargs} for call in self.sets]
-        self._baseline: Timed | None = None
+        self._baseline: tuple[str | None, Timed | None] | None = None
         cuda.synchronize()  # the data came on another stream than the one that is timed
 
     def __enter__(self) -> Workload:
@@ -127,14 +127,17 @@ class Workload:
         return worst
 
     def _baseline_timed(self) -> tuple[str | None, Timed | None]:
+        """Its name and itself, made when first needed: it copies what it cannot read from pages."""
         if self.torch is None:
             return None, None
-        bounds = [self.torch.bind(call, self.params) for call in self.sets]
-        if bounds[0] is None:
-            return NO_TWIN, None
         if self._baseline is None:
-            self._baseline = Timed(self.torch, lambda i: self.torch.queue(bounds[i].run), len(bounds))
-        return bounds[0].name, self._baseline
+            bounds = [self.torch.bind(call, self.params) for call in self.sets]
+            if bounds[0] is None:
+                self._baseline = NO_TWIN, None
+            else:
+                timed = Timed(self.torch, lambda i: self.torch.queue(bounds[i].run), len(bounds))
+                self._baseline = bounds[0].name, timed
+        return self._baseline
 
     def compare(
         self, contenders: Mapping[str, Contender], rounds: int, *, sustained: bool = False
