@@ -61,10 +61,7 @@ class Workload:
     ) -> None:
         if op not in BENCH_OPS:
             raise ValueError(f"no op {op!r} to measure; there are {', '.join(BENCH_OPS)}")
-        if lane is None:
-            from kernels_numba.bench.gpu import DriverLane
-
-            lane = DriverLane()
+        lane = lane or device_lane()
         self.entry, self.params, self.torch = BENCH_OPS[op], params, torch
         self.lane: Lane = lane
         self.cost = self.entry.cost(params)
@@ -188,6 +185,15 @@ def measure(
 
 
 _sides: dict[str, Any] = {}
+
+
+def device_lane() -> Any:
+    """The stream on which contenders run, made once."""
+    if "device" not in _sides:
+        from kernels_numba.bench.gpu import DriverLane
+
+        _sides["device"] = DriverLane()
+    return _sides["device"]
 
 
 def torch_side(against: str) -> Any:

@@ -17,11 +17,11 @@ AGREEMENT = 8.0  # roundings by which two right results may differ: rope in bflo
 def _scale(exact: Any) -> Any:
     """The largest value of each row (last axis), and at least a sixteenth of the largest of all."""
     size = abs(exact)
-    rows = size.max(axis=-1, keepdims=True) if isinstance_numpy(exact) else size.amax(-1, keepdim=True)
+    rows = size.max(axis=-1, keepdims=True) if _is_numpy(exact) else size.amax(-1, keepdim=True)
     return rows.clip(max(float(size.max()) / 16, 1e-30))
 
 
-def isinstance_numpy(array: Any) -> bool:
+def _is_numpy(array: Any) -> bool:
     """Whether an array is numpy's and not torch's."""
     return type(array).__module__.partition(".")[0] == "numpy"
 

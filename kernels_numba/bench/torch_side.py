@@ -5,6 +5,7 @@ Knows: torch functions, their streams and graphs. Refuses to know: our kernels, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -155,10 +156,12 @@ class TorchSide:
 
     def __init__(self) -> None:
         """ImportError without torch; RuntimeError where torch cannot use a GPU."""
-        import torch
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own imports, which say nothing about us
+            import torch
 
         if not torch.cuda.is_available():
-            raise RuntimeError("torch finds no GPU; pass --against none to measure without it")
+            raise RuntimeError("torch finds no GPU, measure without a baseline")
         self.torch, self.stream = torch, torch.cuda.Stream()
 
     def tensors(self, call: Call) -> Tensors:
