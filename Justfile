@@ -52,8 +52,8 @@ bench *options: setup
     @{{python}} -m sharp.bench {{options}}
 
 # record results measured on another machine
-bench-import file: setup
-    @{{python}} -m sharp.bench import {{file}}
+bench-import file *options: setup
+    @{{python}} -m sharp.bench import {{file}} {{options}}
 
 # run every notebook
 nb: (setup "--dev") _model

@@ -45,7 +45,7 @@ def op_sources(op: str, root: Path = ROOT) -> list[str]:
     start = next((p for p in (package / "ops" / f"{op}.py", package / "ops" / op) if p.exists()), None)
     if start is None:
         raise ValueError(f"no op {op!r} in kernels_numba/ops")
-    todo, seen = [start] if start.is_file() else sorted(start.glob("*.py")), set()
+    todo, seen = [start] if start.is_file() else sorted(start.rglob("*.py")), set()
     while todo:
         path = todo.pop()
         if path in seen:
@@ -79,15 +79,12 @@ def commit_exists(commit: str, root: Path = ROOT) -> bool:
     return check.returncode == 0
 
 
-def import_rows(rows: list[dict[str, Any]], results: Path = RESULTS, root: Path = ROOT) -> list[Path]:
-    """Put rows into their devices' files; all earlier rows of the same op on the same device go at once.
-
-    Raises ValueError for a row with missing or unknown fields, without a device, or of an unknown commit;
-    nothing
-    is written then.
-    """
+def check_rows(rows: list[dict[str, Any]], root: Path = ROOT) -> None:
+    """ValueError for what must not be recorded: missing or unknown fields, no device, an unknown commit, an
+    error beyond its tolerance, one measurement twice."""
     if not rows:
         raise ValueError("no rows to import")
+    seen: set[tuple[Any, ...]] = set()
     for number, row in enumerate(rows):
         if set(row) != set(FIELDS):
             raise ValueError(f"row {number}: fields missing or unknown: {sorted(set(row) ^ set(FIELDS))}")
@@ -101,6 +98,38 @@ def import_rows(rows: list[dict[str, Any]], results: Path = RESULTS, root: Path 
             raise ValueError(
                 f"row {number}: err is {row['err']!r}; only a result within its tolerance (1) counts"
             )
+        if key_of(row) in seen:
+            raise ValueError(f"row {number}: {' '.join(map(str, key_of(row)))} occurs twice in the file")
+        seen.add(key_of(row))
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    """What a row is about: (device slug, op, case, rung)."""
+    return device_slug(str(row["gpu"])), str(row["op"]), str(row["case"]), str(row["rung"])
+
+
+def lost_rows(rows: list[dict[str, Any]], results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Recorded rows that an import of `rows` would delete and not replace: other cases or rungs of them."""
+    ops, new = {key_of(row)[:2] for row in rows}, {key_of(row) for row in rows}
+    return [row for row in read_rows(results) if key_of(row)[:2] in ops and key_of(row) not in new]
+
+
+def import_rows(
+    rows: list[dict[str, Any]], results: Path = RESULTS, root: Path = ROOT, *, partial: bool = False
+) -> list[Path]:
+    """Put rows into their devices' files; all earlier rows of the same op on the same device go at once.
+
+    Raises ValueError as check_rows does, and for a part of what is recorded (lost_rows), unless `partial`
+    says that the rest shall go; nothing is written then.
+    """
+    check_rows(rows, root)
+    lost = lost_rows(rows, results)
+    if lost and not partial:
+        example = " ".join(key_of(lost[0])[1:])
+        raise ValueError(
+            f"{len(lost)} recorded rows of these ops are not in the file and would be deleted ({example!r} "
+            "is one): measure the whole grid, or say --partial to delete them"
+        )
     written = []
     for slug in sorted({device_slug(str(row["gpu"])) for row in rows}):
         path = results / f"{slug}.json"
@@ -124,9 +153,18 @@ def read_rows(results: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """One readable line."""
-    ratio = f"{row['ratio']:5.2f}x {row['baseline']}" if row["ratio"] is not None else "no baseline"
+    """One readable line: what was measured, its rate, share of the roofline, baseline, peers."""
+    rate = f"{row['value']:>8.2f} {row['unit']:<8}"
+    if row["unit"] != "GB/s" and row["gbs"] is not None:
+        rate += f" {row['gbs']:>7.1f} GB/s"
+    share = f"{row['roofline']:>5.0%} of roofline" if row["roofline"] is not None else "roofline unknown"
+    against = row["baseline"] or "no baseline"
+    if row["ratio"] is not None:
+        against = f"{row['ratio']:.2f}x {against}"
+    peer = (
+        f"  (peer: {row['reference']:g}, {row['reference_source']})" if row["reference"] is not None else ""
+    )
     return (
-        f"{row['op']:<10} {row['case']:<28} {row['rung'] or '-':<10} {row['dtype']:<9} "
-        f"{row['value']:>9.2f} {row['unit']:<9} {ratio:<24} err {row['err']}  {row['date']}  {row['gpu']}"
+        f"{row['op']:<10} {row['case']:<26} {row['rung'] or '-':<9} {row['us']:>10.2f} us {rate} {share}  "
+        f"{against}  err {row['err']}  {row['date']}  {row['gpu']}{peer}"
     )

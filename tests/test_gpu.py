@@ -130,6 +130,12 @@ def test_launcher_on_gpu():
     check_group(["tests/test_launch.py", "tests/test_launch_gpu.py", "--device=cuda", "-m", "gpu"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", ["attention", "not attention"])
+def test_bench_on_gpu(group):
+    check_group(["tests/test_bench_gpu.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=120)
+
+
 # The helper itself, on any machine.
 
 QUICK = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}

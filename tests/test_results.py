@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from sharp import bench, results
+from sharp import bench_engine, results
 
 
 @pytest.fixture
@@ -40,16 +40,34 @@ def test_rows_of_an_op_and_device_are_replaced_at_once(checkout):
     folder = root / "results"
     results.import_rows([row(commit), row(commit, case="b"), row(commit, op="rope")], folder, root)
     other = row(commit, gpu="NVIDIA H200", case="z")
-    paths = results.import_rows([row(commit, value=2.0), other], folder, root)
+    paths = results.import_rows([row(commit, value=2.0), other], folder, root, partial=True)
     assert [path.name for path in paths] == ["nvidia-h100-80gb-hbm3.json", "nvidia-h200.json"]
     h100 = json.loads((folder / "nvidia-h100-80gb-hbm3.json").read_text(encoding="utf-8"))
     assert [(r["op"], r["case"], r["value"]) for r in h100] == [("gemm", "a", 2.0), ("rope", "a", 1.0)]
     assert len(results.read_rows(folder)) == 3
 
 
+def test_a_part_of_the_grid_deletes_nothing_unless_told(checkout):
+    root, commit = checkout
+    folder = root / "results"
+    whole = [row(commit, case=case, rung=rung) for case in "ab" for rung in ("plain", "hopper")]
+    results.import_rows([*whole, row(commit, op="rope")], folder, root)
+    before = (folder / "nvidia-h100-80gb-hbm3.json").read_text(encoding="utf-8")
+    for part in (whole[:3], whole[::2], [row(commit, case="c"), *whole[1:]]):
+        with pytest.raises(ValueError, match=r"recorded rows of these ops .*'gemm . \w+' is one.*--partial"):
+            results.import_rows(part, folder, root)
+    assert (folder / "nvidia-h100-80gb-hbm3.json").read_text(encoding="utf-8") == before
+    assert len(results.lost_rows(whole[:1], folder)) == 3
+    results.import_rows([*whole, row(commit, case="c")], folder, root)  # more than before is welcome
+    results.import_rows([row(commit, gpu="NVIDIA L4")], folder, root)  # and another device
+    results.import_rows(whole[:1], folder, root, partial=True)
+    assert len(results.read_rows(folder)) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"case": "a"}, "occurs twice in the file"),
         ({"commit": "0" * 40}, "is not in this history"),
         ({"commit": "HEAD; rm"}, "is not in this history"),
         ({"gpu": None}, "op and gpu must be named"),
@@ -81,7 +99,7 @@ def test_what_is_recorded_keeps_the_rules():
         assert recorded["err"] is not None
         assert recorded["err"] <= 1, recorded
         assert results.format_row(recorded)
-        sources = bench.SOURCES if recorded["op"] == "engine" else results.op_sources(recorded["op"])
+        sources = bench_engine.SOURCES if recorded["op"] == "engine" else results.op_sources(recorded["op"])
         assert recorded["source_hash"] == results.source_hash(sources), (
             f"{recorded['op']} {recorded['case']}: its source changed since it was measured"
         )
@@ -98,6 +116,20 @@ def test_an_ops_sources_are_what_it_imports():
     assert "kernels_numba/ops/rope.py" in results.op_sources("rope")
     with pytest.raises(ValueError, match="no op 'gem'"):
         results.op_sources("gem")
+
+
+def test_an_ops_sources_reach_into_its_folders(tmp_path):
+    ops = tmp_path / "kernels_numba" / "ops"
+    (ops / "gemm" / "ladder").mkdir(parents=True)
+    (ops / "gemm" / "__init__.py").write_text("")
+    (ops / "gemm" / "ladder" / "v1.py").write_text("from kernels_numba.tile import x\n")
+    (tmp_path / "kernels_numba" / "tile.py").write_text("")
+    (tmp_path / "kernels_numba" / "other.py").write_text("")
+    assert results.op_sources("gemm", tmp_path) == [
+        "kernels_numba/ops/gemm/__init__.py",
+        "kernels_numba/ops/gemm/ladder/v1.py",
+        "kernels_numba/tile.py",
+    ]
 
 
 def test_a_source_hash_sees_every_byte(tmp_path):

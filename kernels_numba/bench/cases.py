@@ -1,0 +1,152 @@
+"""What each op is measured on: shapes of real models, a few token counts, named as the rows are.
+
+Knows: sizes. Refuses to know: arrays, times. Parameters have the keys of the ops' own CASES,
+which fit here, too. Source of the sizes: the models' config.json on Hugging Face.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kernels_numba.bench.timing import COLD_BYTES
+
+Params = dict[str, Any]
+
+GEMM_NK = (
+    (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (4608, 3584), (3584, 3584), (37888, 3584),
+    (3584, 18944), (3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (960, 576), (576, 576),
+    (3072, 576), (576, 1536),
+)  # fmt: skip
+GEMM_M = (512, 1000, 2048, 4096, 8192, 16384)
+QUICK_M = (512, 4096)
+
+MODELS: dict[str, Params] = {
+    "llama3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256, "num_q_heads": 32,
+                    "num_kv_heads": 8, "head_dim": 64},
+    "qwen2.5-7b": {"hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064, "num_q_heads": 28,
+                   "num_kv_heads": 4, "head_dim": 128},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152, "num_q_heads": 9,
+                     "num_kv_heads": 3, "head_dim": 64},
+}  # fmt: skip
+# For attention alone: the heads that published figures are about.
+ATTENTION_MODELS = {**MODELS, "llama3-8b": {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}}
+QUICK_MODELS = ("llama3.2-1b",)
+TOKENS = (64, 1024, 8192)
+QUICK_TOKENS = (64, 8192)
+BLOCK_SIZE = 64
+MAX_POS = 8192
+
+
+def _mixed(low: int, high: int, count: int) -> tuple[int, ...]:
+    """`count` lengths from low to high, the same ones always."""
+    return tuple(np.random.default_rng(0).integers(low, high + 1, count).tolist())
+
+
+# name -> (query_lens, context_lens)
+PREFILLS = {
+    "4x512": ((512,) * 4,) * 2,
+    "8x2048": ((2048,) * 8,) * 2,
+    "1x16384": ((16384,),) * 2,
+    "64x16..2048": (_mixed(16, 2048, 64),) * 2,
+    "2048 behind 14336": ((2048,), (16384,)),
+}
+QUICK_PREFILLS = ("4x512", "8x2048")
+DECODES = {
+    "1x4096": (4096,), "8x1024": (1024,) * 8, "8x4096": (4096,) * 8, "64x1024": (1024,) * 64,
+    "64x4096": (4096,) * 64, "64x100..8000": _mixed(100, 8000, 64), "256x100..8000": _mixed(100, 8000, 256),
+}  # fmt: skip
+QUICK_DECODES = ("8x1024", "64x1024")
+
+
+def _pick(source: Params, *names: str) -> Params:
+    return {name: source[name] for name in names}
+
+
+def _by_tokens(quick: bool, *sizes: str, **more: Any) -> dict[str, Params]:
+    return {
+        f"{model} T={tokens}": {"num_tokens": tokens, **_pick(MODELS[model], *sizes), **more}
+        for model in (QUICK_MODELS if quick else MODELS)
+        for tokens in (QUICK_TOKENS if quick else TOKENS)
+    }
+
+
+def _gemm(quick: bool) -> dict[str, Params]:
+    return {
+        f"M={m} N={n} K={k}": {"m": m, "n": n, "k": k, "bias": False}
+        for n, k in GEMM_NK
+        for m in (QUICK_M if quick else GEMM_M)
+    }
+
+
+def _store_kv(quick: bool) -> dict[str, Params]:
+    """The cache is wider than L2, so that rows are new to it."""
+    cases = _by_tokens(quick, "num_kv_heads", "head_dim", block_size=BLOCK_SIZE)
+    for params in cases.values():
+        page_bytes = 2 * 2 * params["num_kv_heads"] * params["head_dim"] * BLOCK_SIZE
+        params["num_blocks"] = max(2 * params["num_tokens"] // BLOCK_SIZE, COLD_BYTES // page_bytes)
+    return cases
+
+
+def _prefill(quick: bool) -> dict[str, Params]:
+    heads = ("num_q_heads", "num_kv_heads", "head_dim")
+    return {
+        f"{model} {name}": {
+            **_pick(ATTENTION_MODELS[model], *heads), "block_size": BLOCK_SIZE,
+            "query_lens": PREFILLS[name][0], "context_lens": PREFILLS[name][1],
+        }
+        for model in (QUICK_MODELS if quick else ATTENTION_MODELS)
+        for name in (QUICK_PREFILLS if quick else PREFILLS)
+    }  # fmt: skip
+
+
+def _decode(quick: bool) -> dict[str, Params]:
+    heads = ("num_q_heads", "num_kv_heads", "head_dim")
+    return {
+        f"{model} {name}": {
+            **_pick(ATTENTION_MODELS[model], *heads), "block_size": BLOCK_SIZE, "context_lens": DECODES[name],
+        }
+        for model in (QUICK_MODELS if quick else ATTENTION_MODELS)
+        for name in (QUICK_DECODES if quick else DECODES)
+    }  # fmt: skip
+
+
+def _lm_head(quick: bool) -> dict[str, Params]:
+    return {
+        f"{model} R={rows}": {
+            "num_rows": rows, "num_tokens": 4 * rows, **_pick(MODELS[model], "vocab_size", "hidden_size"),
+        }
+        for model in (QUICK_MODELS if quick else MODELS)
+        for rows in ((64,) if quick else (1, 64, 256))
+    }  # fmt: skip
+
+
+def _sample(quick: bool) -> dict[str, Params]:
+    return {
+        f"{model} R={rows} {kind}": {
+            "vocab_size": MODELS[model]["vocab_size"], "temperatures": (temperature,) * rows,
+        }
+        for model in (QUICK_MODELS if quick else MODELS)
+        for rows in ((64,) if quick else (1, 64, 256))
+        for kind, temperature in (("greedy", 0.0), ("T=0.7", 0.7))
+    }  # fmt: skip
+
+
+_CASES = {
+    "embedding": lambda quick: _by_tokens(quick, "hidden_size", "vocab_size"),
+    "rms_norm": lambda quick: _by_tokens(quick, "hidden_size", residual=True),
+    "gemm": _gemm,
+    "rope": lambda quick: _by_tokens(quick, "num_q_heads", "num_kv_heads", "head_dim", max_pos=MAX_POS),
+    "store_kv": _store_kv,
+    "prefill_attention": _prefill,
+    "decode_attention": _decode,
+    "silu_mul": lambda quick: _by_tokens(quick, "intermediate_size"),
+    "lm_head": _lm_head,
+    "sample": _sample,
+}
+
+
+def bench_cases(op: str, quick: bool = False, text: str = "") -> dict[str, Params]:
+    """Parameters by name: the op's grid, its quick part, or what of them contains `text` (maybe nothing)."""
+    return {name: params for name, params in _CASES[op](quick).items() if text in name}

@@ -1,0 +1,82 @@
+"""The device side of timing: one stream, graphs captured through the driver, events.
+
+Knows: streams and events. Refuses to know: what is queued. Plain kernels launch through numba's dispatcher,
+which takes numba's streams; prepared launches take these or integer handles: so a contender gets numba's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from kernels_numba.bench.timing import cold_bytes
+from kernels_numba.compiler import cuda
+from kernels_numba.launch import stream_handle
+
+
+def _check(result: Any, what: str) -> Any:
+    error, *rest = result
+    if int(error):
+        raise RuntimeError(f"{what}: the driver says {error.name}")
+    return rest[0] if rest else None
+
+
+class DriverLane:
+    """See timing.Lane. release() destroys the graphs."""
+
+    def __init__(self) -> None:
+        from cuda.bindings import driver
+
+        cuda.current_context()
+        self.stream, self._driver = cuda.stream(), driver
+        self.cold_bytes = cold_bytes(int(cuda.get_current_device().L2_CACHE_SIZE))
+        self._handle = driver.CUstream(stream_handle(self.stream))
+        self._start, self._end = (_check(driver.cuEventCreate(0), "making an event") for _ in range(2))
+        self._graphs: list[Any] = []
+
+    def capture(self, work: Callable[[], Any]) -> Callable[[], Any]:
+        """Whatever fails inside leaves the stream usable."""
+        driver, handle = self._driver, self._handle
+        cuda.synchronize()
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        with cuda.defer_cleanup():  # memory must not be freed while a stream is captured
+            _check(driver.cuStreamBeginCapture(handle, mode), "capturing")
+            try:
+                work()
+            except BaseException:
+                driver.cuStreamEndCapture(handle)
+                raise
+            graph = _check(driver.cuStreamEndCapture(handle), "capturing")
+        executable = _check(driver.cuGraphInstantiate(graph, 0), "making a graph")
+        _check(driver.cuGraphDestroy(graph), "making a graph")
+        self._graphs.append(executable)
+        return lambda: _check(driver.cuGraphLaunch(executable, handle), "launching a graph")
+
+    def elapsed_us(self, work: Callable[[], Any]) -> float:
+        driver = self._driver
+        cuda.synchronize()
+        _check(driver.cuEventRecord(self._start, self._handle), "timing")
+        work()
+        _check(driver.cuEventRecord(self._end, self._handle), "timing")
+        _check(driver.cuEventSynchronize(self._end), "waiting for a kernel")
+        return float(_check(driver.cuEventElapsedTime(self._start, self._end), "timing")) * 1e3
+
+    def release(self) -> None:
+        """Destroy the captured graphs, and free what waits to be freed."""
+        for executable in self._graphs:
+            _check(self._driver.cuGraphExecDestroy(executable), "destroying a graph")
+        self._graphs.clear()
+        cuda.current_context().deallocations.clear()
+
+
+def runs_on(rung: str, capability: tuple[int, int]) -> bool:
+    """Whether a rung of this name is meant for a device: Hopper's instructions exist on 9.0 alone."""
+    if rung == "hopper":
+        return capability == (9, 0)
+    return capability >= ((8, 0) if rung == "mma" else (7, 5))
+
+
+def capability() -> tuple[int, int]:
+    """Of the current device."""
+    major, minor = cuda.get_current_device().compute_capability
+    return int(major), int(minor)

@@ -1,0 +1,102 @@
+"""The baselines of the bench, on a CPU where torch is installed: right answers, and what they catch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from bench_fakes import Simulated
+
+from kernels_numba.bench import contest
+from kernels_numba.bench.torch_side import TorchSide
+from kernels_numba.ops import OPS
+
+torch = pytest.importorskip("torch")
+
+HEADS = {"num_q_heads": 6, "num_kv_heads": 2, "head_dim": 8, "block_size": 4}
+CASES = [
+    ("embedding", "toy", "F.embedding"),
+    ("rms_norm", "toy", "F.rms_norm"),
+    ("rms_norm", "toy_residual", "add_, F.rms_norm"),
+    ("gemm", "toy_one_row", "torch.matmul"),
+    ("gemm", "toy_bias", "F.linear"),
+    ("rope", "toy", "x cos + rotate_half(x) sin"),
+    ("store_kv", "toy", "index_put_"),
+    ("prefill_attention", {**HEADS, "query_lens": (5, 5), "context_lens": (5, 5)}, "SDPA, no pages"),
+    (
+        "prefill_attention",
+        {**HEADS, "query_lens": (5, 3), "context_lens": (5, 3)},
+        "SDPA, no pages, a call a sequence",
+    ),
+    ("prefill_attention", {**HEADS, "query_lens": (2,), "context_lens": (5,)}, contest.NO_TWIN),
+    ("decode_attention", {**HEADS, "context_lens": (5, 5)}, "SDPA, no pages"),
+    ("decode_attention", {**HEADS, "context_lens": (1, 9)}, "SDPA, no pages, a call a sequence"),
+    ("decode_attention", {**HEADS, "context_lens": (0, 9)}, contest.NO_TWIN),
+    ("silu_mul", "toy", "F.silu, mul"),
+    ("lm_head", "toy", "index_select, F.linear, float"),
+    ("sample", {"vocab_size": 50, "temperatures": (0.0, 0.0)}, "argmax"),
+    ("sample", {"vocab_size": 50, "temperatures": (0.0, 1.0)}, contest.NO_TWIN),
+]
+
+
+class HostSide(TorchSide):
+    """torch on the memory of numba's simulator, which is the host's."""
+
+    def __init__(self):
+        self.torch = torch
+
+    def tensors(self, call):
+        tensors = {}
+        for name, array in call.resolved().items():
+            host = array._ary
+            if host.dtype == np.uint16:
+                tensors[name] = torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
+            elif host.dtype != np.uint64:
+                tensors[name] = torch.from_numpy(host)
+        return tensors
+
+    def capture(self, work):
+        return lambda: None
+
+    def elapsed_us(self, work):
+        work()
+        return 1e6
+
+    def queue(self, work):
+        return work()
+
+    def release(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def workload(op, case):
+    params = OPS[op].CASES[case] if isinstance(case, str) else case
+    return contest.Workload(op, params, cold=False, torch=HostSide(), lane=Simulated())
+
+
+@pytest.mark.parametrize(("op", "case", "name"), CASES)
+def test_each_baseline_agrees_with_the_plain_kernel(op, case, name):
+    outcome = workload(op, case).compare({"plain": OPS[op].rungs["plain"]}, 5)
+    assert outcome.refused == {}
+    assert outcome.baseline == name
+    timed = ["plain"] if name == contest.NO_TWIN else [contest.BASELINE, "plain"]
+    assert list(outcome.measured) == timed
+
+
+def test_what_is_wrong_outside_the_windows_is_seen_beside_the_baseline():
+    """100 rows: the definition is asked about rows 0 to 7, 46 to 53 and 92 to 99."""
+    params = {"num_tokens": 100, "hidden_size": 8, "vocab_size": 20}
+
+    def wrong(stream=None, **arguments):
+        OPS["embedding"].rungs["plain"](**arguments, stream=stream)
+        arguments["out"]._ary[20] = arguments["out"]._ary[21] ^ 0x8000
+
+    bench = workload("embedding", params)
+    outcome = bench.compare({"wrong": wrong}, 5)
+    assert "times the tolerance from F.embedding, outside the windows" in outcome.refused["wrong"]
+    bench = contest.Workload("embedding", params, cold=False, lane=Simulated())
+    assert bench.compare({"wrong": wrong}, 5).refused == {}  # why --against none proves less
