@@ -55,6 +55,10 @@ bench *options: setup
 bench-import file *options: setup
     @{{python}} -m sharp.bench import {{file}} {{options}}
 
+# sweep the tiles of an op (gemm) on this GPU and rewrite its table
+tune op="gemm" *options: setup
+    @{{python}} -m kernels_numba.bench.tune_{{op}} {{options}}
+
 # run every notebook
 nb: (setup "--dev") _model
     @{{python}} -m pytest tests/test_notebooks.py

@@ -6,6 +6,7 @@
     gpu.py         streams, graphs, events            peers.py   datasheets, and figures of others
     torch_side.py  the baseline
     contest.py     all of it together: `measure` is what a sweep over configurations calls
+    tune_gemm.py   such a sweep: the tiles of the GEMM
 
 A graph holds calls over several sets of buffers, which together touch more than L2 holds (cold), or over one
 (warm). Times are medians of rounds, in which each contender has one turn. Knows: how to measure. Refuses to
