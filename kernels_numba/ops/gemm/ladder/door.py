@@ -43,7 +43,9 @@ def _matrix(name: str, array: Any, dtypes: Any, shape: tuple[int | None, int | N
     check("gemm", name, array, dtypes, shape, rows=1)
     rows, cols = array.shape
     if cols == 0 or cols % 8:
-        fail("gemm", f"{name}.shape[1]", f"is {cols}", "a positive multiple of 8 (16 bytes are moved at once)")
+        fail(
+            "gemm", f"{name}.shape[1]", f"is {cols}", "a positive multiple of 8 (16 bytes are moved at once)"
+        )
     item = array.dtype.itemsize
     stride = int(array.strides[0]) if rows > 1 else cols * item
     if stride % ALIGNMENT or stride >= 1 << 31:
@@ -84,5 +86,7 @@ def require_capability(rung: str, lowest: tuple[int, int], only_major: bool = Fa
         )
     have = tuple(compiler.cuda.get_current_device().compute_capability)
     if have < lowest or (only_major and have[0] != lowest[0]):
-        wanted = f"{lowest[0]}.{lowest[1]}" + (f" (instructions of sm_{lowest[0]}{lowest[1]}a)" if only_major else " or newer")
+        wanted = f"{lowest[0]}.{lowest[1]}" + (
+            f" (instructions of sm_{lowest[0]}{lowest[1]}a)" if only_major else " or newer"
+        )
         fail("gemm", f"rung {rung}", f"was called on compute capability {have[0]}.{have[1]}", wanted)

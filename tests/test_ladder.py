@@ -1,0 +1,400 @@
+"""The steps between the plain GEMM and the fastest: naive in numba's simulator, the two tensor-core steps in
+numpy (simt.py), what they become (assembled without a GPU), and their numbers and bits on a GPU.
+
+Their module texts are mutated in a dozen ways, each of which has to be noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import simt
+from tolerance import assert_close, error_ratio
+
+from kernels_numba.compiler import KernelsUnavailable, cuda
+from kernels_numba.inputs import BFLOAT16, make_call
+from kernels_numba.ops import OPS
+from kernels_numba.ops.gemm.ladder import door, mma_sync, naive, wgmma
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = {"mma_sync": mma_sync, "wgmma": wgmma}
+
+
+def test_the_ladder_is_reachable_by_name():
+    names = list(OPS["gemm"].rungs)
+    assert names[:6] == ["reference", "naive", "plain", "mma_sync", "wgmma", "hopper"]
+
+
+# Naive, in the simulator.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", ["toy_one_row", "toy_bias", "toy_many_rows", "toy_empty"])
+def test_naive_matches_spec_and_plain_bits(on_gpu, case, dtype):
+    call = make_call("gemm", case, np.random.default_rng([len(case), len(dtype)])).to_dtype(dtype)
+    args = [value.view(np.uint16) if dtype == "bfloat16" else value for value in call.resolved().values()]
+    results = []
+    for rung in ("naive", "plain"):
+        out, *inputs = map(cuda.to_device, args)
+        OPS["gemm"].rungs[rung](out, *inputs)
+        results.append(out.copy_to_host())
+    actual = results[0].view(BFLOAT16) if dtype == "bfloat16" else results[0]
+    plain = np.asarray(call.spec()["out"]).astype(actual.dtype)
+    assert_close(actual, plain, call.to_float64().spec()["out"], dtype, call.terms, "naive")
+    np.testing.assert_array_equal(results[0].view(np.uint8), results[1].view(np.uint8))
+
+
+def test_naive_names_what_it_cannot_take():
+    out, x, weight = (cuda.to_device(np.zeros(shape, np.float32)) for shape in ((2, 3), (2, 4), (3, 5)))
+    with pytest.raises(ValueError, match=r"gemm: weight has shape \(3, 5\); \(3, 4\) is required"):
+        naive.gemm_naive(out, x, weight)
+    with pytest.raises(ValueError, match=r"gemm: out is a ndarray; a numba device array"):
+        naive.gemm_naive(np.zeros((2, 3)), x, weight)
+
+
+# The tensor-core steps, a block at a time in numpy.
+
+
+def in_numpy(step, source, m, n, k, out_dtype, has_bias, seed=0):
+    """(out, float32 plain result, float64 truth) of a step's module text; out lies in a poisoned, wider
+    buffer of which nothing else may change."""
+    rng = np.random.default_rng([m, n, k, seed])
+    x, weight, bias = (simt.to_bits(rng.standard_normal(shape)) for shape in ((m, k + 8), (n, k + 16), (n,)))
+    buffer = np.full((m + 2, n + 8), np.nan, np.float32)
+    buffer = buffer if out_dtype == "float32" else simt.to_bits(buffer)
+    poison = buffer.copy()
+    memory, module = simt.Memory(), STEPS[step]
+    item, pitches = buffer.itemsize, (2 * (k + 8), 2 * (k + 16))
+    out_at = memory.put(buffer) + (n + 8) * item  # row 0 is nobody's
+    x_at, weight_at, bias_at = (memory.put(array) for array in (x, weight, bias))
+    maps = {1: (x[:, :k], (128, 64)), 2: (weight[:, :k], (128, 64))}
+    given = {
+        "mma_sync": (out_at, x_at, weight_at, bias_at, m, n, k, (n + 8) * item, *pitches),
+        "wgmma": (1, 2, out_at, bias_at, m, n, k, (n + 8) * item),
+    }[step]
+    grid = -(-m // module.TILE_M) * -(-n // module.TILE_N)
+    factory = (f"make_{step}_kernel", (out_dtype, has_bias))
+    simt.run(source, *factory, given, grid, module.THREADS, module.PLAN.bytes, memory, maps)
+    got = buffer[1 : m + 1, :n].copy()
+    buffer[1 : m + 1, :n] = poison[1 : m + 1, :n]
+    np.testing.assert_array_equal(buffer.view(np.uint8), poison.view(np.uint8), "wrote outside [M, N]")
+    wide_x, wide_weight = simt.to_float(x[:, :k]), simt.to_float(weight[:, :k])
+    added = simt.to_float(bias) if has_bias else np.zeros(n, np.float32)
+    plain, truth = wide_x @ wide_weight.T + added, wide_x.astype(np.float64) @ wide_weight.T + added
+    if out_dtype == "bfloat16":
+        got, plain = simt.to_float(got), simt.to_float(simt.to_bits(plain))
+    return got, plain, truth
+
+
+SHAPES = [(1, 8, 8), (63, 136, 72), (64, 128, 64), (65, 264, 200), (129, 8, 456), (200, 120, 128)]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize(("out_dtype", "has_bias"), [("bfloat16", False), ("float32", True)])
+@pytest.mark.parametrize("step", list(STEPS))
+def test_index_arithmetic(step, m, n, k, out_dtype, has_bias):
+    """Addresses, fragments, swizzle, edges and what is waited for, by the kernel's own text."""
+    source = inspect.getsource(STEPS[step])
+    got, plain, truth = in_numpy(step, source, m, n, k, out_dtype, has_bias)
+    assert_close(got, plain, truth, out_dtype, k, step)
+
+
+MUTANTS = {
+    "the last tile of K is dropped": ("mma_sync", "while k_at < k:", "while k_at < k - TILE_K:"),
+    "a tile is used before it arrives": ("mma_sync", "cp_async_wait(1)", "cp_async_wait(2)"),
+    "no swizzle where x is read": ("mma_sync", "(2 * step + x_half) ^ swizzle", "2 * step + x_half"),
+    "the stage never changes": ("mma_sync", "stage = int32(stage ^ 1)", "stage = int32(stage)"),
+    "rows past M are read": ("mma_sync", "int32(row < rows)", "1"),
+    "K past its end is read": ("mma_sync", "int32(k_mine < k)", "1"),
+    "lower half rows past M are written": ("mma_sync", "int32(row + 8 < m)", "int32(row < m)"),
+    "two column groups exchanged": ("mma_sync", "b, 2)", "b, 0)"),
+    "wgmma: the last tile of K is dropped": ("wgmma", "while k_at < k:", "while k_at < k - TILE_K:"),
+    "the phase never changes": ("wgmma", "int32(phase ^ 1)", "int32(phase)"),
+    "a stage is not refilled": ("wgmma", "and k_refill < k", "and k_refill < k - TILE_K"),
+    "both warpgroups on the same rows": ("wgmma", "+ group_row * ROW", ""),
+    "wgmma: rows past M are written": ("wgmma", "int32(row + 8 < m)", "int32(row < m)"),
+    "fewer bytes expected": ("wgmma", "2 * tile_bytes)", "tile_bytes)"),
+}
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_a_mutant_is_noticed(name):
+    step, old, new = MUTANTS[name]
+    source = inspect.getsource(STEPS[step])
+    assert old in source
+    try:
+        got, plain, truth = in_numpy(step, source.replace(old, new), 65, 136, 328, "float32", True)
+    except (AssertionError, IndexError):
+        return
+    assert error_ratio(got, plain, truth, "float32", 328) > 2
+
+
+# The door, with stand-ins for device arrays.
+
+
+def standing(*shape, dtype=np.uint16, at=1 << 20, pitch=None):
+    """What the door reads of a device array: bfloat16 bits [shape], rows `pitch` elements apart."""
+    array = np.zeros((*shape[:-1], pitch or shape[-1]), dtype)[..., : shape[-1]]
+    return SimpleNamespace(
+        shape=array.shape, ndim=array.ndim, dtype=array.dtype, strides=array.strides,
+        __cuda_array_interface__={"data": (at, False)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((standing(4, 16), np.zeros((4, 8), np.uint16), standing(16, 8)), "x is a ndarray; a device array"),
+    ((standing(4, 12), standing(4, 8), standing(12, 8)), r"out.shape\[1\] is 12; a positive multiple of 8"),
+    ((standing(4, 16), standing(4, 20), standing(16, 20)), r"x.shape\[1\] is 20; a positive multiple of 8"),
+    ((standing(4, 16), standing(4, 8), standing(16, 16)), r"weight has shape \(16, 16\); \(16, 8\) is"),
+    ((standing(4, 16), standing(5, 8), standing(16, 8)), r"x has shape \(5, 8\); \(4, any\) is"),
+    ((standing(4, 16), standing(4, 8, dtype=np.float32), standing(16, 8)), "x has dtype float32; uint16 is"),
+    ((standing(4, 16), standing(4, 8, pitch=12), standing(16, 8)), r"x.strides\[0\] is 24 bytes; a multiple"),
+    ((standing(4, 16), standing(4, 8), standing(16, 8, at=8)), "weight starts at address 0x8; a multiple of"),
+    ((standing(4, 16), standing(4, 8), standing(16, 8), standing(8)), r"bias has shape \(8,\); \(16\) is"),
+    ((standing(4, 16), standing(4, 8), standing(16, 8), standing(16, at=2)), "bias starts at address 0x2"),
+])  # fmt: skip
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        door.operands(*arguments)
+
+
+def test_right_arguments_become_addresses():
+    given = door.operands(standing(1, 16, dtype=np.float32), standing(1, 8), standing(16, 8, pitch=24, at=64))
+    assert (given.m, given.n, given.k, given.out_dtype, given.bias) == (1, 16, 8, "float32", 0)
+    assert (given.weight, given.weight_stride, given.out_stride) == (64, 48, 64)
+
+
+@pytest.mark.parametrize(("rung", "have", "message"), [
+    ("mma_sync", (7, 5), r"rung mma_sync was called on compute capability 7.5; 8.0 or newer is required"),
+    ("wgmma", (8, 9), r"rung wgmma was called on compute capability 8.9; 9.0 \(instructions of sm_90a\) is"),
+    ("wgmma", (12, 0), r"compute capability 12.0; 9.0 "),
+    ("mma_sync", (12, 0), None),
+    ("wgmma", (9, 0), None),
+])  # fmt: skip
+def test_a_card_that_is_too_old_is_named(monkeypatch, rung, have, message):
+    device = SimpleNamespace(compute_capability=have)
+    fake = SimpleNamespace(SIMULATOR=False, cuda=SimpleNamespace(get_current_device=lambda: device))
+    monkeypatch.setattr(door, "compiler", fake)
+    needs = {"mma_sync": ((8, 0), False), "wgmma": ((9, 0), True)}[rung]
+    if message is None:
+        door.require_capability(rung, *needs)
+    else:
+        with pytest.raises(ValueError, match=message):
+            door.require_capability(rung, *needs)
+
+
+def test_the_simulator_is_told_apart(on_gpu):
+    if on_gpu:
+        pytest.skip("there is a compiler")
+    with pytest.raises(KernelsUnavailable, match="rung mma_sync is made of PTX"):
+        door.require_capability("mma_sync", (8, 0))
+
+
+# What they become, without a GPU; in a child, because this process runs numba's simulator.
+
+COMPILE = """
+import json, subprocess, sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from kernels_numba import assemble, launch
+from kernels_numba.ops.gemm.ladder import mma_sync, wgmma
+try:
+    ptxas, nvdisasm = assemble.find_ptxas(), assemble.find_tool("nvdisasm")
+except assemble.ToolsMissing as error:
+    print(error, file=sys.stderr)
+    sys.exit(3)
+reports = []
+for step, make, out_dtype, has_bias, archs in {builds!r}:
+    kernel = getattr({{"mma_sync": mma_sync, "wgmma": wgmma}}[step], make)(out_dtype, has_bias)
+    for arch in archs:
+        path = Path({folder!r}) / "k.ptx"
+        path.write_text(launch.compile_ptx(kernel.make(), kernel.types, kernel.threads, arch))
+        command = [str(ptxas), "-v", "-arch=" + arch, str(path), "-o", str(path) + ".cubin"]
+        words = subprocess.run(command, capture_output=True, text=True, check=True)
+        sass = subprocess.run([str(nvdisasm), "-c", str(path) + ".cubin"], capture_output=True, text=True,
+                              check=True).stdout
+        reports.append([step, arch, kernel.threads, kernel.smem, words.stdout + words.stderr, sass])
+print(json.dumps(reports))
+"""
+BUILDS = [
+    ("mma_sync", "mma_sync_kernel", "bfloat16", False, ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"]),
+    ("mma_sync", "mma_sync_kernel", "float32", True, ["sm_80", "sm_90a"]),
+    ("wgmma", "wgmma_kernel", "bfloat16", False, ["sm_90a"]),
+    ("wgmma", "wgmma_kernel", "float32", True, ["sm_90a"]),
+]
+
+
+@pytest.fixture(scope="module")
+def assembled(tmp_path_factory, request):
+    pytest.importorskip("numba")
+    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
+    code = COMPILE.format(root=str(ROOT), builds=BUILDS, folder=str(tmp_path_factory.mktemp("ladder")))
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=180
+    )
+    if child.returncode == 3 and not request.config.getoption("--strict-tools"):
+        pytest.skip(child.stderr.strip())
+    assert child.returncode == 0, child.stderr[-3000:]
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def test_what_they_become(assembled):
+    """Nothing in local memory; 16 HMMA and 6 ldmatrix for 16 of K, or one HGMMA; loads of their kind."""
+    assert len(assembled) == sum(len(build[4]) for build in BUILDS)
+    for step, arch, threads, smem, words, sass in assembled:
+        where = (step, arch)
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in words, (where, words)
+        registers = int(re.search(r"Used (\d+) registers", words).group(1))
+        assert registers * threads * (2 if step == "wgmma" else 1) <= 65_536, (where, registers)
+        assert not re.search(r"\b(LDL|STL)\b", sass), where
+        ops = ("HMMA", "HGMMA", "LDSM", "LDGSTS", "UTMALDG")
+        count = {op: len(re.findall(rf"\b{op}", sass)) for op in ops}
+        if step == "mma_sync":
+            assert smem <= 101_376, where
+            unrolled = count["HMMA"] // 16  # for sm_120 the assembler keeps the loop over 4 steps
+            assert unrolled in (1, 4), (where, count)
+            assert (count["HMMA"], count["LDSM"]) == (16 * unrolled, 6 * unrolled), (where, count)
+            assert count["LDGSTS"] == 16, (where, count)
+        else:
+            assert 2 * (smem + 1024) <= 232_448, where  # 1,024 bytes of each block are the system's
+            assert (count["HMMA"], count["HGMMA"]) == (0, 4), (where, count)
+            assert count["UTMALDG"] >= 2, (where, count)
+
+
+@pytest.mark.parametrize("module", [mma_sync, wgmma])
+def test_docstrings_give_the_offsets_of_the_plan(module):
+    text = getattr(module, f"make_{module.__name__.rpartition('.')[2]}_kernel").__doc__
+    for region in module.PLAN.regions:
+        for piece in {0, region.count - 1} if module is mma_sync else {0}:
+            assert re.search(rf"\b{module.PLAN.offset(region.name, piece):,}\b", text), (region, piece)
+
+
+# On a GPU.
+
+
+@pytest.fixture
+def gpu(on_gpu):
+    if not on_gpu:
+        pytest.skip("runs under --device=cuda only")
+    return tuple(cuda.get_current_device().compute_capability)
+
+
+@pytest.fixture
+def rng():
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
+def needs(gpu, rung):
+    if gpu[0] < {"naive": 0, "plain": 0, "mma_sync": 8}.get(rung, 9):
+        pytest.skip(f"rung {rung} does not run on compute capability {gpu}")
+    if rung in ("wgmma", "hopper") and gpu[0] != 9:
+        pytest.skip(f"rung {rung} does not run on compute capability {gpu}")
+
+
+def product(rung, x, weight, bias=None, out_dtype="bfloat16"):
+    """x @ weight^T (+ bias) by a rung or a function, float32; out is a view in a poisoned, wider buffer of
+    which nothing else may change."""
+    m, n = len(x), len(weight)
+    host = np.full((m + 1, n + 8), np.nan, np.float32)
+    host = host if out_dtype == "float32" else simt.to_bits(host)
+    buffer = cuda.to_device(host)
+    out = buffer[:m, :n] if m else cuda.to_device(host[:0, :n].copy())
+    function = OPS["gemm"].rungs[rung] if isinstance(rung, str) else rung
+    function(out, *map(cuda.to_device, (x, weight)), None if bias is None else cuda.to_device(bias))
+    cuda.synchronize()
+    after = buffer.copy_to_host()
+    got = after[:m, :n].copy()
+    after[:m, :n] = host[:m, :n]
+    np.testing.assert_array_equal(after.view(np.uint8), host.view(np.uint8), "wrote outside [M, N]")
+    return got if out_dtype == "float32" else simt.to_float(got)
+
+
+def normal(rng, *shape, scale=1.0):
+    return simt.to_bits(rng.standard_normal(shape) * scale)
+
+
+def check_product(got, x, weight, bias, out_dtype):
+    want = simt.to_float(x).astype(np.float64) @ simt.to_float(weight).astype(np.float64).T
+    want += 0 if bias is None else simt.to_float(bias)
+    assert np.isfinite(got).all()
+    # The result's last place, and sums of K terms in float32 (tensor cores cut off low bits).
+    epsilon = 2e-5 if out_dtype == "float32" else 2.0**-8
+    assert (np.abs(got - want) <= epsilon * np.abs(want) + 2e-5).all(), np.abs(got - want).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(8, 8), (136, 72), (264, 200), (576, 1536), (1000, 64)])
+@pytest.mark.parametrize("m", [0, 1, 63, 64, 65, 129, 1000])
+@pytest.mark.parametrize("rung", ["naive", "mma_sync", "wgmma"])
+def test_numbers_against_float64(gpu, rng, rung, m, n, k):
+    needs(gpu, rung)
+    x, weight, bias = normal(rng, m, k), normal(rng, n, k, scale=k**-0.5), normal(rng, n)
+    kinds = [("bfloat16", None), ("bfloat16", bias)]
+    kinds += [] if rung == "naive" else [("float32", None), ("float32", bias)]
+    for out_dtype, added in kinds:
+        check_product(product(rung, x, weight, added, out_dtype), x, weight, added, out_dtype)
+
+
+@pytest.mark.gpu
+def test_numbers_of_a_large_product(gpu, rng):
+    """Many more blocks than fit the GPU at once, so that stages and blocks are used again."""
+    x, weight = normal(rng, 2500, 4104), normal(rng, 4000, 4104, scale=4104**-0.5)
+    for rung in ("mma_sync", "wgmma"):
+        needs(gpu, rung)
+        check_product(product(rung, x, weight, None, "float32"), x, weight, None, "float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (576, 1536), (3584, 18944), (264, 200)])
+def test_a_row_has_the_same_bits_in_every_step(gpu, rng, n, k):
+    """mma.sync, wgmma and the fastest: rows alone, and among random neighbours at a random M."""
+    needs(gpu, "hopper")
+    weight, bias = normal(rng, n, k), normal(rng, n)
+    rows = simt.to_bits(rng.standard_normal((5, k)) * np.exp(rng.standard_normal((5, 1))))
+    alone = [product("hopper", row[None], weight, bias, "float32")[0] for row in rows]
+    for rung in ("mma_sync", "wgmma", "hopper"):
+        m = int(rng.integers(5, 700))
+        x = normal(rng, m, k, scale=100)
+        places = rng.choice(m, 5, replace=False)
+        x[places] = rows
+        got = product(rung, x, weight, bias, "float32")[places]
+        differ = got.view(np.uint32) != np.stack(alone).view(np.uint32)
+        assert not differ.any(), f"{rung}, M {m}: {differ.sum()} of {differ.size} differ"
+        rounded = product(rung, x, weight, bias)[places]
+        np.testing.assert_array_equal(rounded, simt.to_float(simt.to_bits(got)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("step", list(STEPS))
+def test_a_dropped_step_of_k_is_noticed_on_the_gpu(gpu, rng, step):
+    needs(gpu, step)
+    mutant = mutated(step, "while k_at < k:", "while k_at < k - TILE_K:")
+    x, weight = normal(rng, 65, 200), normal(rng, 136, 200, scale=200**-0.5)
+    check_product(product(step, x, weight), x, weight, None, "bfloat16")
+    with pytest.raises(AssertionError):
+        check_product(product(mutant, x, weight), x, weight, None, "bfloat16")
+
+
+def mutated(step, old, new):
+    """The launcher of a step whose kernel's text was changed; the cubin gets a name of its own."""
+    source = inspect.getsource(STEPS[step])
+    assert old in source
+    source = source.replace(old, new)
+    tag = hashlib.sha256(source.encode()).hexdigest()[:12]
+    source = source.replace(f'f"gemm_{step}_', f'f"gemm_{step}_mutant_{tag}_')
+    assert tag in source
+    module = {"__name__": "mutant"}
+    exec(compile(source, "mutant", "exec"), module)
+    return module[f"gemm_{step}"]
