@@ -1,5 +1,5 @@
 """The steps between the plain GEMM and the fastest: naive in numba's simulator, the two tensor-core steps in
-numpy (simt.py), what they become (assembled without a GPU), and their numbers and bits on a GPU.
+numpy (kernels_numba/simt.py), what they become (assembled without a GPU), their numbers and bits on a GPU.
 
 Their module texts are mutated in a dozen ways, each of which has to be noticed.
 """
@@ -7,7 +7,6 @@ Their module texts are mutated in a dozen ways, each of which has to be noticed.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import re
@@ -18,16 +17,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import simt
 from tolerance import assert_close, error_ratio
 
+from kernels_numba import simt
 from kernels_numba.compiler import KernelsUnavailable, cuda
 from kernels_numba.inputs import BFLOAT16, make_call
 from kernels_numba.ops import OPS
 from kernels_numba.ops.gemm.ladder import door, mma_sync, naive, wgmma
+from kernels_numba.ops.gemm.ladder.in_numpy import STEPS, in_numpy, source_of
+from kernels_numba.ptx.layouts import SHAPES as FRAGMENTS
+from kernels_numba.ptx.layouts import banks_of, mma_layout, swizzled_image, unit_offset
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = {"mma_sync": mma_sync, "wgmma": wgmma}
 
 
 def test_the_ladder_is_reachable_by_name():
@@ -65,30 +66,20 @@ def test_naive_names_what_it_cannot_take():
 # The tensor-core steps, a block at a time in numpy.
 
 
-def in_numpy(step, source, m, n, k, out_dtype, has_bias, seed=0):
-    """(out, float32 plain result, float64 truth) of a step's module text; out lies in a poisoned, wider
-    buffer of which nothing else may change."""
-    rng = np.random.default_rng([m, n, k, seed])
+def check_in_numpy(step, m, n, k, out_dtype, has_bias, source=""):
+    """(out, float32 plain result, float64 truth) of a step; all arrays but the bias are cut from wider ones,
+    of which nothing else is read (IndexError) or changed."""
+    rng = np.random.default_rng([m, n, k])
     x, weight, bias = (simt.to_bits(rng.standard_normal(shape)) for shape in ((m, k + 8), (n, k + 16), (n,)))
+    x, weight = x[:, :k], weight[:, :k]
     buffer = np.full((m + 2, n + 8), np.nan, np.float32)
     buffer = buffer if out_dtype == "float32" else simt.to_bits(buffer)
     poison = buffer.copy()
-    memory, module = simt.Memory(), STEPS[step]
-    item, pitches = buffer.itemsize, (2 * (k + 8), 2 * (k + 16))
-    out_at = memory.put(buffer) + (n + 8) * item  # row 0 is nobody's
-    x_at, weight_at, bias_at = (memory.put(array) for array in (x, weight, bias))
-    maps = {1: (x[:, :k], (128, 64)), 2: (weight[:, :k], (128, 64))}
-    given = {
-        "mma_sync": (out_at, x_at, weight_at, bias_at, m, n, k, (n + 8) * item, *pitches),
-        "wgmma": (1, 2, out_at, bias_at, m, n, k, (n + 8) * item),
-    }[step]
-    grid = -(-m // module.TILE_M) * -(-n // module.TILE_N)
-    factory = (f"make_{step}_kernel", (out_dtype, has_bias))
-    simt.run(source, *factory, given, grid, module.THREADS, module.PLAN.bytes, memory, maps)
+    in_numpy(step, buffer[1 : m + 1, :n], x, weight, bias if has_bias else None, source=source)
     got = buffer[1 : m + 1, :n].copy()
     buffer[1 : m + 1, :n] = poison[1 : m + 1, :n]
     np.testing.assert_array_equal(buffer.view(np.uint8), poison.view(np.uint8), "wrote outside [M, N]")
-    wide_x, wide_weight = simt.to_float(x[:, :k]), simt.to_float(weight[:, :k])
+    wide_x, wide_weight = simt.to_float(x), simt.to_float(weight)
     added = simt.to_float(bias) if has_bias else np.zeros(n, np.float32)
     plain, truth = wide_x @ wide_weight.T + added, wide_x.astype(np.float64) @ wide_weight.T + added
     if out_dtype == "bfloat16":
@@ -104,8 +95,7 @@ SHAPES = [(1, 8, 8), (63, 136, 72), (64, 128, 64), (65, 264, 200), (129, 8, 456)
 @pytest.mark.parametrize("step", list(STEPS))
 def test_index_arithmetic(step, m, n, k, out_dtype, has_bias):
     """Addresses, fragments, swizzle, edges and what is waited for, by the kernel's own text."""
-    source = inspect.getsource(STEPS[step])
-    got, plain, truth = in_numpy(step, source, m, n, k, out_dtype, has_bias)
+    got, plain, truth = check_in_numpy(step, m, n, k, out_dtype, has_bias)
     assert_close(got, plain, truth, out_dtype, k, step)
 
 
@@ -130,13 +120,58 @@ MUTANTS = {
 @pytest.mark.parametrize("name", list(MUTANTS))
 def test_a_mutant_is_noticed(name):
     step, old, new = MUTANTS[name]
-    source = inspect.getsource(STEPS[step])
+    source = source_of(step)
     assert old in source
     try:
-        got, plain, truth = in_numpy(step, source.replace(old, new), 65, 136, 328, "float32", True)
-    except (AssertionError, IndexError):
+        got, plain, truth = check_in_numpy(step, 65, 136, 328, "float32", True, source.replace(old, new))
+    except (IndexError, RuntimeError):  # left an array, or would hang
         return
     assert error_ratio(got, plain, truth, "float32", 328) > 2
+
+
+def test_in_numpy_names_what_it_cannot_take():
+    x, weight = np.zeros((4, 12), np.uint16), np.zeros((8, 12), np.uint16)
+    with pytest.raises(ValueError, match="gemm: k is 12; a positive multiple of 8"):
+        in_numpy("wgmma", np.zeros((4, 8), np.uint16), x, weight)
+    with pytest.raises(ValueError, match="step is 'hopper'; there are mma_sync, wgmma"):
+        in_numpy("hopper", np.zeros((4, 8), np.uint16), x, weight)
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize("operand", ["a", "b", "c"])
+def test_every_element_has_one_holder(operand):
+    lane, register, half = mma_layout(operand)
+    assert lane.shape == FRAGMENTS[operand]
+    places = set(zip(lane.flat, register.flat, half.flat, strict=True))
+    assert len(places) == lane.size
+    assert set(lane.flat) == set(range(32))
+    with pytest.raises(ValueError, match="operand is 'd'; mma has a, b, c"):
+        mma_layout("d")
+
+
+def test_layouts_are_those_of_the_docstring():
+    """ptx/mma.py's table, whose kernels ran on a GPU: a[1] = A[r + 8, p:p+2] and so on, for lane 13."""
+    r, p = 13 // 4, 2 * (13 % 4)
+    held = {operand: np.stack(mma_layout(operand), -1).tolist() for operand in FRAGMENTS}
+    for register, (row, col) in enumerate([(r, p), (r + 8, p), (r, p + 8), (r + 8, p + 8)]):
+        assert [held["a"][row][col + half] for half in (0, 1)] == [[13, register, 0], [13, register, 1]]
+    for register, col in enumerate([p, p + 8]):
+        assert [held["b"][r][col + half] for half in (0, 1)] == [[13, register, 0], [13, register, 1]]
+    for register, (row, col) in enumerate([(r, p), (r, p + 1), (r + 8, p), (r + 8, p + 1)]):
+        assert held["c"][row][col] == [13, register, 0]
+
+
+def test_the_swizzle_spreads_a_column_over_all_banks():
+    row, unit = np.mgrid[:8, :8]
+    for at in range(8):
+        assert set(banks_of(unit_offset(row[:, at], unit[:, at]))) == set(range(0, 32, 4))
+        assert set(banks_of(unit_offset(row[:, at], unit[:, at], swizzle=False))) == {4 * at}
+    tile = np.random.default_rng(0).integers(0, 1 << 16, (24, 64)).astype(np.uint16)
+    image = swizzled_image(tile)
+    assert not np.array_equal(image, tile.view(np.uint8).reshape(-1))
+    np.testing.assert_array_equal(swizzled_image(image), tile.view(np.uint8).reshape(-1))
 
 
 # The door, with stand-ins for device arrays.
@@ -389,7 +424,7 @@ def test_a_dropped_step_of_k_is_noticed_on_the_gpu(gpu, rng, step):
 
 def mutated(step, old, new):
     """The launcher of a step whose kernel's text was changed; the cubin gets a name of its own."""
-    source = inspect.getsource(STEPS[step])
+    source = source_of(step)
     assert old in source
     source = source.replace(old, new)
     tag = hashlib.sha256(source.encode()).hexdigest()[:12]
