@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.ptx.layouts import mma_layout, swizzled_image
+from kernels_numba.layouts import mma_layout, swizzled_image
 
 POISON = 0xFF  # bytes of unwritten shared memory: NaN in bfloat16 and float32 alike
 SMEM_START = 4096  # not 0, so that an offset cannot pass for an address
