@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernels_numba.assemble import find_tool
@@ -20,8 +20,8 @@ class Code:
     """One kernel on one architecture; sass: nvdisasm's text."""
 
     arch: str
-    ptx: str
-    sass: str
+    ptx: str = field(repr=False)
+    sass: str = field(repr=False)
     registers: int
     spill_bytes: int
     stack_bytes: int
