@@ -11,7 +11,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kernels_numba.assemble import find_tool
+from kernels_numba import compiler
+from kernels_numba.assemble import ToolsMissing, find_tool
 from kernels_numba.launch import Kernel, compile_ptx
 
 
@@ -55,6 +56,8 @@ def _instructions(lines: list[str]) -> list[str]:
 def disassemble(kernel: Kernel, arch: str) -> Code:
     """Compile and assemble for `arch` ("sm_80", "sm_90a", ...). ToolsMissing without ptxas or nvdisasm,
     RuntimeError with the assembler's words when it refuses."""
+    if compiler.SIMULATOR:
+        raise ToolsMissing("the simulator is on (NUMBA_ENABLE_CUDASIM): it has no compiler")
     ptxas, nvdisasm = find_tool("ptxas"), find_tool("nvdisasm")
     ptx = compile_ptx(kernel.make(), kernel.types, kernel.threads, arch)
     with tempfile.TemporaryDirectory() as folder:

@@ -61,7 +61,8 @@ EXPECTED = {
     "hopper": (750, 800),
 }
 GPU = compiler.AVAILABLE and not compiler.SIMULATOR and cuda.is_available()
-print("on a GPU:", cuda.get_current_device().name.decode() if GPU else "no, and none is needed")
+GPU_NAME = str(cuda.get_current_device().name) if GPU else ""
+print("on a GPU:", GPU_NAME or "no, and none is needed")
 
 
 def show(function, first, last):
@@ -77,8 +78,8 @@ def show(function, first, last):
 # `mma.sync.m16n8k16`: the 32 threads of a warp together add the product of a 16 x 16 block of x and a 16 x 8
 # block of weightᵀ to a 16 x 8 block of the result: 2,048 multiply-adds in one instruction. Nobody holds a
 # matrix: each thread (lane) holds 8 elements of A, 4 of B and 4 of C in its registers. Numbers are lanes;
-# what lane 13 holds is framed. The tables are the manual's (`kernels_numba/layouts.py`). A row of the result lies
-# in 4 neighbouring lanes, so only these have to talk when attention takes a row's maximum or sum.
+# what lane 13 holds is framed. The tables are the manual's (`kernels_numba/layouts.py`). A row of the result
+# lies in 4 neighbouring lanes, so only these have to talk when attention takes a row's maximum or sum.
 
 
 # %%
@@ -117,7 +118,7 @@ row, unit = np.mgrid[:8, :8]
 figure, axes = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
 for axis, swizzled in zip(axes, (False, True), strict=True):
     bank = banks_of(unit_offset(row, unit, swizzled))
-    axis.imshow(bank, cmap="viridis", alpha=0.8)
+    axis.imshow(bank, cmap="viridis", alpha=0.55)
     for (r, u), first in np.ndenumerate(bank):
         axis.text(u, r, f"{first}-{first + 3}", ha="center", va="center", fontsize=8)
     axis.add_patch(plt.Rectangle((1.5, -0.5), 1, 8, fill=False, edgecolor="#c53030", linewidth=3))
@@ -324,8 +325,8 @@ def time_rung(rung, size=4096):
             call(out, x, weight)
         end.record()
         end.synchronize()
-        best = min(best, cuda.event_elapsed_time(start, end) * 1e-3 / calls)
-    cost, peaks = gemm_cost(size, size, size), datasheet(cuda.get_current_device().name.decode())
+        best = min(best, start.elapsed_time(end) * 1e-3 / calls)
+    cost, peaks = gemm_cost(size, size, size), datasheet(GPU_NAME)
     return cost.flops / best / 1e12, roofline_fraction(cost, peaks, best) if peaks else None
 
 
@@ -387,7 +388,7 @@ figure.tight_layout()
 # %%
 BREAK = [
     ("mma_sync", "(2 * step + x_half) ^ swizzle", "2 * step + x_half"),
-    ("mma_sync", "bottom, 8 * pair + 4, a_bottom, 0, b, 2", "bottom, 8 * pair + 4, a_bottom, 0, b, 0"),
+    ("mma_sync", "4, a_bottom, 0, b, 2", "4, a_bottom, 0, b, 0"),
     ("wgmma", "while k_at < k:", "while k_at < k - TILE_K:"),
     ("wgmma", "+ group_row * ROW", ""),
     ("mma_sync", "int32(row < rows)", "1"),

@@ -20,7 +20,9 @@ import pytest
 from tolerance import assert_close, error_ratio
 
 from kernels_numba import simt
+from kernels_numba.assemble import ToolsMissing
 from kernels_numba.compiler import KernelsUnavailable, cuda
+from kernels_numba.disassemble import Code, disassemble
 from kernels_numba.inputs import BFLOAT16, make_call
 from kernels_numba.layouts import SHAPES as FRAGMENTS
 from kernels_numba.layouts import banks_of, mma_layout, swizzled_image, unit_offset
@@ -99,7 +101,12 @@ def test_index_arithmetic(step, m, n, k, out_dtype, has_bias):
     assert_close(got, plain, truth, out_dtype, k, step)
 
 
+DROPPED = {  # the last 16 of every 64 of K
+    "mma_sync": ("range(TILE_K // 16)", "range(TILE_K // 16 - 1)"),
+    "wgmma": ("make_wgmma(TILE_N, TILE_K // 16,", "make_wgmma(TILE_N, TILE_K // 16 - 1,"),
+}
 MUTANTS = {
+    **{f"{step}: a step of K is dropped": (step, *texts) for step, texts in DROPPED.items()},
     "the last tile of K is dropped": ("mma_sync", "while k_at < k:", "while k_at < k - TILE_K:"),
     "a tile is used before it arrives": ("mma_sync", "cp_async_wait(1)", "cp_async_wait(2)"),
     "no swizzle where x is read": ("mma_sync", "(2 * step + x_half) ^ swizzle", "2 * step + x_half"),
@@ -304,6 +311,28 @@ def test_what_they_become(assembled):
             assert loop["UTMALDG"] == 2, report
 
 
+def test_loops_are_found_in_machine_code(on_gpu):
+    sass = """
+.L_x_0:
+        /*0010*/                   LDSM.16.M88.4 R4, [R16] ;
+.L_x_1:
+        /*0020*/              @!P0 HMMA.16816.F32.BF16 R52, R112.reuse, R108, R52 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   BRA `(.L_x_2) ;
+        /*0050*/                   BRA `(.L_x_0) ;
+.L_x_2:
+        /*0060*/                   HMMA.16816.F32 R52, R112, R108, R52 ;
+"""
+    code = Code("sm_80", "", sass, 8, 0, 0)
+    assert (code.count("HMMA"), code.count("BRA")) == (2, 3)
+    assert [line.split()[0] for line in code.loop("HMMA")] == ["HMMA.16816.F32.BF16", "BRA"]
+    assert len(code.loop("LDSM")) == 5
+    assert code.loop("HGMMA") == []
+    if not on_gpu:
+        with pytest.raises(ToolsMissing, match="the simulator is on"):
+            disassemble(mma_sync.mma_sync_kernel("bfloat16", False), "sm_80")
+
+
 @pytest.mark.parametrize("module", [mma_sync, wgmma])
 def test_docstrings_give_the_offsets_of_the_plan(module):
     text = getattr(module, f"make_{module.__name__.rpartition('.')[2]}_kernel").__doc__
@@ -413,7 +442,8 @@ def test_a_row_has_the_same_bits_in_every_step(gpu, rng, n, k):
 @pytest.mark.parametrize("step", list(STEPS))
 def test_a_dropped_step_of_k_is_noticed_on_the_gpu(gpu, rng, step):
     needs(gpu, step)
-    mutant = mutated(step, "while k_at < k:", "while k_at < k - TILE_K:")
+    # Unlike some of MUTANTS this one keeps every copy waited for: none lands in the next block's memory.
+    mutant = mutated(step, *DROPPED[step])
     x, weight = normal(rng, 65, 200), normal(rng, 136, 200, scale=200**-0.5)
     check_product(product(step, x, weight), x, weight, None, "bfloat16")
     with pytest.raises(AssertionError):
