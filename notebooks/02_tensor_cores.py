@@ -349,8 +349,8 @@ for rung in RUNGS:
         print(f"{rung:<9} no record yet: run `just bench` on a GPU, or this notebook there")
     else:
         measured[rung] = found
-        share = "" if found[1] is None else f", {found[1]:.0%} of the roofline"
-        print(f"{rung:<9} {found[0]:.1f} TFLOP/s{share} ({found[2]})")
+        share = "" if found[1] is None else f", {found[1]:.1%} of the roofline"
+        print(f"{rung:<9} {found[0]:.3g} TFLOP/s{share} ({found[2]})")
 
 # %%
 figure, axis = plt.subplots(figsize=(8.5, 3.6))
@@ -361,7 +361,7 @@ for place, rung in enumerate(RUNGS):
     if rung in measured:
         value, share, where = measured[rung]
         axis.plot(value, place, "D", color="#2b6cb0", markersize=8)
-        text = f"{value:.0f} TFLOP/s" + ("" if share is None else f", {share:.0%} of the roofline")
+        text = f"{value:.3g} TFLOP/s" + ("" if share is None else f", {share:.1%} of the roofline")
         note, color = f"{text} ({where.partition(',')[0]})", "#2b6cb0"
     else:
         note, color = "no record yet", "#718096"

@@ -21,7 +21,7 @@ from tolerance import assert_close, error_ratio
 
 from kernels_numba import simt
 from kernels_numba.assemble import ToolsMissing
-from kernels_numba.compiler import KernelsUnavailable, cuda
+from kernels_numba.compiler import SIMULATOR, KernelsUnavailable, cuda
 from kernels_numba.disassemble import Code, disassemble
 from kernels_numba.inputs import BFLOAT16, make_call
 from kernels_numba.layouts import SHAPES as FRAGMENTS
@@ -235,11 +235,12 @@ def test_a_card_that_is_too_old_is_named(monkeypatch, rung, have, message):
             door.require_capability(rung, *needs)
 
 
-def test_the_simulator_is_told_apart(on_gpu):
-    if on_gpu:
-        pytest.skip("there is a compiler")
-    with pytest.raises(KernelsUnavailable, match="rung mma_sync is made of PTX"):
-        door.require_capability("mma_sync", (8, 0))
+@pytest.mark.skipif(not SIMULATOR, reason="not in the simulator")
+def test_the_simulator_is_told_apart():
+    out, x, weight = (cuda.to_device(np.zeros(shape, np.uint16)) for shape in ((4, 16), (4, 8), (16, 8)))
+    for rung in STEPS:
+        with pytest.raises(KernelsUnavailable, match=f"rung {rung} is made of PTX"):
+            OPS["gemm"].rungs[rung](out, x, weight)
 
 
 # What they become, without a GPU; in a child, because this process runs numba's simulator.
@@ -311,7 +312,7 @@ def test_what_they_become(assembled):
             assert loop["UTMALDG"] == 2, report
 
 
-def test_loops_are_found_in_machine_code(on_gpu):
+def test_loops_are_found_in_machine_code():
     sass = """
 .L_x_0:
         /*0010*/                   LDSM.16.M88.4 R4, [R16] ;
@@ -328,7 +329,7 @@ def test_loops_are_found_in_machine_code(on_gpu):
     assert [line.split()[0] for line in code.loop("HMMA")] == ["HMMA.16816.F32.BF16", "BRA"]
     assert len(code.loop("LDSM")) == 5
     assert code.loop("HGMMA") == []
-    if not on_gpu:
+    if SIMULATOR:
         with pytest.raises(ToolsMissing, match="the simulator is on"):
             disassemble(mma_sync.mma_sync_kernel("bfloat16", False), "sm_80")
 

@@ -143,10 +143,10 @@ def gemm_wgmma(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any =
     x, weight, bias: bfloat16 bits as uint16; out: the same, or float32. N and K are multiples of 8.
     ValueError for wrong dtypes, shapes, strides, alignment, or another GPU.
     """
+    require_capability("wgmma", (9, 0), only_major=True)
     given = operands(out, x, weight, bias)
     if given.m == 0:
         return
-    require_capability("wgmma", (9, 0), only_major=True)
     kernel = wgmma_kernel(given.out_dtype, bias is not None)
     maps = address(
         _maps((given.x, given.m, given.x_stride), (given.weight, given.n, given.weight_stride), given.k)
