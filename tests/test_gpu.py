@@ -121,6 +121,12 @@ def test_tensor_core_gemm_on_gpu(group):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", ["float64", "not float64"])
+def test_gemm_ladder_on_gpu(group):
+    check_group(["tests/test_ladder.py", "--device=cuda", "-m", "gpu", "-k", group])
+
+
+@pytest.mark.gpu
 def test_ptx_on_gpu():
     check_group(["tests/test_ptx_gpu.py", "--device=cuda", "-m", "gpu"])
 

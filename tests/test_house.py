@@ -163,7 +163,7 @@ def test_info_without_cuda(tmp_path: Path) -> None:
     done = without_cuda(tmp_path, "sharp", "info")
     assert done.returncode == 0, done.stderr
     assert "numba-cuda cannot be imported" in done.stdout
-    assert re.search(r"^  gemm +reference, plain, hopper$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  gemm +reference, naive, plain, mma_sync, wgmma, hopper$", done.stdout, re.MULTILINE)
 
 
 def test_asking_for_cuda_without_cuda(tmp_path: Path) -> None:
@@ -175,7 +175,14 @@ def test_asking_for_cuda_without_cuda(tmp_path: Path) -> None:
 
 
 def test_the_reference_tests_pass_without_cuda(tmp_path: Path) -> None:
-    files = ["test_ops.py", "test_model.py", "test_scheduler.py", "test_engine.py", "test_weights.py"]
+    files = [
+        "test_ops.py",
+        "test_model.py",
+        "test_scheduler.py",
+        "test_engine.py",
+        "test_weights.py",
+        "test_ladder.py",
+    ]
     # Of the op tests those of the reference rung: the others launch kernels.
     options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "(reference or not test_ops) and not plain"]
     done = without_cuda(tmp_path, "pytest", *options, *(f"tests/{name}" for name in files), timeout=240)

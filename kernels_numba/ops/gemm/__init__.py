@@ -232,5 +232,29 @@ def gemm_hopper(
     hopper.gemm_hopper(out, x, weight, bias, stream=stream, num_rows=num_rows)
 
 
-rungs: dict[str, Rung] = {"reference": gemm_reference, "plain": gemm, "hopper": gemm_hopper}
+def gemm_naive(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
+    """Rung "naive": one thread, one output; see ladder/naive.py."""
+    from kernels_numba.ops.gemm.ladder.naive import gemm_naive
+
+    gemm_naive(out, x, weight, bias, stream=stream)
+
+
+def gemm_mma_sync(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
+    """Rung "mma_sync" (sm_80 and newer): tensor cores a warp at a time; see ladder/mma_sync.py."""
+    from kernels_numba.ops.gemm.ladder.mma_sync import gemm_mma_sync
+
+    gemm_mma_sync(out, x, weight, bias, stream=stream)
+
+
+def gemm_wgmma(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
+    """Rung "wgmma" (sm_90a): tensor cores a warpgroup at a time, fed by TMA; see ladder/wgmma.py."""
+    from kernels_numba.ops.gemm.ladder.wgmma import gemm_wgmma
+
+    gemm_wgmma(out, x, weight, bias, stream=stream)
+
+
+rungs: dict[str, Rung] = {
+    "reference": gemm_reference, "naive": gemm_naive, "plain": gemm, "mma_sync": gemm_mma_sync,
+    "wgmma": gemm_wgmma, "hopper": gemm_hopper,
+}  # fmt: skip
 register = make_register("gemm", rungs)

@@ -1,0 +1,79 @@
+"""What a kernel becomes, without a GPU: its PTX, its machine code (SASS), registers, spills.
+
+Knows: pip's ptxas and nvdisasm (assemble.find_tool). Refuses to know: what the instructions mean.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kernels_numba import compiler
+from kernels_numba.assemble import ToolsMissing, find_tool
+from kernels_numba.launch import Kernel, compile_ptx
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kernel on one architecture; sass: nvdisasm's text."""
+
+    arch: str
+    ptx: str = field(repr=False)
+    sass: str = field(repr=False)
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+
+    def count(self, op: str) -> int:
+        """How many instructions begin with `op`, e.g. "HGMMA" or "LDSM"."""
+        return sum(line.startswith(op) for line in _instructions(self.sass.splitlines()))
+
+    def loop(self, op: str) -> list[str]:
+        """The instructions of the shortest loop that holds an `op`; empty if none does."""
+        lines = self.sass.splitlines()
+        labels = {
+            line.strip()[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\.L\w+:", line.strip())
+        }
+        loops = []
+        for at, line in enumerate(lines):
+            target = re.search(r"\bBRA\S* .*`\((\.L\w+)\)", line)
+            if target and labels.get(target.group(1), at) < at:
+                body = _instructions(lines[labels[target.group(1)] : at + 1])
+                if any(instruction.startswith(op) for instruction in body):
+                    loops.append(body)
+        return min(loops, key=len, default=[])
+
+
+def _instructions(lines: list[str]) -> list[str]:
+    """What nvdisasm -c shows after an address, without the predicate."""
+    found = (re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d\s+)?(.*?)\s*;", line) for line in lines)
+    return [match.group(1) for match in found if match]
+
+
+def disassemble(kernel: Kernel, arch: str) -> Code:
+    """Compile and assemble for `arch` ("sm_80", "sm_90a", ...). ToolsMissing without ptxas or nvdisasm,
+    RuntimeError with the assembler's words when it refuses."""
+    if compiler.SIMULATOR:
+        raise ToolsMissing("the simulator is on (NUMBA_ENABLE_CUDASIM): it has no compiler")
+    ptxas, nvdisasm = find_tool("ptxas"), find_tool("nvdisasm")
+    ptx = compile_ptx(kernel.make(), kernel.types, kernel.threads, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"-arch={arch}", str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        words = done.stdout + done.stderr
+        if done.returncode:
+            raise RuntimeError(f"ptxas refuses {kernel.name} for {arch}: {words}")
+        shown = subprocess.run([str(nvdisasm), "-c", str(cubin)], capture_output=True, text=True, check=True)
+
+    def number(pattern: str) -> int:
+        return sum(int(match) for match in re.findall(pattern, words))
+
+    return Code(
+        arch, ptx, shown.stdout, number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill (?:stores|loads)"), number(r"(\d+) bytes stack frame"),
+    )  # fmt: skip
