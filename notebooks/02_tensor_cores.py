@@ -39,13 +39,14 @@ from IPython.display import Code, display
 import kernels_numba
 from kernels_numba import compiler, simt
 from kernels_numba.assemble import ToolsMissing
-from kernels_numba.bench import datasheet
+from kernels_numba.bench.peers import datasheet
 from kernels_numba.compiler import KernelsUnavailable, cuda
 from kernels_numba.cost import roofline_fraction
 from kernels_numba.disassemble import disassemble
 from kernels_numba.layouts import banks_of, mma_layout, unit_offset
 from kernels_numba.ops import OPS
 from kernels_numba.ops.gemm import gemm_cost, gemm_spec, hopper, make_gemm_kernel
+from kernels_numba.ops.gemm.hopper_config import HopperConfig, smem_plan
 from kernels_numba.ops.gemm.ladder import mma_sync, wgmma
 from kernels_numba.ops.gemm.ladder.in_numpy import in_numpy, source_of
 from kernels_numba.ops.gemm.ladder.naive import make_naive_kernel
@@ -259,10 +260,10 @@ machine_code(wgmma.wgmma_kernel("bfloat16", False), "sm_90a", "HGMMA")
 
 # %%
 print(inspect.getdoc(hopper.make_gemm_hopper_kernel))
-config = hopper.HopperConfig(tile_n=256)
+config = HopperConfig(128, 256)
 print()
 print(config)
-print(hopper.smem_plan(config).picture())
+print(smem_plan(config).picture())
 machine_code(hopper.hopper_kernel(config, "bfloat16", "bfloat16", False), "sm_90a", "HGMMA")
 
 
