@@ -15,6 +15,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from kernels_numba.tools import assembler
+
 PACKAGE = Path(__file__).resolve().parent
 UNFINISHED = ".part"  # a file that its writer has not renamed yet
 
@@ -51,8 +53,8 @@ def edited() -> bool:
 @cache
 def tool_versions() -> str:
     """Versions of what turns Python into a cubin, and of the driver that loads it (0 without one)."""
-    parts = []
-    for package in ("numba-cuda", "llvmlite", "cuda-core", "nvidia-nvjitlink", "nvidia-cuda-nvcc"):
+    parts = [assembler()[1]]
+    for package in ("numba-cuda", "llvmlite", "nvidia-nvvm", "cuda-core"):
         try:
             parts.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
@@ -65,14 +67,6 @@ def tool_versions() -> str:
     except (ImportError, RuntimeError):  # no libcuda
         parts.append("driver 0")
     return ", ".join(parts)
-
-
-def linker_version() -> str:
-    """What assembles the kernels of this module: nvJitLink and its version."""
-    try:
-        return f"nvJitLink {importlib.metadata.version('nvidia-nvjitlink')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "nvJitLink"
 
 
 def cache_directory() -> Path:

@@ -14,6 +14,7 @@ import importlib
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +23,17 @@ from typing import Any
 
 from kernels_numba import compiler
 from kernels_numba.cubins import cubin_path, edited, read_cubin, write_cubin
-from kernels_numba.cubins import linker_version as linker_version  # `sharp bench` names the assembler
+from kernels_numba.tools import assembler, run_ptxas
 
 STATIC_SMEM = 48 << 10  # what a block may have without asking
 C_TYPES: dict[str, Any] = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
 LIMITS = {"int32": (-(1 << 31), (1 << 31) - 1), "int64": (-(1 << 63), (1 << 63) - 1)}
 compiles = 0  # kernels that this process had to compile: tests and `sharp info` read it
+
+
+def linker_version() -> str:
+    """What assembles these kernels, with its version: `sharp bench` records it."""
+    return assembler()[1]
 
 
 def arch_of(capability: tuple[int, int]) -> str:
@@ -56,18 +62,32 @@ def compile_ptx(function: Any, types: Sequence[str], threads: int, arch: str) ->
     return str(ptx)
 
 
-def compile_cubin(function: Any, types: Sequence[str], threads: int, arch: str) -> tuple[str, bytes]:
-    """(entry name, cubin) of a kernel function; needs no GPU. Raises what compiler and linker raise."""
-    global compiles
+def to_cubin(ptx: str, arch: str) -> bytes:
+    """PTX assembled by tools.assembler(); RuntimeWarning where nvJitLink must stand in and a kernel loses by
+    it. Raises what the assembler raises."""
+    ptxas, name = assembler()
+    if ptxas is not None:
+        return run_ptxas(ptx, arch, ptxas)[0]
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch))
+    cubin = bytes(linker.link("cubin").code)
+    if "C7504" in linker.get_info_log() + linker.get_error_log():
+        loss = f"{name} ignores setmaxnreg, which makes kernels slower"
+        warnings.warn(f"{loss}: install nvidia-cuda-nvcc for its ptxas", RuntimeWarning, stacklevel=2)
+    return cubin
+
+
+def compile_cubin(function: Any, types: Sequence[str], threads: int, arch: str) -> tuple[str, bytes]:
+    """(entry name, cubin) of a kernel function; needs no GPU. Raises what compiler and assembler raise."""
+    global compiles
     ptx = compile_ptx(function, types, threads, arch)
     entry = re.search(r"\.entry\s+([\w$]+)", ptx)
     if entry is None:
         raise RuntimeError(f"the compiler made no kernel of {function.__name__}")
-    linked = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch)).link("cubin")
+    cubin = to_cubin(ptx, arch)
     compiles += 1
-    return entry.group(1), bytes(linked.code)
+    return entry.group(1), cubin
 
 
 def address(array: Any) -> int:
@@ -124,6 +144,15 @@ class Kernel:
                 f"{self.name}: argument types {', '.join(unknown)}; known are {', '.join(C_TYPES)}"
             )
 
+    def fits(self, arch: str) -> bool:
+        """Whether a target has its instructions: sm_120a has all that sm_120 has."""
+        return not self.archs or any(arch in (own, f"{own}a") for own in self.archs)
+
+    def check_arch(self, arch: str) -> None:
+        """ValueError for a target without its instructions."""
+        if not self.fits(arch):
+            raise ValueError(f"{self.name} is for {', '.join(self.archs)}; this is {arch}")
+
     def path(self, arch: str, directory: Path | None = None) -> Path:
         """Its file in the cache, whether or not there is one."""
         return cubin_path(self.name, arch, [self.key, self.signature, self.threads], directory)
@@ -131,8 +160,7 @@ class Kernel:
     def cubin(self, arch: str, directory: Path | None = None) -> tuple[str, bytes]:
         """(entry, cubin), from the cache or compiled now. ValueError for a target without its
         instructions."""
-        if self.archs and arch not in self.archs:
-            raise ValueError(f"{self.name} is for {', '.join(self.archs)}; this is {arch}")
+        self.check_arch(arch)
         path = self.path(arch, directory)
         found = None if edited() else read_cubin(path)
         if found is None:

@@ -82,7 +82,7 @@ def fitting(modules: Iterable[str | ModuleType], arch: str) -> Iterator[tuple[Ta
     for module in modules:
         name = module if isinstance(module, str) else module.__name__
         for index, kernel in enumerate(_kernels(name)):
-            if not kernel.archs or arch in kernel.archs:
+            if kernel.fits(arch):
                 yield Task(name, index, kernel.name), kernel
 
 
