@@ -219,12 +219,24 @@ def _holds(kernel: Kernel, index: int, value: int | float) -> int | float:
     return number
 
 
+def _packed(kernel: Kernel, arguments: Sequence[int | float]) -> list[Any]:
+    """The arguments as ctypes values. ValueError for one that its type does not hold."""
+    try:
+        values = [C_TYPES[name](value) for name, value in zip(kernel.types, arguments, strict=True)]
+        if [value.value for value in values] == list(arguments):
+            return values
+    except TypeError:  # no number, or no integer: named below
+        pass
+    # Something was cut or rounded; one by one costs twice as much as all of a launch's preparation.
+    checked = [_holds(kernel, i, value) for i, value in enumerate(arguments)]
+    return [C_TYPES[name](value) for name, value in zip(kernel.types, checked, strict=True)]
+
+
 class Launch:
     """A kernel with its grid and packed arguments; calling it queues one launch on a stream."""
 
     def __init__(self, kernel: Kernel, grid: int, arguments: Sequence[int | float]) -> None:
-        checked = [_holds(kernel, i, value) for i, value in enumerate(arguments)]
-        self.values = [C_TYPES[name](value) for name, value in zip(kernel.types, checked, strict=True)]
+        self.values = _packed(kernel, arguments)
         self._pointers = (ctypes.c_void_p * len(self.values))(
             *[ctypes.addressof(value) for value in self.values]
         )

@@ -486,9 +486,10 @@ def make_hand_over(rounds):
     return hand_over
 
 
-def make_pipeline(rounds, stages, stress):
+def make_pipeline(rounds, stages, stress, wrong=0):
     """(out), 64 threads: warp 0 hands `rounds` rows of 32 numbers to warp 1 through `stages` slots, full and
-    empty barriers by phase; out i32[rounds, 32]. Bounded waits; with stress the warps dawdle."""
+    empty barriers by phase; out i32[rounds, 32]. Bounded waits; with stress the warps dawdle; wrong=1: the
+    reader waits for the phase before."""
     wait_full = debug.make_mbarrier_wait("full", True)
     wait_empty = debug.make_mbarrier_wait("empty", True)
     pause = debug.make_stress(stress)
@@ -513,7 +514,7 @@ def make_pipeline(rounds, stages, stress):
                 st_shared_b32(smem + 128 * stage + 4 * lane, turn * 100 + lane)
                 mbarrier.mbarrier_arrive(full + 8 * stage)
             else:
-                wait_full(full + 8 * stage, phase)
+                wait_full(full + 8 * stage, phase ^ wrong)
                 pause(2)
                 st_global_b32(
                     out + 4 * (turn * 32 + lane), ld_shared_b32(smem + 128 * stage + 4 * (31 - lane))

@@ -54,6 +54,7 @@ KERNELS = [
     ("make_warps", (), "ll", 64, "sm_90a"),
     ("make_hand_over", (5,), "l", 64, "sm_80"),
     ("make_pipeline", (20, 3, True), "l", 64, "sm_90a"),
+    ("make_pipeline", (20, 3, True, 1), "l", 64, "sm_90a"),
     ("make_stuck", (True,), "", 32, "sm_90a"),
     ("make_stuck", (False,), "", 32, "sm_90a"),
     ("make_registers", (), "l", 384, "sm_90a"),
@@ -137,11 +138,10 @@ def rng(record_property):
 
 
 @cache
-def jitted(factory, *arguments, threads=0):
+def jitted(factory, *arguments):
     from kernels_numba.compiler import jit
 
-    options = {"launch_bounds": (threads, 1)} if threads else {}
-    return jit(**options)(getattr(ptx_kernels, factory)(*arguments))
+    return jit()(getattr(ptx_kernels, factory)(*arguments))
 
 
 def run(kernel, arguments, grid=1, threads=32, smem=0):
@@ -503,11 +503,40 @@ def test_mbarrier_phases_hand_over(stress):
     np.testing.assert_array_equal(out.copy_to_host(), turns(200))
 
 
+WRONG_PHASE = """
+import numpy as np
+from test_ptx_gpu import empty, jitted, run, turns
+out = empty((200, 32), np.int32)
+try:
+    run(jitted("make_pipeline", 200, 3, True, 1), (out,), threads=64, smem=512)
+except Exception as error:
+    print("ended", error, flush=True)
+    import os
+    os._exit(7)
+print("same" if np.array_equal(out.copy_to_host(), turns(200)) else "different")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_a_consumer_that_waits_for_the_wrong_phase_is_caught():
+    """The mutant of the test above: wrong numbers, or a bounded wait that ends the kernel."""
+    child = without_simulator(WRONG_PHASE, timeout=60)
+    assert child.returncode == 7 or child.stdout.strip() == "different", child.stdout + child.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_registers_move_between_warpgroups():
+    """Through the launcher, whose assembler keeps setmaxnreg (test_assemble.py sees that it does)."""
+    from kernels_numba.compiler import cuda
+    from kernels_numba.launch import Kernel, address
+
     out = empty(384, np.int32)
-    run(jitted("make_registers", threads=384), (out,), threads=384)
+    key = (Path(ptx_kernels.__file__).read_bytes(),)
+    kernel = Kernel("ptx_registers", ptx_kernels.make_registers, key, "void(int64)", 384)
+    kernel.prepare(1, (address(out),))()
+    cuda.synchronize()
     np.testing.assert_array_equal(out.copy_to_host(), np.arange(384))
 
 
