@@ -1,10 +1,8 @@
-"""Compile every plain kernel to PTX and assemble it, without a GPU: registers, spills, shared memory,
-float64.
+"""Compile every kernel and assemble it, without a GPU: registers, spills, shared memory, instructions.
 
-`python -m kernels_numba.assemble` prints one line a kernel (`--json` one object a line). The assembler is the
-one of pip's nvidia-cuda-nvcc; a system's ptxas is often older than the PTX that numba-cuda writes and is
-never used. Knows: how each op's kernel is specialised for an engine. Refuses to know: whether its numbers are
-right.
+`python -m kernels_numba.assemble` prints one line a kernel (`--json` one object a line): the plain ones
+(variants.py) and those of launch.py, whose instructions are also counted. Knows: what a kernel may cost.
+Refuses to know: whether its numbers are right.
 """
 
 from __future__ import annotations
@@ -14,54 +12,46 @@ import importlib
 import json
 import multiprocessing
 import re
-import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from kernels_numba import compiler, paged_attention
-from kernels_numba.ops import (
-    decode_attention,
-    embedding,
-    gemm,
-    lm_head,
-    prefill_attention,
-    rms_norm,
-    rope,
-    sample,
-    silu_mul,
-    store_kv,
-)
+from kernels_numba import compiler, launch
+from kernels_numba.prebuild import fitting, kernel_modules
+from kernels_numba.smem import block_limit
+from kernels_numba.tools import ToolsMissing as ToolsMissing
+from kernels_numba.tools import find_ptxas as find_ptxas
+from kernels_numba.tools import find_tool as find_tool
+from kernels_numba.tools import run_ptxas
+from kernels_numba.variants import Variant as Variant
+from kernels_numba.variants import variants
 
-ARCHS = ("sm_75", "sm_80", "sm_90a", "sm_120")
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 STRIDED_ARCHS = ("sm_75", "sm_90a")  # strides change index arithmetic only: oldest and newest kind will do
+# They have sm_80's instructions and registers: what an engine runs, the products and attention, will do.
+SAMPLED_ARCHS = ("sm_86", "sm_89")
+SAMPLED = re.compile(r"(gemm|lm_head|prefill_attention|decode_attention)\w*/bfloat16/dense")
 REGISTERS_PER_SM = 65_536
-
-
-class ToolsMissing(RuntimeError):
-    """numba-cuda or pip's ptxas is not installed, or the simulator hides the compiler."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One specialisation: a kernel, its argument types, its block's threads."""
-
-    name: str
-    kernel: Any
-    signature: tuple[Any, ...]
-    threads: int
+LOSS = r"\(C75\d\d\) Potential Performance Loss: [^\n]*?(?= in the function|\n|$)"
+WARPGROUP = 128
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the assembler says of one variant on one architecture; float64 counts PTX instructions of that
-    type."""
+    """What compiler, assembler and disassembler say of one kernel on one architecture.
+
+    shared_bytes: static shared memory; float64: PTX instructions of that type. Of a kernel of launch.py also:
+    dynamic_bytes: the shared memory it is launched with; instructions: SASS opcode -> how many, without their
+    suffixes; main_loop: the same of the smallest loop that multiplies matrices, {} if none does;
+    setmaxnreg: (least, most) registers a thread that it asks for; notes: the assembler's warnings: wgmma that
+    wait for one another, setmaxnreg ignored.
+    """
 
     name: str
     arch: str
@@ -71,10 +61,16 @@ class Report:
     stack_bytes: int
     shared_bytes: int
     float64: int
+    dynamic_bytes: int = 0
+    instructions: dict[str, int] = field(default_factory=dict)
+    main_loop: dict[str, int] = field(default_factory=dict)
+    setmaxnreg: tuple[int, int] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def problems(self) -> list[str]:
-        """Why this variant must not ship: spills, float64, or too many registers for one block."""
+        """Why this kernel must not ship: spills, float64, local memory, too many registers or too much shared
+        memory for one block, wgmma outside every loop, and what the assembler warns of."""
         found = []
         if self.spill_bytes:
             found.append(f"spills {self.spill_bytes} bytes")
@@ -82,87 +78,29 @@ class Report:
             found.append(f"{self.float64} float64 instructions")
         if self.registers * self.threads > REGISTERS_PER_SM:
             found.append(f"{self.registers} registers x {self.threads} threads do not fit an SM")
-        return found
+        if self.setmaxnreg is not None:
+            # One warpgroup gives up registers, the others share what it leaves.
+            least, most = self.setmaxnreg
+            if least * WARPGROUP + most * (self.threads - WARPGROUP) > REGISTERS_PER_SM:
+                found.append(f"setmaxnreg {least} and {most} for {self.threads} threads do not fit an SM")
+        shared, limit = self.shared_bytes + self.dynamic_bytes, block_limit(self.arch)
+        if shared > limit:
+            found.append(f"{shared:,} bytes of shared memory, the limit is {limit:,}")
+        local = sum(self.instructions.get(name, 0) for name in ("LDL", "STL"))
+        if local:
+            found.append(f"{local} accesses to local memory")
+        if "HGMMA" in self.instructions and "HGMMA" not in self.main_loop:
+            found.append("wgmma outside every loop")
+        return [*found, *self.notes]
 
     def __str__(self) -> str:
         verdict = "; ".join(self.problems) or "ok"
         return (
             f"{self.name:38} {self.arch:7} {self.threads:4} threads {self.registers:4} registers "
-            f"{self.spill_bytes:3} B spilled {self.stack_bytes:4} B stack {self.shared_bytes:6} B shared  "
+            f"{self.spill_bytes:3} B spilled {self.stack_bytes:4} B stack "
+            f"{self.shared_bytes + self.dynamic_bytes:6} B shared  "
             f"{verdict}"
         )
-
-
-def find_tool(name: str) -> Path:
-    """ptxas, nvdisasm or cuobjdump inside site-packages/nvidia; ToolsMissing if there is none."""
-    for folder in dict.fromkeys([*site.getsitepackages(), site.getusersitepackages(), *sys.path]):
-        for path in sorted(Path(folder).glob(f"nvidia/*/bin/{name}")):
-            return path
-    package = {"ptxas": "nvcc"}.get(name, name)
-    raise ToolsMissing(f"no {name} in site-packages: install nvidia-cuda-{package}")
-
-
-def find_ptxas() -> Path:
-    """The assembler of the package nvidia-cuda-nvcc; ToolsMissing if there is none."""
-    return find_tool("ptxas")
-
-
-def variants() -> Iterator[Variant]:
-    """Every plain kernel at the shapes of a small and a large model, both dtypes, dense and strided views."""
-    if not compiler.AVAILABLE:
-        raise ToolsMissing(f"numba.cuda cannot be imported: {compiler.REASON}")
-    if compiler.SIMULATOR:
-        raise ToolsMissing("the simulator is on (NUMBA_ENABLE_CUDASIM): it has no compiler")
-    types = compiler.cuda.types
-    i32, f32, u64 = types.int32, types.float32, types.uint64
-
-    def array(dtype: Any, ndim: int, layout: str = "C") -> Any:
-        return types.Array(dtype, ndim, layout)
-
-    ids = array(i32, 1)
-    for dtype in compiler.STORAGE:
-        t = f32 if dtype == "float32" else types.uint16
-        for layout, kind in (("C", "dense"), ("A", "strided")):
-
-            def name(op: str, dtype: str = dtype, kind: str = kind) -> str:
-                return f"{op}/{dtype}/{kind}"
-
-            rows2, rows3, cache = array(t, 2, layout), array(t, 3, layout), array(t, 4)
-            dense2, dense1 = array(t, 2), array(t, 1)
-            threads = embedding.THREADS
-            kernel = embedding.make_embedding_kernel(dtype)
-            yield Variant(name("embedding"), kernel, (rows2, ids, dense2), threads)
-            for residual in (False, True):
-                kernel = rms_norm.make_rms_norm_kernel(dtype, residual)
-                label = name("rms_norm_residual" if residual else "rms_norm")
-                yield Variant(label, kernel, (rows2, rows2, dense1, rows2, f32), rms_norm.THREADS)
-            kernel = rope.make_rope_kernel(64, dtype)
-            yield Variant(name("rope"), kernel, (rows3, rows3, ids, array(f32, 2)), rope.THREADS)
-            kernel = store_kv.make_store_kv_kernel(64, 64)
-            yield Variant(name("store_kv"), kernel, (cache, cache, rows3, rows3, ids), store_kv.THREADS)
-            kernel = silu_mul.make_silu_mul_kernel(dtype)
-            yield Variant(name("silu_mul"), kernel, (rows2, rows2), silu_mul.THREADS)
-            for label, config in (("few", gemm.FEW), ("many", gemm.MANY)):
-                if layout == "C":
-                    kernel = gemm.make_gemm_kernel(config, dtype, dtype, has_bias=True)
-                    arguments = (rows2, rows2, dense2, dense1, rows2)
-                    yield Variant(name(f"gemm_bias_{label}"), kernel, arguments, config.threads)
-                kernel = gemm.make_gemm_kernel(config, dtype, dtype, has_bias=False)
-                arguments = (rows2, rows2, dense2, dense2, rows2)
-                yield Variant(name(f"gemm_{label}"), kernel, arguments, config.threads)
-                kernel = lm_head.make_lm_head_kernel(1 if label == "few" else gemm.FEW_ROWS + 1, dtype)
-                arguments = (array(f32, 2, layout), rows2, dense2, dense2, ids)
-                yield Variant(name(f"lm_head_{label}"), kernel, arguments, config.threads)
-            table = array(i32, 2, layout)
-            paged = (rows3, rows3, cache, cache, ids, ids, table, f32)
-            for head_dim in (64, 128) if layout == "C" else (64,):
-                threads = paged_attention.THREADS
-                kernel = prefill_attention.make_prefill_attention_kernel(head_dim, 3, 64, dtype)
-                yield Variant(name(f"prefill_attention_d{head_dim}"), kernel, paged, threads)
-                kernel = decode_attention.make_decode_attention_kernel(head_dim, 3, 64, dtype)
-                yield Variant(name(f"decode_attention_d{head_dim}"), kernel, paged, threads)
-    sample_arguments = (ids, array(f32, 2), array(f32, 1), array(u64, 1), ids)
-    yield Variant("sample", sample.make_sample_kernel(), sample_arguments, sample.THREADS)
 
 
 def _capability(arch: str) -> tuple[Any, ...]:
@@ -182,48 +120,103 @@ def compile_ptx(variant: Variant, arch: str) -> str:
     return str(ptx)
 
 
-def assemble(variant: Variant, arch: str, ptxas: Path) -> Report:
-    """Compile and assemble one variant; RuntimeError with ptxas's words when it refuses."""
+def assemble(variant: Variant, arch: str) -> Report:
+    """Compile and assemble one variant; ToolsMissing without ptxas, RuntimeError with its words when it
+    refuses."""
     ptx = compile_ptx(variant, arch)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [str(ptxas), "-v", f"-arch={arch}", str(source), "-o", str(source.with_suffix(".cubin"))]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    text = result.stdout + result.stderr
-    if result.returncode:
-        raise RuntimeError(f"ptxas refuses {variant.name} for {arch}: {text}")
+    return Report(variant.name, arch, variant.threads, *_resources(run_ptxas(ptx, arch)[1], ptx))
+
+
+def _resources(words: str, ptx: str) -> tuple[int, int, int, int, int]:
+    """Registers, bytes spilled, of stack and of shared memory as `ptxas -v` says; float64 instructions of the
+    PTX."""
 
     def number(pattern: str) -> int:
-        return sum(int(match) for match in re.findall(pattern, text))
+        return sum(int(match) for match in re.findall(pattern, words))
 
-    return Report(
-        name=variant.name,
-        arch=arch,
-        threads=variant.threads,
-        registers=number(r"Used (\d+) registers"),
-        spill_bytes=number(r"(\d+) bytes spill (?:stores|loads)"),
-        stack_bytes=number(r"(\d+) bytes stack frame"),
-        shared_bytes=number(r"(\d+) bytes smem"),
-        float64=len(re.findall(r"^\s*(?:@\S+\s+)?[a-z][\w.]*\.f64\b", ptx, flags=re.MULTILINE)),
+    return (
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill (?:stores|loads)"),
+        number(r"(\d+) bytes stack frame"),
+        number(r"(\d+) bytes smem"),
+        len(re.findall(r"^\s*(?:@\S+\s+)?[a-z][\w.]*\.f64\b", ptx, flags=re.MULTILINE)),
     )
 
 
-def _work(part: int, parts: int, archs: tuple[str, ...]) -> list[Report]:
-    ptxas = find_ptxas()
-    mine = list(variants())[part::parts]
-    return [
-        assemble(variant, arch, ptxas)
-        for variant in mine
-        for arch in archs
-        if arch in STRIDED_ARCHS or not variant.name.endswith("strided")
+def assemble_kernel(kernel: launch.Kernel, arch: str) -> Report:
+    """Compile a launcher's kernel for `arch` as a launch would, and look at its instructions.
+
+    Takes no cubin from the cache. Raises ValueError for a target that the kernel is not for, ToolsMissing
+    without ptxas or nvdisasm, and what compiler and assembler raise.
+    """
+    kernel.check_arch(arch)
+    nvdisasm = find_tool("nvdisasm")
+    ptx = launch.compile_ptx(kernel.make(), kernel.types, kernel.threads, arch)
+    cubin, words = run_ptxas(ptx, arch)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(nvdisasm), "-c", str(path)]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instructions, main_loop = count_instructions(sass)
+    asked = [int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)]
+    return Report(
+        kernel.name, arch, kernel.threads, *_resources(words, ptx), kernel.smem, instructions, main_loop,
+        (min(asked), max(asked)) if asked else None, tuple(sorted(set(re.findall(LOSS, words)))),
+    )  # fmt: skip
+
+
+def count_instructions(sass: str) -> tuple[dict[str, int], dict[str, int]]:
+    """({opcode: count}, the same of the smallest loop with matrix products) of nvdisasm's text.
+
+    A loop is what lies between a label and a branch back to it, if no thread leaves the kernel in between:
+    slow ways round a wait are put behind the end of the kernel and branch back from there.
+    """
+    labels: dict[str, int] = {}
+    opcodes: list[str] = []
+    back: list[tuple[int, int]] = []
+    ends: list[int] = []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label.group(1)] = len(opcodes)
+        elif found := re.match(r"\s+(?:/\*[0-9a-f]+\*/)\s+(@!?U?P\d\s+)?([A-Z][A-Z0-9]*)(.*)", line):
+            predicate, opcode, operands = found.groups()
+            target = re.search(r"`\((\.L_\w+)\)", operands)
+            if target and target.group(1) in labels:
+                back.append((labels[target.group(1)], len(opcodes)))
+            if opcode == "EXIT" and predicate is None:
+                ends.append(len(opcodes))
+            opcodes.append(opcode)
+    loops = [
+        Counter(opcodes[first : last + 1])
+        for first, last in sorted(back, key=lambda pair: pair[1] - pair[0])
+        if not any(first <= end <= last for end in ends)
     ]
+    main = next((loop for loop in loops if loop["HGMMA"] or loop["HMMA"]), Counter[str]())
+    return dict(Counter(opcodes)), dict(main)
+
+
+def _wanted(variant: Variant, arch: str) -> bool:
+    if variant.name.endswith("strided"):
+        return arch in STRIDED_ARCHS
+    return arch not in SAMPLED_ARCHS or bool(SAMPLED.fullmatch(variant.name))
+
+
+def _work(part: int, parts: int, archs: tuple[str, ...]) -> list[Report]:
+    plain = [(variant, arch) for arch in archs for variant in variants() if _wanted(variant, arch)]
+    launched = [(kernel, arch) for arch in archs for _, kernel in fitting(kernel_modules(), arch)]
+    reports = [assemble(variant, arch) for variant, arch in plain[part::parts]]
+    return reports + [assemble_kernel(kernel, arch) for kernel, arch in launched[part::parts]]
 
 
 def assemble_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[Report]:
-    """Every variant on every architecture, over fresh processes. Raises ToolsMissing or ptxas's refusal."""
+    """Every kernel on every architecture, over fresh processes. Raises ToolsMissing or an assembler's
+    refusal."""
     find_ptxas()
-    next(iter(variants()))
+    if not compiler.AVAILABLE:
+        raise ToolsMissing(f"numba.cuda cannot be imported: {compiler.REASON}")
+    if compiler.SIMULATOR:
+        raise ToolsMissing("the simulator is on (NUMBA_ENABLE_CUDASIM): it has no compiler")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         parts = [pool.submit(_work, part, processes, archs) for part in range(processes)]
@@ -232,7 +225,7 @@ def assemble_all(archs: tuple[str, ...] = ARCHS, processes: int = 2) -> list[Rep
 
 def main() -> int:
     """Print the reports; exit 1 if any has a problem, 3 if tools are missing."""
-    parser = argparse.ArgumentParser(description="compile and assemble the plain kernels, without a GPU")
+    parser = argparse.ArgumentParser(description="compile and assemble all kernels, without a GPU")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--arch", action="append", choices=ARCHS, help="may repeat; all by default")
     arguments = parser.parse_args()

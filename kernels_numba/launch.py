@@ -1,77 +1,39 @@
 """Kernels that are compiled once, kept on disk as cubins, and launched through the driver with prepared
 arguments.
 
-Knows: compilation for a target, the cache in the user's cache directory, shared-memory limits, clusters,
-programmatic dependent launch. Refuses to know: what a kernel computes. numba's own dispatcher costs 25 to 75
-us a launch and never raises the dynamic shared-memory limit; this path exists for both reasons.
+Knows: compilation for a target, shared-memory limits, clusters, programmatic dependent launch; cubins.py
+keeps what is compiled, prebuild.py compiles many at once. Refuses to know: what a kernel computes. numba's
+own dispatcher costs 25 to 75 us a launch and never raises the dynamic shared-memory limit; this path exists
+for both reasons.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib
-import importlib.metadata
-import json
-import os
+import math
+import operator
 import re
-import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from kernels_numba import compiler
+from kernels_numba.cubins import cubin_path, edited, read_cubin, write_cubin
+from kernels_numba.tools import assembler, run_ptxas
 
-PACKAGE = Path(__file__).resolve().parent
 STATIC_SMEM = 48 << 10  # what a block may have without asking
 C_TYPES: dict[str, Any] = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
+LIMITS = {"int32": (-(1 << 31), (1 << 31) - 1), "int64": (-(1 << 63), (1 << 63) - 1)}
 compiles = 0  # kernels that this process had to compile: tests and `sharp info` read it
 
 
-@cache
-def sources_hash() -> str:
-    """sha256 over every Python file of this package: any edit to a kernel or helper makes new cubins."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
-@cache
-def tool_versions() -> str:
-    """Versions of what turns Python into a cubin, and of the driver that loads it (0 without one)."""
-    parts = []
-    for package in ("numba-cuda", "llvmlite", "cuda-core", "nvidia-nvjitlink", "nvidia-cuda-nvcc"):
-        try:
-            parts.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            parts.append(f"{package} -")
-    try:
-        from cuda.bindings import driver
-
-        error, version = driver.cuDriverGetVersion()
-        parts.append(f"driver {version if not int(error) else 0}")
-    except (ImportError, RuntimeError):  # no libcuda
-        parts.append("driver 0")
-    return ", ".join(parts)
-
-
 def linker_version() -> str:
-    """What assembles the kernels of this module: nvJitLink and its version."""
-    try:
-        return f"nvJitLink {importlib.metadata.version('nvidia-nvjitlink')}"
-    except importlib.metadata.PackageNotFoundError:
-        return "nvJitLink"
-
-
-def cache_directory() -> Path:
-    """Where cubins are kept: kernels/ in the user's cache directory for sharp."""
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("sharp")) / "kernels"
+    """What assembles these kernels, with its version: `sharp bench` records it."""
+    return assembler()[1]
 
 
 def arch_of(capability: tuple[int, int]) -> str:
@@ -100,45 +62,32 @@ def compile_ptx(function: Any, types: Sequence[str], threads: int, arch: str) ->
     return str(ptx)
 
 
-def compile_cubin(function: Any, types: Sequence[str], threads: int, arch: str) -> tuple[str, bytes]:
-    """(entry name, cubin) of a kernel function; needs no GPU. Raises what compiler and linker raise."""
-    global compiles
+def to_cubin(ptx: str, arch: str) -> bytes:
+    """PTX assembled by tools.assembler(); RuntimeWarning where nvJitLink must stand in and a kernel loses by
+    it. Raises what the assembler raises."""
+    ptxas, name = assembler()
+    if ptxas is not None:
+        return run_ptxas(ptx, arch, ptxas)[0]
     from cuda.core import Linker, LinkerOptions, ObjectCode
 
+    linker = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch))
+    cubin = bytes(linker.link("cubin").code)
+    if "C7504" in linker.get_info_log() + linker.get_error_log():
+        loss = f"{name} ignores setmaxnreg, which makes kernels slower"
+        warnings.warn(f"{loss}: install nvidia-cuda-nvcc for its ptxas", RuntimeWarning, stacklevel=2)
+    return cubin
+
+
+def compile_cubin(function: Any, types: Sequence[str], threads: int, arch: str) -> tuple[str, bytes]:
+    """(entry name, cubin) of a kernel function; needs no GPU. Raises what compiler and assembler raise."""
+    global compiles
     ptx = compile_ptx(function, types, threads, arch)
     entry = re.search(r"\.entry\s+([\w$]+)", ptx)
     if entry is None:
         raise RuntimeError(f"the compiler made no kernel of {function.__name__}")
-    linked = Linker(ObjectCode.from_ptx(ptx.encode()), options=LinkerOptions(arch=arch)).link("cubin")
+    cubin = to_cubin(ptx, arch)
     compiles += 1
-    return entry.group(1), bytes(linked.code)
-
-
-def read_cubin(path: Path) -> tuple[str, bytes] | None:
-    """(entry, cubin) of a cache file; None where there is none or its digest does not fit (then it is made
-    again)."""
-    try:
-        head, _, code = path.read_bytes().partition(b"\n")
-        facts = json.loads(head)
-        if facts["sha256"] == hashlib.sha256(code).hexdigest():
-            return str(facts["entry"]), code
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
-
-
-def write_cubin(path: Path, entry: str, code: bytes) -> None:
-    """Write a cache file whole or not at all; a cache that cannot be written costs a compilation, nothing
-    else."""
-    head = json.dumps({"entry": entry, "sha256": hashlib.sha256(code).hexdigest()}).encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(head + b"\n" + code)
-        os.replace(name, path)
-    except OSError:
-        pass
+    return entry.group(1), cubin
 
 
 def address(array: Any) -> int:
@@ -170,7 +119,8 @@ class Kernel:
     make: returns the Python function (called only when it must be compiled); key: all that it depends on
     beside the source files; signature: like "void(int64, int32)", of int32, int64 (addresses too) and
     float32; threads: a block's; smem: bytes of dynamic shared memory; cluster: blocks of a cluster; pdl:
-    start while the kernel before is ending (griddepcontrol). ValueError for a signature of other types.
+    start while the kernel before is ending (griddepcontrol); archs: the only targets that have its
+    instructions, like ("sm_90a",), or () for any. ValueError for a signature of other types.
     """
 
     name: str
@@ -181,6 +131,7 @@ class Kernel:
     smem: int = 0
     cluster: int = 1
     pdl: bool = False
+    archs: tuple[str, ...] = ()
     _function: Any = field(default=None, init=False, repr=False)
     _module: Any = field(default=None, init=False, repr=False)
 
@@ -193,15 +144,29 @@ class Kernel:
                 f"{self.name}: argument types {', '.join(unknown)}; known are {', '.join(C_TYPES)}"
             )
 
+    def fits(self, arch: str) -> bool:
+        """Whether a target has its instructions: sm_120a has all that sm_120 has."""
+        return not self.archs or any(arch in (own, f"{own}a") for own in self.archs)
+
+    def check_arch(self, arch: str) -> None:
+        """ValueError for a target without its instructions."""
+        if not self.fits(arch):
+            raise ValueError(f"{self.name} is for {', '.join(self.archs)}; this is {arch}")
+
+    def path(self, arch: str, directory: Path | None = None) -> Path:
+        """Its file in the cache, whether or not there is one."""
+        return cubin_path(self.name, arch, [self.key, self.signature, self.threads], directory)
+
     def cubin(self, arch: str, directory: Path | None = None) -> tuple[str, bytes]:
-        """(entry, cubin), from the cache or compiled now."""
-        facts = [self.name, self.key, self.signature, self.threads, arch, sources_hash(), tool_versions()]
-        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
-        path = (directory or cache_directory()) / f"{self.name}-{arch}-{digest}.cubin"
-        found = read_cubin(path)
+        """(entry, cubin), from the cache or compiled now. ValueError for a target without its
+        instructions."""
+        self.check_arch(arch)
+        path = self.path(arch, directory)
+        found = None if edited() else read_cubin(path)
         if found is None:
             found = compile_cubin(self.make(), self.types, self.threads, arch)
-            write_cubin(path, *found)
+            if not edited():
+                write_cubin(path, *found)
         return found
 
     def load(self) -> Any:
@@ -226,7 +191,7 @@ class Kernel:
 
     def prepare(self, grid: int, arguments: Sequence[int | float]) -> Launch:
         """A launch of `grid` blocks with these arguments, ready to be repeated. ValueError for a wrong
-        number."""
+        number, or a value that its type does not hold."""
         if len(arguments) != len(self.types):
             raise ValueError(f"{self.name}: {len(arguments)} arguments; {len(self.types)} are required")
         if grid < 1 or grid % self.cluster:
@@ -236,11 +201,42 @@ class Kernel:
         return Launch(self, grid, arguments)
 
 
+def _holds(kernel: Kernel, index: int, value: int | float) -> int | float:
+    """The value if its argument's type holds it; ctypes would cut an integer and say nothing."""
+    kind, what = kernel.types[index], f"{kernel.name}: argument {index} is {value}"
+    if kind == "float32":
+        value = float(value)
+        if math.isfinite(value) and math.isinf(ctypes.c_float(value).value):
+            raise ValueError(f"{what}; float32 holds up to 3.4028235e38")
+        return value
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{what}; {kind} holds integers") from None
+    low, high = LIMITS[kind]
+    if not low <= number <= high:
+        raise ValueError(f"{what}; {kind} holds {low} to {high}")
+    return number
+
+
+def _packed(kernel: Kernel, arguments: Sequence[int | float]) -> list[Any]:
+    """The arguments as ctypes values. ValueError for one that its type does not hold."""
+    try:
+        values = [C_TYPES[name](value) for name, value in zip(kernel.types, arguments, strict=True)]
+        if [value.value for value in values] == list(arguments):
+            return values
+    except TypeError:  # no number, or no integer: named below
+        pass
+    # Something was cut or rounded; one by one costs twice as much as all of a launch's preparation.
+    checked = [_holds(kernel, i, value) for i, value in enumerate(arguments)]
+    return [C_TYPES[name](value) for name, value in zip(kernel.types, checked, strict=True)]
+
+
 class Launch:
     """A kernel with its grid and packed arguments; calling it queues one launch on a stream."""
 
     def __init__(self, kernel: Kernel, grid: int, arguments: Sequence[int | float]) -> None:
-        self.values = [C_TYPES[name](value) for name, value in zip(kernel.types, arguments, strict=True)]
+        self.values = _packed(kernel, arguments)
         self._pointers = (ctypes.c_void_p * len(self.values))(
             *[ctypes.addressof(value) for value in self.values]
         )
@@ -249,8 +245,11 @@ class Launch:
         self._call: Callable[[int], Any] | None = None
 
     def set(self, index: int, value: int | float) -> None:
-        """Replace one argument; launches already queued keep theirs."""
-        self.values[index].value = value
+        """Replace one argument; launches already queued keep theirs. ValueError for no such argument, or a
+        value that its type does not hold."""
+        if not 0 <= index < len(self.values):
+            raise ValueError(f"{self._kernel.name}: argument {index}; there are 0 to {len(self.values) - 1}")
+        self.values[index].value = _holds(self._kernel, index, value)
 
     def _bind(self) -> Callable[[int], Any]:
         from cuda.bindings import driver

@@ -7,6 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Most shared memory that a block can ask for, by compute capability (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability").
+BLOCK_LIMITS = {
+    "75": 65_536, "80": 166_912, "86": 101_376, "87": 166_912, "89": 101_376, "90": 232_448, "100": 232_448,
+    "103": 232_448, "120": 101_376, "121": 101_376,
+}  # fmt: skip
+
+
+def block_limit(arch: str) -> int:
+    """Bytes of shared memory that a block can have on a target like "sm_90a"; ValueError for one unknown."""
+    digits = arch.removeprefix("sm_").rstrip("af")
+    if digits not in BLOCK_LIMITS:
+        raise ValueError(f"shared memory: target is {arch!r}; known are {', '.join(BLOCK_LIMITS)}")
+    return BLOCK_LIMITS[digits]
+
 
 @dataclass(frozen=True)
 class Region:

@@ -133,6 +133,22 @@ def pull(name: Annotated[str, typer.Argument(help="A model of weights/MANIFEST.t
 
 
 @app.command()
+def kernels(
+    build: Annotated[bool, typer.Option("--build", help="Compile what the cache lacks.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete what it holds (first).")] = False,
+    arch: Annotated[
+        str | None, typer.Option(metavar="sm_90a", help="Build for this target, not the GPU here.")
+    ] = None,
+) -> None:
+    """Show, fill or empty the cache of compiled kernels."""
+    from sharp.cli.kernels import kernels_command
+
+    if arch is not None and not build:
+        raise CommandError("--arch says what to --build for; give both", 2)
+    kernels_command(build, clear, arch)
+
+
+@app.command()
 def demo(
     model: Model = DEMO_MODEL,
     max_tokens: MaxTokens = 48,

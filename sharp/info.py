@@ -156,13 +156,16 @@ def _rungs() -> list[tuple[str, str]]:
 def _caches() -> list[tuple[str, str]]:
     import platformdirs
 
+    from kernels_numba import cubins
     from sharp.pull import weights_root
 
     places = {"models": weights_root(), "user cache": Path(platformdirs.user_cache_dir("sharp"))}
     driver_cache = os.environ.get("CUDA_CACHE_PATH") or Path.home() / ".nv" / "ComputeCache"
     if Path(driver_cache).is_dir():
         places["driver's kernel cache"] = Path(driver_cache)
-    return [(name, f"{path} ({_size(path)})") for name, path in places.items()]
+    count, size = cubins.contents()
+    compiled = ("compiled kernels", f"{cubins.cache_directory()} ({count} kernels, {show_bytes(size)})")
+    return [*((name, f"{path} ({_size(path)})") for name, path in places.items()), compiled]
 
 
 def _size(path: Path) -> str:

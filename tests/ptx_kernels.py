@@ -15,10 +15,14 @@ from kernels_numba.ptx import (
     cp_async,
     debug,
     fences,
+    griddep,
     ldst,
     matrix,
     mbarrier,
     mma,
+    named_barrier,
+    policy,
+    shuffle,
     tma,
     vector,
     wgmma,
@@ -163,9 +167,13 @@ def make_mma_gemm(dtype="bfloat16", offsets=False):
     return mma_gemm
 
 
-def make_tma_copy(rank, box_bytes):
+def make_tma_copy(rank, box_bytes, prefetch=True, hint=False):
     """(from_map, to_map, x, y, z, w, to_x, to_y, to_z, to_w, seen), 32 threads: a box to shared memory, its
-    bytes to `seen`, and the box to another place by a TMA store."""
+    bytes to `seen`, and the box to another place by a TMA store; hint: with L2 policies, which change no
+    byte."""
+    bring = getattr(tma, f"tma_prefetch_{rank}d")
+    load = getattr(tma, f"tma_load_{rank}d" + "_hint" * hint)
+    store = getattr(tma, f"tma_store_{rank}d" + "_hint" * hint)
 
     def tma_copy(from_map, to_map, x, y, z, w, to_x, to_y, to_z, to_w, seen):
         smem = dynamic_shared()
@@ -175,17 +183,31 @@ def make_tma_copy(rank, box_bytes):
             mbarrier.mbarrier_init(bar, 1)
             mbarrier.fence_mbarrier_init()
             tma.tma_prefetch_map(from_map)
-            if rank == 2:
-                tma.tma_prefetch_2d(from_map, x, y)
+            if prefetch:
+                if rank == 2:
+                    bring(from_map, x, y)
+                elif rank == 3:
+                    bring(from_map, x, y, z)
+                else:
+                    bring(from_map, x, y, z, w)
         cuda.syncthreads()
         if thread == 0:
             mbarrier.mbarrier_expect_tx(bar, box_bytes)
+            first = policy.policy_evict_first()
             if rank == 2:
-                tma.tma_load_2d(smem, from_map, bar, x, y)
+                if hint:
+                    load(smem, from_map, bar, x, y, first)
+                else:
+                    load(smem, from_map, bar, x, y)
             elif rank == 3:
-                tma.tma_load_3d(smem, from_map, bar, x, y, z)
+                if hint:
+                    load(smem, from_map, bar, x, y, z, first)
+                else:
+                    load(smem, from_map, bar, x, y, z)
+            elif hint:
+                load(smem, from_map, bar, x, y, z, w, first)
             else:
-                tma.tma_load_4d(smem, from_map, bar, x, y, z, w)
+                load(smem, from_map, bar, x, y, z, w)
         mbarrier.mbarrier_wait(bar, 0)
         at = thread * 4
         while at < box_bytes:
@@ -194,12 +216,21 @@ def make_tma_copy(rank, box_bytes):
         fences.fence_proxy_async()
         cuda.syncthreads()
         if thread == 0:
+            last = policy.policy_evict_last()
             if rank == 2:
-                tma.tma_store_2d(to_map, smem, to_x, to_y)
+                if hint:
+                    store(to_map, smem, to_x, to_y, last)
+                else:
+                    store(to_map, smem, to_x, to_y)
             elif rank == 3:
-                tma.tma_store_3d(to_map, smem, to_x, to_y, to_z)
+                if hint:
+                    store(to_map, smem, to_x, to_y, to_z, last)
+                else:
+                    store(to_map, smem, to_x, to_y, to_z)
+            elif hint:
+                store(to_map, smem, to_x, to_y, to_z, to_w, last)
             else:
-                tma.tma_store_4d(to_map, smem, to_x, to_y, to_z, to_w)
+                store(to_map, smem, to_x, to_y, to_z, to_w)
             tma.bulk_commit()
             tma.bulk_wait_read(0)
             tma.bulk_wait(0)
@@ -207,36 +238,58 @@ def make_tma_copy(rank, box_bytes):
     return tma_copy
 
 
-def make_multicast(half_bytes, rows):
-    """(tensor_map, out, ranks), clusters of 2 blocks of 32 threads: each block loads half of a tile into
-    both; out: what each block then holds; ranks: its rank. Block 0 waits for an arrival of each too."""
+def make_multicast(half_bytes, rows, rank=2, hint=False):
+    """(source, out, ranks), clusters of 2 blocks of 32 threads: each block loads half of a tile into both;
+    out: what each block then holds; ranks: its rank. Block 0 waits for an arrival of each too. source: the
+    address of a tensor map of `rank` dimensions, or for rank 1 of the bytes."""
+    name = f"tma_load_{rank}d_multicast" + "_hint" * hint if rank > 1 else "bulk_load_multicast"
+    load = getattr(tma, name)
 
-    def multicast(tensor_map, out, ranks):
+    def multicast(source, out, ranks):
         smem = dynamic_shared()
         bar = smem + 2 * half_bytes
         remote = bar + 8
-        rank = control.cluster_rank()
+        rank_ = cluster.cluster_rank()
         thread = cuda.threadIdx.x
         if thread == 0:
             mbarrier.mbarrier_init(bar, 1)
             mbarrier.mbarrier_init(remote, 2)
             mbarrier.fence_mbarrier_init()
-        control.cluster_sync()
+        cluster.cluster_sync()
         if thread == 0:
             mbarrier.mbarrier_expect_tx(bar, 2 * half_bytes)
-            tma.tma_load_2d_multicast(smem + rank * half_bytes, tensor_map, bar, 0, rank * rows, 3)
+            half = smem + rank_ * half_bytes
+            normal = policy.policy_evict_normal()
+            if rank == 1:
+                load(half, source + rank_ * half_bytes, half_bytes, bar, 3)
+            elif rank == 2:
+                if hint:
+                    load(half, source, bar, 0, rank_ * rows, 3, normal)
+                else:
+                    load(half, source, bar, 0, rank_ * rows, 3)
+            elif rank == 3:
+                if hint:
+                    load(half, source, bar, 0, rank_ * rows, 0, 3, normal)
+                else:
+                    load(half, source, bar, 0, rank_ * rows, 0, 3)
+            elif hint:
+                load(half, source, bar, 0, rank_ * rows, 0, 0, 3, normal)
+            else:
+                load(half, source, bar, 0, rank_ * rows, 0, 0, 3)
         mbarrier.mbarrier_wait(bar, 0)
         at = thread * 4
         while at < 2 * half_bytes:
-            st_global_b32(out + rank * 2 * half_bytes + at, ld_shared_b32(smem + at))
+            st_global_b32(out + cuda.blockIdx.x * 2 * half_bytes + at, ld_shared_b32(smem + at))
             at += 128
         if thread == 0:
             mbarrier.mbarrier_arrive_remote(remote, 0)
-        if rank == 0:
+        if rank_ == 0:
             mbarrier.mbarrier_wait(remote, 0)
+        fences.fence_acq_rel_cluster()
         if thread == 0:
-            same = cluster.cluster_address(smem, rank) - cluster.cluster_address(smem, 0)
-            st_global_b32(ranks + 4 * cuda.blockIdx.x, rank if (same == 0) == (rank == 0) else -1)
+            same = cluster.cluster_address(smem, rank_) - cluster.cluster_address(smem, 0)
+            st_global_b32(ranks + 4 * cuda.blockIdx.x, rank_ if (same == 0) == (rank_ == 0) else -1)
+        cuda.syncthreads()
         cluster.cluster_arrive_relaxed()
         cluster.cluster_wait()
 
@@ -264,7 +317,7 @@ def make_ldmatrix(count, trans):
 def make_stmatrix(count, trans):
     """(words, out), 32 threads: words i32[32, count] by stmatrix over 128 words of zeros, which go to out."""
     name = f"stmatrix_x{count}" + ("_trans" if trans else "")
-    store = getattr(ldst if count == 4 else matrix, name)
+    store = getattr(matrix, name)
 
     def stmatrix(words, out):
         smem = dynamic_shared()
@@ -320,7 +373,7 @@ def make_cp_async(by_barrier):
     return cp_async_copy
 
 
-def make_bulk():
+def make_bulk(hint=False):
     """(source, out, size), 32 threads: size bytes (a multiple of 16, at most 4096) through shared memory."""
 
     def bulk(source, out, size):
@@ -329,10 +382,17 @@ def make_bulk():
         if cuda.threadIdx.x == 0:
             mbarrier.mbarrier_init(bar, 1)
             mbarrier.fence_mbarrier_init()
+            tma.bulk_prefetch(source, size)
             mbarrier.mbarrier_expect_tx(bar, size)
-            tma.bulk_load(smem, source, size, bar)
+            if hint:
+                tma.bulk_load_hint(smem, source, size, bar, policy.policy_evict_first())
+            else:
+                tma.bulk_load(smem, source, size, bar)
             mbarrier.mbarrier_wait(bar, 0)
-            tma.bulk_store(out, smem, size)
+            if hint:
+                tma.bulk_store_hint(out, smem, size, policy.policy_evict_last())
+            else:
+                tma.bulk_store(out, smem, size)
             tma.bulk_commit()
             tma.bulk_wait(0)
             fences.fence_proxy_async_global()
@@ -341,7 +401,7 @@ def make_bulk():
 
 
 def make_vectors():
-    """(source, out), 32 threads: six 512-byte pieces of out are source, moved in six ways; then f32 pairs."""
+    """(source, out), 32 threads: pieces of out are source, moved in as many ways as the test lists."""
 
     def vectors(source, out):
         smem = dynamic_shared()
@@ -363,23 +423,29 @@ def make_vectors():
         st_global_b32(out + 1540 + 8 * thread, words[1])
         vector.st_global_v2_f32(out + 1792 + 8 * thread, numbers[0], numbers[3])
         ldst.st_global_b16(out + 2048 + 2 * thread, words[0])
+        first = policy.policy_evict_first()
+        last = policy.policy_evict_last()
+        vector.ld_global_v4_hint(words, source + at, first)
+        vector.st_global_v4(out + 2112 + at, words)
+        vector.ld_global_nc_v4_hint(numbers, source + at, last)
+        vector.st_global_v4_hint(out + 2624 + at, numbers, first)
 
     return vectors
 
 
 def make_warps():
-    """(x, out), 64 threads: out i32[64, 9]: shuffles and the like, as the test lists them."""
+    """(x, out), 64 threads: out i32[64, 12]: shuffles and the like, as the test lists them."""
 
     def warps(x, out):
         thread = cuda.threadIdx.x
         lane = control.lane_id()
-        at = out + 36 * thread
+        at = out + 48 * thread
         value = cuda.local.array(2, np.float32)
         vector.ld_global_v2(value, x + 8 * thread)
-        st_global_f32(at, control.shfl_xor_f32(value[0], 5))
-        st_global_f32(at + 4, control.shfl_down_f32(value[0], 3))
-        st_global_b32(at + 8, control.shfl_idx_i32(thread, (lane + 1) & 31))
-        st_global_b32(at + 12, control.warp_uniform(thread))
+        st_global_f32(at, shuffle.shfl_xor_f32(value[0], 5))
+        st_global_f32(at + 4, shuffle.shfl_down_f32(value[0], 3))
+        st_global_b32(at + 8, shuffle.shfl_idx_i32(thread, (lane + 1) & 31))
+        st_global_b32(at + 12, shuffle.warp_uniform(thread))
         st_global_b32(at + 16, control.elect_one())
         st_global_b32(at + 20, lane)
         st_global_b32(at + 24, mma.pack_bf16(value[0], value[1]))
@@ -388,6 +454,9 @@ def make_warps():
         st_shared_b32(control.shared_address(static) + 4 * thread, thread * 3)
         cuda.syncthreads()
         st_global_b32(at + 32, static[63 - thread])
+        st_global_f32(at + 36, shuffle.shfl_up_f32(value[0], 3))
+        st_global_f32(at + 40, shuffle.shfl_idx_f32(value[0], lane ^ 9))
+        st_global_b32(at + 44, shuffle.shfl_xor_i32(thread, 6))
 
     return warps
 
@@ -402,24 +471,25 @@ def make_hand_over(rounds):
         for turn in range(rounds):
             if thread < 32:
                 if turn > 0:
-                    control.named_barrier_sync(2, 64)
+                    named_barrier.named_barrier_sync(2, 64)
                 control.nanosleep(200)
                 st_shared_b32(smem + 4 * lane, turn * 100 + lane)
                 fences.fence_acq_rel_cta()
-                control.named_barrier_arrive(1, 64)
+                named_barrier.named_barrier_arrive(1, 64)
             else:
-                control.named_barrier_sync(1, 64)
+                named_barrier.named_barrier_sync(1, 64)
                 st_global_b32(out + 4 * (turn * 32 + lane), ld_shared_b32(smem + 4 * (31 - lane)))
                 if turn < rounds - 1:
-                    control.named_barrier_arrive(2, 64)
+                    named_barrier.named_barrier_arrive(2, 64)
         fences.fence_acq_rel_gpu()
 
     return hand_over
 
 
-def make_pipeline(rounds, stages, stress):
+def make_pipeline(rounds, stages, stress, wrong=0):
     """(out), 64 threads: warp 0 hands `rounds` rows of 32 numbers to warp 1 through `stages` slots, full and
-    empty barriers by phase; out i32[rounds, 32]. Bounded waits; with stress the warps dawdle."""
+    empty barriers by phase; out i32[rounds, 32]. Bounded waits; with stress the warps dawdle; wrong=1: the
+    reader waits for the phase before."""
     wait_full = debug.make_mbarrier_wait("full", True)
     wait_empty = debug.make_mbarrier_wait("empty", True)
     pause = debug.make_stress(stress)
@@ -444,7 +514,7 @@ def make_pipeline(rounds, stages, stress):
                 st_shared_b32(smem + 128 * stage + 4 * lane, turn * 100 + lane)
                 mbarrier.mbarrier_arrive(full + 8 * stage)
             else:
-                wait_full(full + 8 * stage, phase)
+                wait_full(full + 8 * stage, phase ^ wrong)
                 pause(2)
                 st_global_b32(
                     out + 4 * (turn * 32 + lane), ld_shared_b32(smem + 128 * stage + 4 * (31 - lane))
@@ -473,9 +543,9 @@ def make_registers():
 
     def registers(out):
         thread = cuda.threadIdx.x
-        control.griddep_wait()
-        control.griddep_launch()
-        if control.warp_uniform(thread >> 7) == 0:
+        griddep.griddep_wait()
+        griddep.griddep_launch()
+        if shuffle.warp_uniform(thread >> 7) == 0:
             control.setmaxnreg_dec(40)
             st_global_b32(out + 4 * thread, thread)
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kernels_numba import launch
+from kernels_numba import cubins, launch
 from kernels_numba.launch import Kernel
 from kernels_numba.smem import SmemPlan
 
@@ -51,15 +51,30 @@ def test_a_cubin_is_compiled_once_and_a_damaged_one_again(tmp_path):
 
 def test_cache_files_are_whole_or_absent(tmp_path):
     path = tmp_path / "new" / "k.cubin"
-    launch.write_cubin(path, "entry", b"\x7fELF\n\n1")
-    assert launch.read_cubin(path) == ("entry", b"\x7fELF\n\n1")
+    cubins.write_cubin(path, "entry", b"\x7fELF\n\n1")
+    assert cubins.read_cubin(path) == ("entry", b"\x7fELF\n\n1")
     for damage in (b"", b"{}", b"[]\nx", b'{"entry": 1}\nx', path.read_bytes() + b"!"):
         path.write_bytes(damage)
-        assert launch.read_cubin(path) is None
-    assert launch.read_cubin(tmp_path / "none") is None
+        assert cubins.read_cubin(path) is None
+    assert cubins.read_cubin(tmp_path / "none") is None
     blocked = tmp_path / "file"
     blocked.write_text("")
-    launch.write_cubin(blocked / "k.cubin", "entry", b"x")  # a cache that cannot be written is no error
+    cubins.write_cubin(blocked / "k.cubin", "entry", b"x")  # a cache that cannot be written is no error
+    assert cubins.writable(tmp_path / "more")
+    assert not cubins.writable(blocked)
+
+
+def test_what_the_cache_holds_and_how_it_is_emptied(tmp_path):
+    assert cubins.contents(tmp_path / "none") == (0, 0)
+    cubins.write_cubin(tmp_path / "a-sm_90a-1.cubin", "entry", b"x" * 100)
+    (tmp_path / f"abc{cubins.UNFINISHED}").write_bytes(b"left behind by a killed process")
+    (tmp_path / "notes.txt").write_text("somebody's own")
+    count, size = cubins.contents(tmp_path)
+    assert count == 1
+    assert size > 100
+    assert cubins.clear(tmp_path) == (count, size)
+    assert cubins.contents(tmp_path) == (0, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_arguments_are_packed_and_counted():
@@ -74,6 +89,42 @@ def test_arguments_are_packed_and_counted():
         kernel.prepare(3, (1, 2, 3.0))
     with pytest.raises(ValueError, match="argument types float64"):
         Kernel("toy", lambda: None, (), "void(float64)", 128)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (1, 1 << 31, "toy: argument 1 is 2147483648; int32 holds -2147483648 to 2147483647"),
+        (1, -(1 << 31) - 1, "toy: argument 1 is -2147483649; int32 holds"),
+        (0, 1 << 63, "toy: argument 0 is 9223372036854775808; int64 holds"),
+        (1, 0.5, "toy: argument 1 is 0.5; int32 holds integers"),
+        (2, 1e39, r"toy: argument 2 is 1e\+39; float32 holds up to 3.4028235e38"),
+    ],
+)
+def test_an_argument_is_never_cut(index, value, message):
+    kernel = Kernel("toy", lambda: None, (), "void(int64, int32, float32)", 128)
+    arguments = [1 << 40, -5, 0.5]
+    packed = kernel.prepare(1, arguments)
+    with pytest.raises(ValueError, match=message):
+        packed.set(index, value)
+    assert [value.value for value in packed.values] == arguments
+    arguments[index] = value
+    with pytest.raises(ValueError, match=message):
+        kernel.prepare(1, arguments)
+
+
+def test_the_widest_arguments_that_fit():
+    kernel = Kernel("toy", lambda: None, (), "void(int64, int32, float32)", 128)
+    given = ((1 << 63) - 1, np.int64(-(1 << 31)), float("inf"))
+    assert [value.value for value in kernel.prepare(1, given).values] == list(given)
+    with pytest.raises(ValueError, match="toy: argument 3; there are 0 to 2"):
+        kernel.prepare(1, given).set(3, 1)
+
+
+def test_a_kernel_for_other_targets_is_refused():
+    kernel = Kernel("toy", lambda: None, (), "void()", 128, archs=("sm_90a", "sm_120a"))
+    with pytest.raises(ValueError, match="toy is for sm_90a, sm_120a; this is sm_86"):
+        kernel.cubin("sm_86")
 
 
 def test_targets_and_streams():

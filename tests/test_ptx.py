@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,19 +24,22 @@ CALLS = {
     "setmaxnreg_inc": ("control", "232", "setmaxnreg.inc.sync.aligned.u32 232"),
     "setmaxnreg_dec": ("control", "40", "setmaxnreg.dec.sync.aligned.u32 40"),
     "elect_one": ("control", "", "elect.sync"),
-    "warp_uniform": ("control", "i", "shfl.sync.idx.b32"),
-    "shfl_xor_f32": ("control", "f, 1", "shfl.sync.bfly.b32"),
-    "shfl_down_f32": ("control", "f, 4", "shfl.sync.down.b32"),
-    "shfl_idx_i32": ("control", "i, 3", "shfl.sync.idx.b32"),
+    "warp_uniform": ("shuffle", "i", "shfl.sync.idx.b32"),
+    "shfl_xor_f32": ("shuffle", "f, 1", "shfl.sync.bfly.b32"),
+    "shfl_down_f32": ("shuffle", "f, 4", "shfl.sync.down.b32"),
+    "shfl_idx_i32": ("shuffle", "i, 3", "shfl.sync.idx.b32"),
+    "shfl_up_f32": ("shuffle", "f, 4", "shfl.sync.up.b32"),
+    "shfl_idx_f32": ("shuffle", "f, 4", "shfl.sync.idx.b32"),
+    "shfl_xor_i32": ("shuffle", "i, 4", "shfl.sync.bfly.b32"),
     "lane_id": ("control", "", "%laneid"),
-    "named_barrier_sync": ("control", "1, 128", "bar.sync"),
-    "named_barrier_arrive": ("control", "1, 128", "bar.arrive"),
+    "named_barrier_sync": ("named_barrier", "1, 128", "bar.sync"),
+    "named_barrier_arrive": ("named_barrier", "1, 128", "bar.arrive"),
     "nanosleep": ("control", "i", "nanosleep.u32"),
     "trap": ("control", "", "trap;"),
-    "griddep_wait": ("control", "", "griddepcontrol.wait"),
-    "griddep_launch": ("control", "", "griddepcontrol.launch_dependents"),
-    "cluster_rank": ("control", "", "%cluster_ctarank"),
-    "cluster_sync": ("control", "", "barrier.cluster.wait.acquire"),
+    "griddep_wait": ("griddep", "", "griddepcontrol.wait"),
+    "griddep_launch": ("griddep", "", "griddepcontrol.launch_dependents"),
+    "cluster_rank": ("cluster", "", "%cluster_ctarank"),
+    "cluster_sync": ("cluster", "", "barrier.cluster.wait.acquire"),
     "mbarrier_init": ("mbarrier", "s, 1", "mbarrier.init.shared::cta.b64"),
     "fence_mbarrier_init": ("mbarrier", "", "fence.mbarrier_init.release.cluster"),
     "mbarrier_arrive": ("mbarrier", "s", "mbarrier.arrive.shared::cta.b64"),
@@ -45,18 +49,39 @@ CALLS = {
     "fence_proxy_async": ("fences", "", "fence.proxy.async.shared::cta"),
     "fence_proxy_async_global": ("fences", "", "fence.proxy.async.global"),
     "fence_acq_rel_cta": ("fences", "", "fence.acq_rel.cta"),
+    "fence_acq_rel_cluster": ("fences", "", "fence.acq_rel.cluster"),
     "fence_acq_rel_gpu": ("fences", "", "fence.acq_rel.gpu"),
     "tma_load_2d": ("tma", "s, g, s, i, i", "cp.async.bulk.tensor.2d.shared::cluster.global"),
-    "tma_load_3d": ("tma", "s, g, s, i, i, i", "cp.async.bulk.tensor.3d.shared::cluster.global"),
-    "tma_load_4d": ("tma", "s, g, s, i, i, i, i", "cp.async.bulk.tensor.4d.shared::cluster.global"),
-    "tma_load_2d_multicast": ("tma", "s, g, s, i, i, 3", "multicast::cluster"),
+    "tma_load_2d_hint": ("tma", "s, g, s, i, i, g", "complete_tx::bytes.L2::cache_hint"),
+    "tma_load_2d_multicast": ("tma", "s, g, s, i, i, 3", "complete_tx::bytes.multicast::cluster ["),
+    "tma_load_2d_multicast_hint": ("tma", "s, g, s, i, i, 3, g", "multicast::cluster.L2::cache_hint"),
     "tma_store_2d": ("tma", "g, s, i, i", "cp.async.bulk.tensor.2d.global.shared::cta"),
-    "tma_store_3d": ("tma", "g, s, i, i, i", "cp.async.bulk.tensor.3d.global.shared::cta"),
-    "tma_store_4d": ("tma", "g, s, i, i, i, i", "cp.async.bulk.tensor.4d.global.shared::cta"),
+    "tma_store_2d_hint": ("tma", "g, s, i, i, g", "tile.bulk_group.L2::cache_hint"),
     "tma_prefetch_2d": ("tma", "g, i, i", "cp.async.bulk.prefetch.tensor.2d"),
+    "tma_load_3d": ("tma", "s, g, s, i, i, i", "cp.async.bulk.tensor.3d.shared::cluster.global"),
+    "tma_load_3d_hint": ("tma", "s, g, s, i, i, i, g", "complete_tx::bytes.L2::cache_hint"),
+    "tma_load_3d_multicast": ("tma", "s, g, s, i, i, i, 3", "complete_tx::bytes.multicast::cluster ["),
+    "tma_load_3d_multicast_hint": ("tma", "s, g, s, i, i, i, 3, g", "multicast::cluster.L2::cache_hint"),
+    "tma_store_3d": ("tma", "g, s, i, i, i", "cp.async.bulk.tensor.3d.global.shared::cta"),
+    "tma_store_3d_hint": ("tma", "g, s, i, i, i, g", "tile.bulk_group.L2::cache_hint"),
+    "tma_prefetch_3d": ("tma", "g, i, i, i", "cp.async.bulk.prefetch.tensor.3d"),
+    "tma_load_4d": ("tma", "s, g, s, i, i, i, i", "cp.async.bulk.tensor.4d.shared::cluster.global"),
+    "tma_load_4d_hint": ("tma", "s, g, s, i, i, i, i, g", "complete_tx::bytes.L2::cache_hint"),
+    "tma_load_4d_multicast": ("tma", "s, g, s, i, i, i, i, 3", "complete_tx::bytes.multicast::cluster ["),
+    "tma_load_4d_multicast_hint": ("tma", "s, g, s, i, i, i, i, 3, g", "multicast::cluster.L2::cache_hint"),
+    "tma_store_4d": ("tma", "g, s, i, i, i, i", "cp.async.bulk.tensor.4d.global.shared::cta"),
+    "tma_store_4d_hint": ("tma", "g, s, i, i, i, i, g", "tile.bulk_group.L2::cache_hint"),
+    "tma_prefetch_4d": ("tma", "g, i, i, i, i", "cp.async.bulk.prefetch.tensor.4d"),
     "tma_prefetch_map": ("tma", "g", "prefetch.tensormap"),
     "bulk_load": ("tma", "s, g, 64, s", "cp.async.bulk.shared::cluster.global"),
+    "bulk_load_hint": ("tma", "s, g, 64, s, g", "complete_tx::bytes.L2::cache_hint"),
+    "bulk_load_multicast": ("tma", "s, g, 64, s, 3", "complete_tx::bytes.multicast::cluster"),
     "bulk_store": ("tma", "g, s, 64", "cp.async.bulk.global.shared::cta"),
+    "bulk_store_hint": ("tma", "g, s, 64, g", "bulk_group.L2::cache_hint"),
+    "bulk_prefetch": ("tma", "g, 64", "cp.async.bulk.prefetch.L2.global"),
+    "policy_evict_first": ("policy", "", "createpolicy.fractional.L2::evict_first.b64"),
+    "policy_evict_last": ("policy", "", "createpolicy.fractional.L2::evict_last.b64"),
+    "policy_evict_normal": ("policy", "", "createpolicy.fractional.L2::evict_normal.b64"),
     "bulk_commit": ("tma", "", "cp.async.bulk.commit_group"),
     "bulk_wait_read": ("tma", "0", "cp.async.bulk.wait_group.read 0"),
     "bulk_wait": ("tma", "1", "cp.async.bulk.wait_group 1"),
@@ -67,8 +92,8 @@ CALLS = {
     "st_shared_b32": ("ldst", "s, i", "st.shared.b32"),
     "ld_shared_b32": ("ldst", "s", "ld.shared.b32"),
     "prefetch_l2": ("ldst", "g", "prefetch.global.L2"),
-    "stmatrix_x4": ("ldst", "s, i, i, i, i", "stmatrix.sync.aligned.m8n8.x4.shared.b16"),
-    "stmatrix_x4_trans": ("ldst", "s, i, i, i, i", "m8n8.x4.trans.shared.b16"),
+    "stmatrix_x4": ("matrix", "s, i, i, i, i", "stmatrix.sync.aligned.m8n8.x4.shared.b16"),
+    "stmatrix_x4_trans": ("matrix", "s, i, i, i, i", "m8n8.x4.trans.shared.b16"),
     "stmatrix_x1": ("matrix", "s, i", "stmatrix.sync.aligned.m8n8.x1.shared.b16"),
     "stmatrix_x2": ("matrix", "s, i, i", "stmatrix.sync.aligned.m8n8.x2.shared.b16"),
     "stmatrix_x1_trans": ("matrix", "s, i", "m8n8.x1.trans.shared.b16"),
@@ -87,6 +112,9 @@ CALLS = {
     "pack_f16": ("mma", "f, f", "cvt.rn.f16x2.f32"),
     "ld_global_v4": ("vector", "w, g", "ld.global.v4.b32"),
     "ld_global_nc_v4": ("vector", "x, g", "ld.global.nc.L1::no_allocate.v4.b32"),
+    "ld_global_v4_hint": ("vector", "w, g, g", "ld.global.L2::cache_hint.v4.b32"),
+    "ld_global_nc_v4_hint": ("vector", "x, g, g", "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32"),
+    "st_global_v4_hint": ("vector", "g, w, g", "st.global.L2::cache_hint.v4.b32"),
     "ld_global_v2": ("vector", "w, g", "ld.global.v2.b32"),
     "st_global_v4": ("vector", "g, w", "st.global.v4.b32"),
     "st_global_cs_v4": ("vector", "g, x", "st.global.cs.v4.b32"),
@@ -108,7 +136,7 @@ ELSEWHERE = {"dynamic_shared", "shared_address", "descriptor_k_major"}
 OLDER = [
     name
     for name, (module, _, _) in CALLS.items()
-    if module in ("mma", "vector", "cp_async") or name.startswith("ldmatrix")
+    if module in ("mma", "vector", "cp_async", "policy") or name.startswith("ldmatrix")
     if name != "cp_async_mbarrier_arrive"  # .shared::cta came later
 ]
 WRONG = {
@@ -145,7 +173,10 @@ def kernel_{name}(s, g, i, f):
         ldst.st_global_b32(g + 4 * k, w[k])
         ldst.st_global_f32(g + 4 * k, x[k])
 """
-USED_NAMES = ("lane_id", "cluster_rank", "cluster_address", "pack_bf16", "pack_f16")
+USED_NAMES = (
+    "policy_evict_first", "policy_evict_last", "policy_evict_normal", "lane_id", "cluster_rank",
+    "cluster_address", "pack_bf16", "pack_f16",
+)  # fmt: skip
 CHILD = """
 import json, subprocess, sys, tempfile
 from pathlib import Path
@@ -223,6 +254,43 @@ def test_every_instruction_is_in_the_table():
     assert seen >= set(CALLS)
 
 
+@pytest.mark.skipif("asm.USABLE", reason="needs the stand-ins of a process without a compiler")
+def test_every_instruction_says_in_one_line_what_it_is(texts):
+    """In parentheses at the end: the section of the PTX ISA, an instruction that it does emit."""
+    for name, (module, _, _) in CALLS.items():
+        doc = getattr(importlib.import_module(f"kernels_numba.ptx.{module}"), name).__doc__
+        assert doc, name
+        assert "\n" not in doc, name
+        section = re.search(r"\(([%a-z][\w.:]*)[^()]*\)\.?$", doc)
+        assert section, (name, doc)
+        family = section.group(1).split(".")[0]
+        assert family in texts[name][0], (name, doc)
+
+
+def test_every_module_names_its_sections():
+    """Each file that offers instructions names the manual's sections; the folder's page names each file."""
+    import kernels_numba.ptx as page
+
+    for module in sorted({module for module, _, _ in CALLS.values()} | {"wgmma", "epilogue"}):
+        doc = importlib.import_module(f"kernels_numba.ptx.{module}").__doc__
+        assert re.search(r'PTX\s+ISA,\s+"', doc), module
+        assert re.search(rf"^{module}\.py ", page.__doc__, re.MULTILINE), module
+    files = {path.name for path in (ROOT / "kernels_numba" / "ptx").glob("[a-z]*.py")}
+    assert set(re.findall(r"^(\w+\.py) ", page.__doc__, re.MULTILINE)) == files
+
+
+def test_every_instruction_runs_in_a_numeric_test():
+    """test_ptx_gpu.py and test_launch_gpu.py run what these files hold; a name built from parts counts by
+    its parts."""
+    text = "".join((ROOT / "tests" / f"{name}.py").read_text() for name in ("ptx_kernels", "toy_kernels"))
+    built = re.compile(
+        r"tma_(load|store|prefetch)_[234]d(_multicast)?(_hint)?|(ld|st)matrix_x[124](_trans)?|bulk_load_multicast"
+    )
+    absent = [name for name in CALLS if not re.search(rf"\b{name}\b", text) and not built.fullmatch(name)]
+    # trap ends a context: it is what a bounded wait without a report emits (make_stuck).
+    assert absent == ["trap"]
+
+
 def test_wrong_arguments_fail_when_the_kernel_is_compiled(tmp_path):
     pytest.importorskip("numba")
     found = compiled(WRONG, tmp_path)
@@ -261,6 +329,8 @@ def test_a_debug_wait_has_an_identifier():
         ((64, 4, "float32"), "dtype is 'float32'"),
         ((64, 0), "k_steps 0"),
         ((64, 4, "bfloat16", "shared", "k", "k", 9), "wait is 9"),
+        ((64, 4, "bfloat16", "registers", "mn"), "a_major is 'mn'; A from registers has no major"),
+        ((64, 4, "bfloat16", "elsewhere"), "a 'elsewhere'"),
     ],
 )
 def test_wgmma_of_wrong_shapes(arguments, message):

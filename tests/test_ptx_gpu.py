@@ -19,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
 
+# dimensions (1: plain bytes), whether with an L2 policy
+MULTICASTS = [(1, False), (2, False), (3, False), (4, False), (2, True), (3, True), (4, True)]
 # factory in ptx_kernels, its arguments, the kernel's (l int64, i int32), threads, lowest target
 KERNELS = [
     ("make_wgmma_tile", (8,), "lill", 128, "sm_90a"),
@@ -34,7 +36,10 @@ KERNELS = [
     ("make_tma_copy", (2, 4096), "lliiiiiiiil", 32, "sm_90a"),
     ("make_tma_copy", (3, 4096), "lliiiiiiiil", 32, "sm_90a"),
     ("make_tma_copy", (4, 4096), "lliiiiiiiil", 32, "sm_90a"),
-    ("make_multicast", (2048, 16), "lll", 32, "sm_90a"),
+    ("make_tma_copy", (2, 4096, False, True), "lliiiiiiiil", 32, "sm_90a"),
+    ("make_tma_copy", (3, 4096, True, True), "lliiiiiiiil", 32, "sm_90a"),
+    ("make_tma_copy", (4, 4096, True, True), "lliiiiiiiil", 32, "sm_90a"),
+    *(("make_multicast", (2048, 16, *kind), "lll", 32, "sm_90a") for kind in MULTICASTS),
     ("make_ldmatrix", (4, False), "ll", 32, "sm_80"),
     ("make_ldmatrix", (2, True), "ll", 32, "sm_80"),
     ("make_ldmatrix", (1, True), "ll", 32, "sm_80"),
@@ -43,11 +48,13 @@ KERNELS = [
     ("make_stmatrix", (4, True), "ll", 32, "sm_90a"),
     ("make_cp_async", (False,), "ll", 32, "sm_80"),
     ("make_cp_async", (True,), "ll", 32, "sm_90a"),
-    ("make_bulk", (), "lli", 32, "sm_90a"),
+    ("make_bulk", (False,), "lli", 32, "sm_90a"),
+    ("make_bulk", (True,), "lli", 32, "sm_90a"),
     ("make_vectors", (), "ll", 32, "sm_80"),
     ("make_warps", (), "ll", 64, "sm_90a"),
     ("make_hand_over", (5,), "l", 64, "sm_80"),
     ("make_pipeline", (20, 3, True), "l", 64, "sm_90a"),
+    ("make_pipeline", (20, 3, True, 1), "l", 64, "sm_90a"),
     ("make_stuck", (True,), "", 32, "sm_90a"),
     ("make_stuck", (False,), "", 32, "sm_90a"),
     ("make_registers", (), "l", 384, "sm_90a"),
@@ -131,11 +138,10 @@ def rng(record_property):
 
 
 @cache
-def jitted(factory, *arguments, threads=0):
+def jitted(factory, *arguments):
     from kernels_numba.compiler import jit
 
-    options = {"launch_bounds": (threads, 1)} if threads else {}
-    return jit(**options)(getattr(ptx_kernels, factory)(*arguments))
+    return jit()(getattr(ptx_kernels, factory)(*arguments))
 
 
 def run(kernel, arguments, grid=1, threads=32, smem=0):
@@ -267,8 +273,7 @@ BOXES = {
     "2d no swizzle": ("float32", (40, 64), (8, 64), 0, (3, 0), (32, 0)),
     "2d bytes": ("uint8", (40, 128), (16, 128), 128, (24, 0), (1, 0)),
     "2d over the edge": ("bfloat16", (40, 128), (16, 64), 128, (32, 96), (30, 80)),
-    # Not here: a box before the edge (negative coordinates, load -5, -8, store -3, -16). On an H200 it ended
-    # in an illegal instruction, not yet explained; no kernel uses such coordinates.
+    # Before the edge: below, in children of their own.
     "3d": ("bfloat16", (3, 20, 64), (2, 8, 64), 128, (1, 7, 0), (0, 12, 0)),
     "3d over the edge": ("float32", (3, 20, 32), (2, 8, 32), 128, (2, 15, 0), (2, 16, 0)),
     "4d": ("bfloat16", (3, 4, 20, 64), (1, 2, 8, 64), 128, (1, 2, 7, 0), (2, 0, 3, 0)),
@@ -285,14 +290,11 @@ def overlap(start, sides, shape):
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.usefixtures("gpu")
-@pytest.mark.parametrize("name", BOXES)
-def test_tma_loads_and_stores_a_box(name, rng):
+def copy_a_box(dtype, shape, box, swizzled, source, target, rng, prefetch=True, hint=False):
+    """Load a box at `source`, look at its bytes, store it at `target`, look at the tensor."""
     from kernels_numba.launch import address
     from kernels_numba.ptx.tma import encode_tensor_map
 
-    dtype, shape, box, swizzled, source, target = BOXES[name]
     values = rng.integers(0, 200, shape).astype(ITEMS[dtype])
     have, out = device(values), empty(shape, ITEMS[dtype])
     strides = values.strides[:-1]
@@ -304,7 +306,7 @@ def test_tma_loads_and_stores_a_box(name, rng):
     seen = empty(size, np.uint8)
     coordinates = [[*reversed(place), 0, 0][:4] for place in (source, target)]
     arguments = (*maps, *coordinates[0], *coordinates[1], seen)
-    run(jitted("make_tma_copy", len(shape), size), arguments, smem=size + 16)
+    run(jitted("make_tma_copy", len(shape), size, prefetch, hint), arguments, smem=size + 16)
 
     wanted = np.zeros(box, values.dtype)
     in_tensor, in_box = overlap(source, box, shape)
@@ -319,28 +321,71 @@ def test_tma_loads_and_stores_a_box(name, rng):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
-@pytest.mark.xfail(
-    reason="no bytes arrive on an H200; not yet explained, and no kernel multicasts", strict=True
+@pytest.mark.parametrize("hint", [False, True])
+@pytest.mark.parametrize("name", BOXES)
+def test_tma_loads_and_stores_a_box(name, hint, rng):
+    copy_a_box(*BOXES[name], rng, hint=hint)
+
+
+BEFORE_THE_EDGE = """
+import numpy as np
+from test_ptx_gpu import copy_a_box
+try:
+    copy_a_box("bfloat16", (40, 128), (16, 64), 128, {source}, {target}, np.random.default_rng(5), {prefetch})
+except Exception as error:
+    print("ended", type(error).__name__, error, flush=True)
+    import os
+    os._exit(7)  # the context is lost: nothing can be cleaned up
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("source", "target", "prefetch", "ending"),
+    [
+        ((-5, -8), (8, 64), False, 0),
+        ((-5, -8), (8, 64), True, 0),
+        ((8, 64), (-3, -16), False, 7),
+    ],
+    ids=["load", "load after a prefetch", "store"],
 )
-def test_tma_multicast_in_a_cluster(rng):
+def test_tma_before_the_edge(source, target, prefetch, ending):
+    """A box may begin before the tensor when it is read (zeros there), never when it is written: CUDA C++
+    Programming Guide, "Tensor Memory Access", negative indices and out of bounds. Each in a process of its
+    own, because the refusal, an illegal instruction, ends the context."""
+    child = without_simulator(BEFORE_THE_EDGE.format(source=source, target=target, prefetch=prefetch), 60)
+    assert child.returncode == ending, child.stdout + child.stderr
+    if ending:
+        assert "ILLEGAL_INSTRUCTION" in child.stdout.upper(), child.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("rank", "hint"), MULTICASTS)
+def test_multicast_in_a_cluster(rank, hint, rng):
     from kernels_numba.compiler import cuda
     from kernels_numba.launch import Kernel, address
     from kernels_numba.ptx.tma import encode_tensor_map
 
     values = rng.integers(0, 1 << 16, (32, 64)).astype(np.uint16)
-    have, out, ranks = device(values), empty((4, 32, 64), np.uint16), empty(4, np.int32)
-    tensor_map = device(encode_tensor_map(address(have), "bfloat16", (32, 64), (128,), (16, 64), 128))
+    source, out, ranks = device(values), empty((4, 32, 64), np.uint16), empty(4, np.int32)
+    if rank > 1:
+        ones = (1,) * (rank - 2)
+        strides = (4096,) * (rank - 2) + (128,)
+        shape, box = (*ones, 32, 64), (*ones, 16, 64)
+        source_map = device(encode_tensor_map(address(source), "bfloat16", shape, strides, box, 128))
     # The file's bytes are part of the key: a kept cubin must not outlive an edit of the kernel.
-    key = (Path(ptx_kernels.__file__).read_bytes(),)
+    key = (rank, hint, Path(ptx_kernels.__file__).read_bytes())
     kernel = Kernel(
-        "ptx_multicast", lambda: ptx_kernels.make_multicast(2048, 16), key, "void(int64, int64, int64)", 32,
-        smem=4096 + 16, cluster=2,
+        "ptx_multicast", lambda: ptx_kernels.make_multicast(2048, 16, rank, hint), key,
+        "void(int64, int64, int64)", 32, smem=4096 + 16, cluster=2,
     )  # fmt: skip
-    kernel.prepare(4, (address(tensor_map), address(out), address(ranks)))()
+    kernel.prepare(4, (address(source_map if rank > 1 else source), address(out), address(ranks)))()
     cuda.synchronize()
-    image = np.concatenate([swizzle(half.view(np.uint8), 128) for half in (values[:16], values[16:])])
+    halves = [swizzle(half.view(np.uint8), 128 if rank > 1 else 0) for half in (values[:16], values[16:])]
     for block in out.copy_to_host():
-        np.testing.assert_array_equal(block.view(np.uint8).reshape(-1), image)
+        np.testing.assert_array_equal(block.view(np.uint8).reshape(-1), np.concatenate(halves))
     np.testing.assert_array_equal(ranks.copy_to_host(), [0, 1, 0, 1])
 
 
@@ -380,11 +425,12 @@ def test_cp_async(by_barrier, rng):
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("hint", [False, True])
 @pytest.mark.parametrize("size", [16, 48, 4096])
-def test_bulk_copies(size, rng):
+def test_bulk_copies(size, hint, rng):
     source = rng.integers(0, 256, 4096).astype(np.uint8)
     out = empty(4096, np.uint8)
-    run(jitted("make_bulk"), (device(source), out, size), smem=4096 + 16)
+    run(jitted("make_bulk", hint), (device(source), out, size), smem=4096 + 16)
     wanted = np.full(4096, 0xEE, np.uint8)
     wanted[:size] = source[:size]
     np.testing.assert_array_equal(out.copy_to_host(), wanted)
@@ -394,14 +440,16 @@ def test_bulk_copies(size, rng):
 @pytest.mark.usefixtures("gpu")
 def test_vector_loads_and_stores(rng):
     source = rng.integers(0, 1 << 31, (32, 4)).astype(np.uint32)
-    out = empty(2112, np.uint8)
+    out = empty(3136, np.uint8)
     run(jitted("make_vectors"), (device(source), out), smem=512)
     words = out.copy_to_host()
     neighbour = source[np.arange(32) ^ 1]
     pieces = [source, source, neighbour, source.reshape(-1)[:64], neighbour[:, [0, 3]]]
     wanted = b"".join(np.ascontiguousarray(piece).tobytes() for piece in pieces)
     np.testing.assert_array_equal(words[:2048], np.frombuffer(wanted, np.uint8))
-    np.testing.assert_array_equal(words[2048:].view(np.uint16), (source.reshape(-1)[:64:2] & 0xFFFF))
+    np.testing.assert_array_equal(words[2048:2112].view(np.uint16), (source.reshape(-1)[:64:2] & 0xFFFF))
+    for start in (2112, 2624):
+        np.testing.assert_array_equal(words[start : start + 512].view(np.uint32), source.reshape(-1))
 
 
 @pytest.mark.gpu
@@ -413,7 +461,7 @@ def test_shuffles_lanes_and_packing(rng):
     x[:4, 0] = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF], np.uint32).view(
         np.float32
     )  # ties, over
-    out = empty((64, 9), np.int32)
+    out = empty((64, 12), np.int32)
     run(jitted("make_warps"), (device(x), out), threads=64)
     got = out.copy_to_host()
     thread = np.arange(64)
@@ -429,6 +477,9 @@ def test_shuffles_lanes_and_packing(rng):
         np.testing.assert_array_equal(got[:, 6], x.astype(ml_dtypes.bfloat16).view(np.int32)[:, 0])
         np.testing.assert_array_equal(got[:, 7], x.astype(np.float16).view(np.int32)[:, 0])
     np.testing.assert_array_equal(got[:, 8], 3 * (63 - thread))
+    np.testing.assert_array_equal(got[:, 9], as_bits[np.where(lane >= 3, thread - 3, thread)])
+    np.testing.assert_array_equal(got[:, 10], as_bits[thread ^ 9])
+    np.testing.assert_array_equal(got[:, 11], thread ^ 6)
 
 
 def turns(rounds):
@@ -452,11 +503,40 @@ def test_mbarrier_phases_hand_over(stress):
     np.testing.assert_array_equal(out.copy_to_host(), turns(200))
 
 
+WRONG_PHASE = """
+import numpy as np
+from test_ptx_gpu import empty, jitted, run, turns
+out = empty((200, 32), np.int32)
+try:
+    run(jitted("make_pipeline", 200, 3, True, 1), (out,), threads=64, smem=512)
+except Exception as error:
+    print("ended", error, flush=True)
+    import os
+    os._exit(7)
+print("same" if np.array_equal(out.copy_to_host(), turns(200)) else "different")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_a_consumer_that_waits_for_the_wrong_phase_is_caught():
+    """The mutant of the test above: wrong numbers, or a bounded wait that ends the kernel."""
+    child = without_simulator(WRONG_PHASE, timeout=60)
+    assert child.returncode == 7 or child.stdout.strip() == "different", child.stdout + child.stderr
+
+
 @pytest.mark.gpu
 @pytest.mark.usefixtures("gpu")
 def test_registers_move_between_warpgroups():
+    """Through the launcher, whose assembler keeps setmaxnreg (test_assemble.py sees that it does)."""
+    from kernels_numba.compiler import cuda
+    from kernels_numba.launch import Kernel, address
+
     out = empty(384, np.int32)
-    run(jitted("make_registers", threads=384), (out,), threads=384)
+    key = (Path(ptx_kernels.__file__).read_bytes(),)
+    kernel = Kernel("ptx_registers", ptx_kernels.make_registers, key, "void(int64)", 384)
+    kernel.prepare(1, (address(out),))()
+    cuda.synchronize()
     np.testing.assert_array_equal(out.copy_to_host(), np.arange(384))
 
 

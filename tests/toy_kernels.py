@@ -78,7 +78,7 @@ def ranks_kernel(cluster):
     """out[block] = the block's number in its cluster."""
 
     def make():
-        from kernels_numba.ptx.control import cluster_rank, cluster_sync
+        from kernels_numba.ptx.cluster import cluster_rank, cluster_sync
         from kernels_numba.ptx.ldst import st_global_b32
 
         cuda = compiler.cuda
@@ -98,7 +98,8 @@ def increment_kernel(pdl):
     """x[i] += 1 for i < n, after the grid before it and late: lost if nobody waits for that one."""
 
     def make():
-        from kernels_numba.ptx.control import griddep_launch, griddep_wait, nanosleep
+        from kernels_numba.ptx.control import nanosleep
+        from kernels_numba.ptx.griddep import griddep_launch, griddep_wait
         from kernels_numba.ptx.ldst import ld_global_i32, st_global_b32
 
         cuda = compiler.cuda

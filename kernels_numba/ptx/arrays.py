@@ -51,7 +51,7 @@ def array_instruction(
     wrong type fails when the kernel is compiled.
     """
     if not USABLE:
-        return unavailable(name)
+        return unavailable(name, doc)
     parsed = [
         (label, mode or "", kind or scalar, int(count or 0))
         for label, mode, kind, count, scalar in (_OPERAND.fullmatch(w).groups() for w in operands.split())  # type: ignore[union-attr]

@@ -24,15 +24,16 @@ KINDS = {"r": "int32", "l": "int64", "f": "float32", "h": "uint16"}
 __all__ = ["KINDS", "USABLE", "instruction", "intrinsic", "signature", "unavailable"]
 
 
-def unavailable(name: str) -> Callable[..., Any]:
-    """A stand-in for an intrinsic where there is no compiler: calling it raises KernelsUnavailable."""
+def unavailable(name: str, doc: str = "") -> Callable[..., Any]:
+    """A stand-in for an intrinsic where there is no compiler: it can be read about, but calling it raises
+    KernelsUnavailable."""
 
     def stub(*_: Any) -> Any:
         raise KernelsUnavailable(
             f"{name} is a PTX instruction: it needs numba.cuda's compiler, not its simulator"
         )
 
-    stub.__name__ = name
+    stub.__name__, stub.__doc__ = name, doc
     return stub
 
 
@@ -86,7 +87,7 @@ def instruction(
     or constant fails when the kernel is compiled.
     """
     if not USABLE:
-        return unavailable(name)
+        return unavailable(name, doc)
     bound = [kind for kind in operands if kind != "n"]
     constraints = ",".join(([f"={result}"] if result else []) + bound + (["~{memory}"] if memory else []))
     types = compiler.cuda.types

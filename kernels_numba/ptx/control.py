@@ -1,4 +1,8 @@
-"""Warps and registers: who runs, with how many registers, and who waits for whom."""
+"""Warps, their registers and where a block's shared memory begins (PTX ISA, "setmaxnreg", "elect.sync",
+"nanosleep", "trap", "Special Registers").
+
+The names at the end of the imports live in files of their own; kernels may take them from here too.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,19 @@ from typing import Any
 
 from kernels_numba import compiler
 from kernels_numba.ptx.asm import USABLE, instruction, intrinsic, signature, unavailable
+from kernels_numba.ptx.cluster import cluster_rank, cluster_sync
+from kernels_numba.ptx.griddep import griddep_launch, griddep_wait
+from kernels_numba.ptx.named_barrier import named_barrier_arrive, named_barrier_sync
+from kernels_numba.ptx.shuffle import shfl_down_f32, shfl_idx_i32, shfl_xor_f32, warp_uniform
 
 if USABLE:
     from llvmlite import ir
+
+__all__ = [
+    "cluster_rank", "cluster_sync", "dynamic_shared", "elect_one", "griddep_launch", "griddep_wait",
+    "lane_id", "named_barrier_arrive", "named_barrier_sync", "nanosleep", "setmaxnreg_dec", "setmaxnreg_inc",
+    "shared_address", "shfl_down_f32", "shfl_idx_i32", "shfl_xor_f32", "trap", "warp_uniform",
+]  # fmt: skip
 
 _REGISTERS = "a multiple of 8 from 24 to 256 is required"
 
@@ -29,56 +43,13 @@ elect_one = instruction(
     "elect_one", "{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 $0, 1, 0, p;\n}", "", "r",
     doc="1 in one thread of a full warp, 0 in the others (elect.sync, sm_90).",
 )  # fmt: skip
-warp_uniform = instruction(
-    "warp_uniform", "shfl.sync.idx.b32 $0, $1, 0, 0x1f, 0xffffffff;", "r", "r",
-    doc="Lane 0's value: tells the assembler that it is the same in the whole warp (shfl.sync.idx).",
-)  # fmt: skip
-shfl_xor_f32 = instruction(
-    "shfl_xor_f32", "shfl.sync.bfly.b32 $0, $1, $2, 0x1f, 0xffffffff;", "fr", "f",
-    doc="x of the lane whose number differs by `mask` (shfl.sync.bfly).",
-)  # fmt: skip
-shfl_down_f32 = instruction(
-    "shfl_down_f32", "shfl.sync.down.b32 $0, $1, $2, 0x1f, 0xffffffff;", "fr", "f",
-    doc="x of the lane `delta` above; its own beyond the last (shfl.sync.down).",
-)  # fmt: skip
-shfl_idx_i32 = instruction(
-    "shfl_idx_i32", "shfl.sync.idx.b32 $0, $1, $2, 0x1f, 0xffffffff;", "rr", "r",
-    doc="x of the lane `source` (shfl.sync.idx).",
-)  # fmt: skip
 lane_id = instruction(
     "lane_id", "mov.u32 $0, %laneid;", "", "r", memory=False, volatile=False, doc="0 to 31 (%laneid)."
-)
-named_barrier_sync = instruction(
-    "named_barrier_sync", "bar.sync $0, $1;", "rr",
-    doc="Wait at barrier id (0 to 15; 0 is syncthreads') until `threads` threads are there (bar.sync).",
-)  # fmt: skip
-named_barrier_arrive = instruction(
-    "named_barrier_arrive",
-    "bar.arrive $0, $1;",
-    "rr",
-    doc="Count at barrier id without waiting (bar.arrive).",
 )
 nanosleep = instruction(
     "nanosleep", "nanosleep.u32 $0;", "r", doc="Suspend for up to 2 ns ... 1 ms (nanosleep)."
 )
 trap = instruction("trap", "trap;", doc="Abort the grid with an error (trap).")
-griddep_wait = instruction(
-    "griddep_wait", "griddepcontrol.wait;",
-    doc="Wait until the grids this one depends on are done and their writes visible (griddepcontrol).",
-)  # fmt: skip
-griddep_launch = instruction(
-    "griddep_launch", "griddepcontrol.launch_dependents;",
-    doc="Let dependent grids start when every block has said so or ended (griddepcontrol).",
-)  # fmt: skip
-cluster_rank = instruction(
-    "cluster_rank", "mov.u32 $0, %cluster_ctarank;", "", "r", memory=False, volatile=False,
-    doc="This block's number in its cluster (%cluster_ctarank).",
-)  # fmt: skip
-cluster_sync = instruction(
-    "cluster_sync",
-    "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;",
-    doc="Wait for every thread of the cluster; shared memory written before is seen after (barrier.cluster).",
-)
 
 
 def _dynamic_shared() -> Any:

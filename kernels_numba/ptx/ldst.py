@@ -1,4 +1,7 @@
-"""Loads and stores with a width, a cache hint or a matrix layout (PTX ISA, "ld", "st", "stmatrix")."""
+"""Loads and stores of one value a thread, and a prefetch (PTX ISA, "ld", "st", "prefetch, prefetchu").
+
+Wider ones: vector.py; matrices of a warp: matrix.py.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,3 @@ ld_shared_b32 = instruction(
 prefetch_l2 = instruction(
     "prefetch_l2", "prefetch.global.L2 [$0];", "l", doc="Bring a line to the L2 cache (prefetch)."
 )
-stmatrix_x4 = instruction(
-    "stmatrix_x4", "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};", "rrrrr",
-    doc="Four 8x8 matrices of 16-bit elements from a warp to the 32 rows its lanes name (stmatrix, sm_90).",
-)  # fmt: skip
-stmatrix_x4_trans = instruction(
-    "stmatrix_x4_trans", "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$0], {$1, $2, $3, $4};", "rrrrr",
-    doc="stmatrix_x4 with each matrix transposed (stmatrix .trans, sm_90).",
-)  # fmt: skip

@@ -4,7 +4,6 @@
 Each matrix is 8 rows of 16 bytes at multiples of 16; lanes 8i to 8i + 7 give the shared addresses of matrix
 i's rows, what other lanes give is ignored. Of each matrix lane l holds, in one 32-bit register, elements
 [l / 4, 2 (l % 4)] and the next; with _trans [2 (l % 4), l / 4] and the one in the next row.
-The stores of four matrices, stmatrix_x4 and stmatrix_x4_trans, are in ldst.py.
 """
 
 from __future__ import annotations
@@ -42,5 +41,9 @@ ldmatrix_x1_trans, ldmatrix_x2_trans, ldmatrix_x4_trans = (
     _load(2, ".trans"),
     _load(4, ".trans"),
 )
-stmatrix_x1, stmatrix_x2 = _store(1, ""), _store(2, "")
-stmatrix_x1_trans, stmatrix_x2_trans = _store(1, ".trans"), _store(2, ".trans")
+stmatrix_x1, stmatrix_x2, stmatrix_x4 = _store(1, ""), _store(2, ""), _store(4, "")
+stmatrix_x1_trans, stmatrix_x2_trans, stmatrix_x4_trans = (
+    _store(1, ".trans"),
+    _store(2, ".trans"),
+    _store(4, ".trans"),
+)

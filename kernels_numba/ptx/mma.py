@@ -17,11 +17,11 @@ from kernels_numba.ptx.asm import instruction
 
 
 def _mma(name: str, kind: str, offsets: bool) -> Any:
-    where = "; each array is followed by the index of its first element" if offsets else ""
+    where = "; after each array the index of its first element" if offsets else ""
     return array_instruction(
         name, f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 <acc>, <a>, <b>, <acc>;",
         "acc:+f4 a:r4 b:r2", offsets=offsets, memory=False, volatile=False,
-        doc=f"acc f32[4] += A (i32[4] of {kind} pairs) B (i32[2]), m16n8k16 (mma.sync){where}.",
+        doc=f"acc f32[4] += A (i32[4] of {kind} pairs) B (i32[2]), m16n8k16{where} (mma.sync).",
     )  # fmt: skip
 
 

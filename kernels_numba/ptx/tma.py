@@ -2,7 +2,14 @@
 
 Tensor copies read a tensor map (128 bytes in global memory, made by encode_tensor_map); coordinates count
 elements, innermost first. Loads end on an mbarrier (`complete_tx`), stores in the thread's bulk groups (PTX
-ISA, "cp.async.bulk.tensor", "cp.async.bulk"). All need sm_90.
+ISA, "cp.async.bulk.tensor", "cp.async.bulk", "cp.async.bulk.prefetch"). All need sm_90.
+
+A box may reach over the tensor's edges: loads give zeros there, stores write nothing there. It may begin
+before the tensor (negative coordinates) when it is loaded, never when it is stored: that is an illegal
+instruction (CUDA C++ Programming Guide, "Tensor Memory Access", negative indices and out of bounds).
+Multicast: data and complete_tx go to the same offsets in every block of the cluster whose bit is set in the
+mask; each of them expects the bytes on its own barrier, and all barriers were made visible
+(fence_mbarrier_init, cluster_sync) before the load. _hint: with an L2 policy of policy.py.
 """
 
 from __future__ import annotations
@@ -15,59 +22,104 @@ import numpy.typing as npt
 
 from kernels_numba.ptx.asm import instruction
 
-_COORDINATES = {2: "$3, $4", 3: "$3, $4, $5", 4: "$3, $4, $5, $6"}
-_STORE_COORDINATES = {2: "$2, $3", 3: "$2, $3, $4", 4: "$2, $3, $4, $5"}
+
+def _numbered(first: int, rank: int) -> str:
+    return ", ".join(f"${first + i}" for i in range(rank))
 
 
-def _load(rank: int) -> Any:
+def _load(rank: int, multicast: bool = False, hint: bool = False) -> Any:
+    """Arguments dst, map, bar, coordinates, then the mask and the policy where there are such."""
+    after = 3 + rank
+    text = (
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        + (".multicast::cluster" if multicast else "")
+        + (".L2::cache_hint" if hint else "")
+        + f" [$0], [$1, {{{_numbered(3, rank)}}}], [$2]"
+        + (", mask" if multicast else "")
+        + (f", ${after + multicast}" if hint else "")
+        + ";"
+    )
+    if multicast:  # 16 bits in the instruction, 32 in the argument
+        text = f"{{\n.reg .b16 mask;\ncvt.u16.u32 mask, ${after};\n{text}\n}}"
+    where = "A box into the blocks of the mask" if multicast else "A box to shared address dst"
+    words = ", mask" * multicast + ", policy" * hint
     return instruction(
-        f"tma_load_{rank}d",
-        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-        f"[$0], [$1, {{{_COORDINATES[rank]}}}], [$2];",
-        "rlr" + "r" * rank,
-        doc="A box to shared address dst; its bytes count on bar: (dst, map, bar, x, y, ...).",
+        f"tma_load_{rank}d" + "_multicast" * multicast + "_hint" * hint,
+        text,
+        "rlr" + "r" * rank + "r" * multicast + "l" * hint,
+        doc=f"{where}, bytes counted on bar: (dst, map, bar, x, y, ..{words}) (cp.async.bulk.tensor).",
     )
 
 
-def _store(rank: int) -> Any:
+def _store(rank: int, hint: bool = False) -> Any:
     return instruction(
-        f"tma_store_{rank}d",
-        f"cp.async.bulk.tensor.{rank}d.global.shared::cta.tile.bulk_group "
-        f"[$0, {{{_STORE_COORDINATES[rank]}}}], [$1];",
-        "lr" + "r" * rank,
-        doc="A box from shared address src, cut at the tensor's edge: (map, src, x, y, ...).",
+        f"tma_store_{rank}d" + "_hint" * hint,
+        f"cp.async.bulk.tensor.{rank}d.global.shared::cta.tile.bulk_group"
+        + (".L2::cache_hint" if hint else "")
+        + f" [$0, {{{_numbered(2, rank)}}}], [$1]"
+        + (f", ${2 + rank}" if hint else "")
+        + ";",
+        "lr" + "r" * rank + "l" * hint,
+        doc=f"A box from src, cut at the edge: (map, src, x, y, ..{', policy' * hint}) "
+        "(cp.async.bulk.tensor).",
+    )
+
+
+def _prefetch(rank: int) -> Any:
+    return instruction(
+        f"tma_prefetch_{rank}d",
+        f"cp.async.bulk.prefetch.tensor.{rank}d.L2.global.tile [$0, {{{_numbered(1, rank)}}}];",
+        "l" + "r" * rank,
+        doc="Bring a box to the L2 cache: (map, x, y, ..) (cp.async.bulk.prefetch.tensor).",
     )
 
 
 tma_load_2d, tma_load_3d, tma_load_4d = _load(2), _load(3), _load(4)
-tma_store_2d, tma_store_3d, tma_store_4d = _store(2), _store(3), _store(4)
-tma_load_2d_multicast = instruction(
-    "tma_load_2d_multicast",
-    "{\n.reg .b16 mask;\ncvt.u16.u32 mask, $5;\n"
-    "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-    "[$0], [$1, {$3, $4}], [$2], mask;\n}",
-    "rlrrrr",
-    doc="tma_load_2d into every block of the cluster whose bit is set in the mask, at the same offsets.",
+tma_load_2d_hint, tma_load_3d_hint, tma_load_4d_hint = (_load(rank, hint=True) for rank in (2, 3, 4))
+tma_load_2d_multicast, tma_load_3d_multicast, tma_load_4d_multicast = (_load(r, True) for r in (2, 3, 4))
+tma_load_2d_multicast_hint, tma_load_3d_multicast_hint, tma_load_4d_multicast_hint = (
+    _load(rank, True, True) for rank in (2, 3, 4)
 )
-tma_prefetch_2d = instruction(
-    "tma_prefetch_2d", "cp.async.bulk.prefetch.tensor.2d.L2.global.tile [$0, {$1, $2}];", "lrr",
-    doc="Bring a box to the L2 cache: (map, x, y) (cp.async.bulk.prefetch.tensor).",
-)  # fmt: skip
+tma_store_2d, tma_store_3d, tma_store_4d = _store(2), _store(3), _store(4)
+tma_store_2d_hint, tma_store_3d_hint, tma_store_4d_hint = (_store(rank, True) for rank in (2, 3, 4))
+tma_prefetch_2d, tma_prefetch_3d, tma_prefetch_4d = _prefetch(2), _prefetch(3), _prefetch(4)
 tma_prefetch_map = instruction(
     "tma_prefetch_map", "prefetch.tensormap [$0];", "l", doc="Bring a tensor map near (prefetch.tensormap)."
 )
 bulk_load = instruction(
     "bulk_load", "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];",
     "rlrr",
-    doc="A run of bytes, aligned to and a multiple of 16, to shared memory: (dst, src, bytes, bar).",
+    doc="A run of bytes, aligned to and a multiple of 16: (dst, src, bytes, bar) (cp.async.bulk).",
+)  # fmt: skip
+bulk_load_hint = instruction(
+    "bulk_load_hint",
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+    "[$0], [$1], $2, [$3], $4;",
+    "rlrrl", doc="bulk_load with an L2 policy: (dst, src, bytes, bar, policy) (cp.async.bulk).",
+)  # fmt: skip
+bulk_load_multicast = instruction(
+    "bulk_load_multicast",
+    "{\n.reg .b16 mask;\ncvt.u16.u32 mask, $4;\n"
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+    "[$0], [$1], $2, [$3], mask;\n}",
+    "rlrrr", doc="bulk_load into the blocks of the mask: (dst, src, bytes, bar, mask) (cp.async.bulk).",
 )  # fmt: skip
 bulk_store = instruction(
     "bulk_store", "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;", "lrr",
     doc="A run of bytes from shared memory: (dst, src, bytes) (cp.async.bulk).",
 )  # fmt: skip
+bulk_store_hint = instruction(
+    "bulk_store_hint", "cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [$0], [$1], $2, $3;",
+    "lrrl", doc="bulk_store with an L2 policy: (dst, src, bytes, policy) (cp.async.bulk).",
+)  # fmt: skip
+bulk_prefetch = instruction(
+    "bulk_prefetch", "cp.async.bulk.prefetch.L2.global [$0], $1;", "lr",
+    doc="Bring a run of bytes to the L2 cache: (src, bytes) (cp.async.bulk.prefetch).",
+)  # fmt: skip
 bulk_commit = instruction(
-    "bulk_commit", "cp.async.bulk.commit_group;", doc="End this thread's group of stores."
-)
+    "bulk_commit", "cp.async.bulk.commit_group;",
+    doc="End this thread's group of stores (cp.async.bulk.commit_group).",
+)  # fmt: skip
 _GROUPS: dict[str, Any] = {"valid": lambda n: 0 <= n <= 15, "rule": "0 to 15 groups may stay pending"}
 bulk_wait_read = instruction(
     "bulk_wait_read", "cp.async.bulk.wait_group.read @0;", "n", **_GROUPS,

@@ -1,7 +1,7 @@
 """Loads and stores of 8 and 16 bytes a thread, to and from local arrays, with cache hints (PTX ISA, "ld",
-"st", "Cache Operators").
+"ld.global.nc", "st", "Cache Operators", "Cache Eviction Priority Hints").
 
-Addresses are multiples of the width; the arrays hold any 32-bit type.
+Addresses are multiples of the width; the arrays hold any 32-bit type. _hint: with an L2 policy of policy.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,17 @@ ld_global_nc_v4 = array_instruction(
     memory=False, volatile=False,
     doc="out[0..3] = 16 bytes that nobody writes while the kernel runs, past L1; may move (ld.global.nc).",
 )  # fmt: skip
+ld_global_v4_hint = array_instruction(
+    "ld_global_v4_hint", "ld.global.L2::cache_hint.v4.b32 <out>, [<pointer>], <policy>;",
+    "out:=r4 pointer:l policy:l",
+    doc="ld_global_v4 with an L2 policy: (out, pointer, policy) (ld.global.L2::cache_hint).",
+)  # fmt: skip
+ld_global_nc_v4_hint = array_instruction(
+    "ld_global_nc_v4_hint",
+    "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.b32 <out>, [<pointer>], <policy>;",
+    "out:=r4 pointer:l policy:l", memory=False, volatile=False,
+    doc="ld_global_nc_v4 with an L2 policy: (out, pointer, policy) (ld.global.nc.L2::cache_hint).",
+)  # fmt: skip
 ld_global_v2 = array_instruction(
     "ld_global_v2", "ld.global.v2.b32 <out>, [<pointer>];", "out:=r2 pointer:l",
     doc="out[0..1] = 8 bytes at an address (ld.global).",
@@ -30,6 +41,11 @@ st_global_v4 = array_instruction(
 st_global_cs_v4 = array_instruction(
     "st_global_cs_v4", "st.global.cs.v4.b32 [<pointer>], <values>;", "pointer:l values:r4",
     doc="st_global_v4 of what will not be read again soon (st.global.cs).",
+)  # fmt: skip
+st_global_v4_hint = array_instruction(
+    "st_global_v4_hint", "st.global.L2::cache_hint.v4.b32 [<pointer>], <values>, <policy>;",
+    "pointer:l values:r4 policy:l",
+    doc="st_global_v4 with an L2 policy: (pointer, values, policy) (st.global.L2::cache_hint).",
 )  # fmt: skip
 st_global_v2_f32 = instruction(
     "st_global_v2_f32", "st.global.v2.f32 [$0], {$1, $2};", "lff",

@@ -135,13 +135,15 @@ def make_wgmma(
     in mma's layout for A; desc_b: int64 descriptor; scale_d: 0 drops what acc holds. One asm holds
     wgmma.fence, k_steps wgmma (m64n{n}k16), wgmma.commit_group and, unless wait is None, wgmma.wait_group
     `wait`. So the main loop becomes k_steps HGMMA with descriptors in uniform registers. ValueError for
-    shapes that do not exist.
+    shapes that do not exist, and for a_major "mn" with A in registers, whose layout is one and fixed.
     """
     _check_n(n)
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; wgmma here takes {', '.join(DTYPES)}")
     if k_steps < 1 or a not in ("shared", "registers") or not {a_major, b_major} <= {"k", "mn"}:
         raise ValueError(f"k_steps {k_steps}, a {a!r}, majors {a_major!r} and {b_major!r} do not go together")
+    if a == "registers" and a_major != "k":
+        raise ValueError(f"a_major is {a_major!r}; A from registers has no major, leave it at 'k'")
     if wait is not None and not 0 <= wait <= 7:
         raise ValueError(f"wait is {wait}; 0 to 7 groups may stay pending")
     if not USABLE:
