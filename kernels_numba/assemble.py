@@ -12,17 +12,15 @@ import importlib
 import json
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from kernels_numba import compiler, launch
+from kernels_numba.disassemble import disassemble
 from kernels_numba.prebuild import fitting, kernel_modules
 from kernels_numba.smem import block_limit
 from kernels_numba.tools import ToolsMissing as ToolsMissing
@@ -149,20 +147,13 @@ def assemble_kernel(kernel: launch.Kernel, arch: str) -> Report:
     Takes no cubin from the cache. Raises ValueError for a target that the kernel is not for, ToolsMissing
     without ptxas or nvdisasm, and what compiler and assembler raise.
     """
-    kernel.check_arch(arch)
-    nvdisasm = find_tool("nvdisasm")
-    ptx = launch.compile_ptx(kernel.make(), kernel.types, kernel.threads, arch)
-    cubin, words = run_ptxas(ptx, arch)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        command = [str(nvdisasm), "-c", str(path)]
-        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    instructions, main_loop = count_instructions(sass)
-    asked = [int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", ptx)]
+    code = disassemble(kernel, arch)
+    instructions, main_loop = count_instructions(code.sass)
+    asked = [int(count) for count in re.findall(r"setmaxnreg\.\w+\.sync\.aligned\.u32\s+(\d+)", code.ptx)]
     return Report(
-        kernel.name, arch, kernel.threads, *_resources(words, ptx), kernel.smem, instructions, main_loop,
-        (min(asked), max(asked)) if asked else None, tuple(sorted(set(re.findall(LOSS, words)))),
+        kernel.name, arch, kernel.threads, *_resources(code.words, code.ptx), kernel.smem, instructions,
+        main_loop,
+        (min(asked), max(asked)) if asked else None, tuple(sorted(set(re.findall(LOSS, code.words)))),
     )  # fmt: skip
 
 

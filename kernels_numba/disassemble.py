@@ -1,6 +1,6 @@
 """What a kernel becomes, without a GPU: its PTX, its machine code (SASS), registers, spills.
 
-Knows: pip's ptxas and nvdisasm (assemble.find_tool). Refuses to know: what the instructions mean.
+Knows: pip's ptxas and nvdisasm (tools.py). Refuses to know: what the instructions mean.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernels_numba import compiler
-from kernels_numba.assemble import ToolsMissing, find_tool
 from kernels_numba.launch import Kernel, compile_ptx
+from kernels_numba.tools import ToolsMissing, find_tool, run_ptxas
 
 
 @dataclass(frozen=True)
 class Code:
-    """One kernel on one architecture; sass: nvdisasm's text."""
+    """One kernel on one architecture; sass: nvdisasm's text; words: the assembler's."""
 
     arch: str
     ptx: str = field(repr=False)
@@ -26,6 +26,7 @@ class Code:
     registers: int
     spill_bytes: int
     stack_bytes: int
+    words: str = field(default="", repr=False)
 
     def count(self, op: str) -> int:
         """How many instructions begin with `op`, e.g. "HGMMA" or "LDSM"."""
@@ -54,26 +55,25 @@ def _instructions(lines: list[str]) -> list[str]:
 
 
 def disassemble(kernel: Kernel, arch: str) -> Code:
-    """Compile and assemble for `arch` ("sm_80", "sm_90a", ...). ToolsMissing without ptxas or nvdisasm,
-    RuntimeError with the assembler's words when it refuses."""
+    """Compile and assemble for `arch` ("sm_80", "sm_90a", ...), past the cache. ValueError for a target that
+    the kernel is not for, ToolsMissing without ptxas or nvdisasm, RuntimeError with the assembler's words
+    when it refuses."""
+    kernel.check_arch(arch)
     if compiler.SIMULATOR:
         raise ToolsMissing("the simulator is on (NUMBA_ENABLE_CUDASIM): it has no compiler")
-    ptxas, nvdisasm = find_tool("ptxas"), find_tool("nvdisasm")
+    nvdisasm = find_tool("nvdisasm")
     ptx = compile_ptx(kernel.make(), kernel.types, kernel.threads, arch)
+    cubin, words = run_ptxas(ptx, arch)
     with tempfile.TemporaryDirectory() as folder:
-        source, cubin = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
-        source.write_text(ptx)
-        command = [str(ptxas), "-v", f"-arch={arch}", str(source), "-o", str(cubin)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        words = done.stdout + done.stderr
-        if done.returncode:
-            raise RuntimeError(f"ptxas refuses {kernel.name} for {arch}: {words}")
-        shown = subprocess.run([str(nvdisasm), "-c", str(cubin)], capture_output=True, text=True, check=True)
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(nvdisasm), "-c", str(path)]
+        sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def number(pattern: str) -> int:
         return sum(int(match) for match in re.findall(pattern, words))
 
     return Code(
-        arch, ptx, shown.stdout, number(r"Used (\d+) registers"),
-        number(r"(\d+) bytes spill (?:stores|loads)"), number(r"(\d+) bytes stack frame"),
+        arch, ptx, sass, number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill (?:stores|loads)"), number(r"(\d+) bytes stack frame"), words,
     )  # fmt: skip

@@ -289,17 +289,16 @@ def hopper_kernel(
         "_".join(["gemm_hopper", *words]),
         lambda: make_gemm_hopper_kernel(config, dtype, out_dtype, has_bias, build),
         (config, dtype, out_dtype, has_bias, build),
-        SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl,
+        SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl, archs=("sm_90a",),
     )  # fmt: skip
 
 
 def kernels() -> Iterator[Kernel]:
-    """Every kernel that a launch in bfloat16 or float16 can pick, for building them ahead."""
-    for dtype in INPUTS.values():
-        for out_dtype in (dtype, "float32"):
-            for has_bias in (False, True):
-                for config in CONFIGS:
-                    yield hopper_kernel(config, dtype, out_dtype, has_bias)
+    """Every kernel that an engine in bfloat16 can pick, for building them ahead; float16 is built when it is
+    first used."""
+    for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
+        for config in CONFIGS:
+            yield hopper_kernel(config, "bfloat16", out_dtype, has_bias)
 
 
 @lru_cache(maxsize=4096)
