@@ -117,7 +117,8 @@ def test_engine_on_gpu(rung_options):
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", ["float64", "not float64"])
 def test_tensor_core_gemm_on_gpu(group):
-    check_group(["tests/test_gemm.py", "--device=cuda", "-m", "gpu", "-k", group])
+    # With an empty cache it compiles some fifty kernels, a second or two each.
+    check_group(["tests/test_gemm.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
 
 
 @pytest.mark.gpu
@@ -134,6 +135,11 @@ def test_ptx_on_gpu():
 @pytest.mark.gpu
 def test_launcher_on_gpu():
     check_group(["tests/test_launch.py", "tests/test_launch_gpu.py", "--device=cuda", "-m", "gpu"])
+
+
+@pytest.mark.gpu
+def test_warm_start_on_gpu():
+    check_group(["tests/test_warm.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=300)
 
 
 @pytest.mark.gpu
