@@ -109,8 +109,7 @@ def test_a_sweep_over_configurations(gpu):
     from kernels_numba.ops.gemm import hopper
 
     contenders = {
-        str(width): functools.partial(hopper.gemm_hopper, config=hopper.CONFIGS[width])
-        for width in (128, 256)
+        str(config): functools.partial(hopper.gemm_hopper, config=config) for config in hopper.CONFIGS[-2:]
     }
     params = {"m": 512, "n": 1024, "k": 512, "bias": False}
     outcome = contest.measure("gemm", params, contenders, against=against(), rounds=5)

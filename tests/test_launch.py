@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -176,17 +177,16 @@ def test_a_second_process_loads_without_compiling_and_launches_cheaply(on_gpu):
     x = cuda.to_device(np.ones((64, 64), np.uint16))
     out = cuda.to_device(np.zeros((64, 64), np.uint16))
     hopper.gemm_hopper(out, x, x)
-    kernel = hopper.hopper_kernel(
-        hopper.pick_hopper_config(64, 64, hopper.num_sms()), "bfloat16", "bfloat16", False
-    )
+    config, group = hopper.pick_hopper_config(64, 64, 64, hopper.num_sms())
     before = launch.compiles
-    again = Kernel(kernel.name, kernel.make, kernel.key, kernel.signature, kernel.threads, kernel.smem)
+    again = dataclasses.replace(hopper.hopper_kernel(config, "bfloat16", "bfloat16", False))
     again.load()
     assert launch.compiles == before
     count = cuda.to_device(np.zeros(1, np.int32))  # no rows: the cost of a launch alone
-    where, config = (launch.address(x), 64, 128), hopper.pick_hopper_config(64, 64, hopper.num_sms())
-    maps = launch.address(hopper._maps(where, where, where, 64, 64, config, "bfloat16", "bfloat16"))
-    one = again.prepare(1, (maps, maps, maps, launch.address(out), 0, launch.address(count), 64, 64, 128))
+    matrices = [(launch.address(array), 64, 128) for array in (x, x, out)]
+    one, _ = hopper._prepared(
+        *matrices, 0, launch.address(count), 64, 64, config, group, "bfloat16", "bfloat16", hopper.PRODUCT
+    )
     stream = cuda.stream()
     handle = launch.stream_handle(stream)
     times = []

@@ -59,7 +59,8 @@ print(json.dumps([launch.compiles, len(kernels), marks]))
 def run(code, *words, timeout=60):
     pytest.importorskip("numba")
     settings = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    settings["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    settings["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     command = [sys.executable, "-c", code, *words]
     done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
