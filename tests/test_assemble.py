@@ -53,7 +53,16 @@ def test_plain_kernels_assemble(request, record_property):
     for name in names:
         expected = STRIDED_ARCHS if name.endswith("strided") else ARCHS
         assert {row["arch"] for row in rows if row["name"] == name} == set(expected), name
-    ops = ("embedding", "rms_norm", "gemm", "rope", "store_kv", "prefill_attention", "decode_attention")
+    ops = (
+        "embedding",
+        "rms_norm",
+        "gemm",
+        "qk_norm",
+        "rope",
+        "store_kv",
+        "prefill_attention",
+        "decode_attention",
+    )
     for op in (*ops, "silu_mul", "lm_head"):
         for dtype in ("float32", "bfloat16"):
             for kind in ("dense", "strided"):

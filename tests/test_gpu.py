@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 60
 NODE = re.compile(r"^(\S+\.py::.+?)(?: +(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*)?$", re.MULTILINE)
 
-OPS = ("embedding", "rms_norm", "gemm", "rope", "store_kv", "silu_mul", "lm_head", "sample")
-ATTENTION = ("prefill_attention", "decode_attention", "test_attention", "random_batches")
+OPS = ("embedding", "rms_norm", "gemm", "qk_norm", "rope", "store_kv", "silu_mul", "lm_head", "sample")
+ATTENTION = ("prefill_attention", "decode_attention", "test_attention", "random_batches", "a_window")
 HELPERS = ("philox", "bfloat16_helpers")
 NAMED = (*OPS, *ATTENTION, *HELPERS)
 NOT_REFERENCE = "not reference_matches_spec"  # numpy alone: the run without a GPU has them

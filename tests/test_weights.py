@@ -159,8 +159,8 @@ class MemorySource:
         }
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
 
-    def stored_name(self, name: str) -> str:
-        return name
+    def where(self, name: str) -> str:
+        return f"memory: tensor {name}"
 
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name]
