@@ -9,7 +9,7 @@ from engine_checks import TINY, check_same_bits, decode, load
 from kernels_numba import compiler
 from sharp.budget import activation_columns, plan_memory
 from sharp.config import EngineConfig
-from sharp.model import rope_table
+from sharp.rope import rope_table
 
 PROMPTS = [[5, 9, 17, 3, 250, 44, 81], [7], [11, 12, 13], list(range(20, 150))]
 TOY = [[5, 9, 17], [7]]  # for the simulator, which runs some thousands of threads a second
@@ -60,7 +60,7 @@ def test_a_wrong_position_shows():
 
 def test_rope_table_is_the_formula():
     model, _ = load(TINY, "cpu", "float32", num_blocks=2)
-    table = rope_table(model.config, 50)
+    table = rope_table(model.config.rope, model.config.rope_theta, model.config.head_dim, 50)
     half = model.config.head_dim // 2
     for position in (0, 1, 7, 49):
         for pair in range(half):
