@@ -185,16 +185,12 @@ _KEYS: dict[str, tuple[str, ...]] = {
 _ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
 
 
-def rope_from_hf(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling]:
-    """(rope_theta, scaling) of a config.json in any of its spellings.
-
-    rope_theta at the top with rope_scaling beside it ("type" or "rope_type"); or all in rope_parameters, the
-    spelling of transformers 5, there also once for each layer type. As in transformers, rope_scaling goes
-    first, and rope_theta at the top counts where the object has none.
-    """
+def _rope_object(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(rope_scaling or rope_parameters, the object under it): empty where there is none."""
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key)
-    rope = {} if rope is None else rope
+    if rope is None:
+        return key, {}
     if not isinstance(rope, dict):
         raise ValueError(f"{key} must be an object, not {rope!r}")
     if rope and all(isinstance(value, dict) for value in rope.values()):
@@ -204,6 +200,17 @@ def rope_from_hf(raw: Mapping[str, Any], max_positions: int) -> tuple[float, Rop
                 f"{key} differs between layer types ({', '.join(rope)}); one for all is supported"
             )
         rope = each[0]
+    return key, rope
+
+
+def rope_from_hf(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling]:
+    """(rope_theta, scaling) of a config.json in any of its spellings.
+
+    rope_theta at the top with rope_scaling beside it ("type" or "rope_type"); or all in rope_parameters, the
+    spelling of transformers 5, there also once for each layer type. As in transformers, rope_scaling goes
+    first, and rope_theta at the top counts where the object has none.
+    """
+    key, rope = _rope_object(raw)
     theta = rope.get("rope_theta") or raw.get("rope_theta")
     theta = 10000.0 if theta is None else theta
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -216,22 +223,19 @@ def rope_from_hf(raw: Mapping[str, Any], max_positions: int) -> tuple[float, Rop
     if kind == "default":
         return theta, DEFAULT_ROPE
     values = {name: rope[name] for name in _KEYS[kind] if rope.get(name) is not None}
-    original = raw.get("original_max_position_embeddings")  # goes first, as in transformers
-    original = values.pop("original_max_position_embeddings", max_positions) if original is None else original
-    if "factor" not in values:
-        raise ValueError(f"{key} of type {kind!r} has no factor")
-    if kind == "llama3":
-        for name in ("low_freq_factor", "high_freq_factor"):
-            if name not in values:
-                raise ValueError(f"{key} of type 'llama3' has no {name}")
+    for name in ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",):
+        if name not in values:
+            raise ValueError(f"{key} of type {kind!r} has no {name}")
+    inside, above = (place.get("original_max_position_embeddings") for place in (values, raw))
+    values.pop("original_max_position_embeddings", None)
+    if kind != "linear":  # as in transformers, the top level goes first
+        values["original_positions"] = next((n for n in (above, inside) if n is not None), max_positions)
     if kind == "yarn":
         mscale: dict[str, Any] = {name: values.pop(name, 0) for name in ("mscale", "mscale_all_dim")}
         for name, value in (("factor", values["factor"]), *mscale.items()):
             if not _positive(value) and value != 0:
                 raise ValueError(f"{key}: {name} must be a positive number, not {value!r}")
         values.setdefault("attention_factor", yarn_attention_factor(values["factor"], **mscale))
-    if kind != "linear":
-        values["original_positions"] = original
     return theta, RopeScaling(kind=kind, **values)
 
 
