@@ -17,7 +17,8 @@ import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, quants
 
 from sharp.families import FAMILIES
-from sharp.model_config import ModelConfig, ModelFileError, config_from_gguf
+from sharp.gguf_config import config_from_gguf
+from sharp.model_config import ModelConfig, ModelFileError
 
 FloatArray = npt.NDArray[np.float32]
 

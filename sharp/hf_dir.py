@@ -15,7 +15,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from sharp.families import FAMILIES
-from sharp.model_config import ModelConfig, ModelFileError, config_from_hf, read_json
+from sharp.hf_config import config_from_hf
+from sharp.model_config import ModelConfig, ModelFileError, read_json
 
 FloatArray = npt.NDArray[np.float32]
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}

@@ -11,7 +11,6 @@ Sources: Su et al. 2021 (arXiv:2104.09864); linear: Chen et al. 2023 (arXiv:2306
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,11 +19,17 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 
+MAX_NUMBER = 1e30  # of a constant in a file: beyond it, and under its inverse, float32 ends
 ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
-def _positive(value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < math.inf
+def positive(value: Any) -> bool:
+    """Whether `value` is a number that float32 can divide by (true and false are none)."""
+    return (
+        not isinstance(value, bool)
+        and isinstance(value, (int, float))
+        and 1 / MAX_NUMBER <= value <= MAX_NUMBER
+    )
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,10 @@ class RopeScaling:
             raise ValueError(f"rope type {self.kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "float" and not _positive(value):
-                raise ValueError(f"rope {field.name} must be a positive number, not {value!r}")
+            if field.type == "float" and not positive(value):
+                raise ValueError(
+                    f"rope {field.name} must be a positive number up to {MAX_NUMBER:g}, not {value!r}"
+                )
         if self.kind in ("llama3", "yarn") and not (
             isinstance(self.original_positions, int) and 0 < self.original_positions < 2**31
         ):
@@ -68,7 +75,7 @@ class RopeScaling:
             )
         if not isinstance(self.truncate, bool):
             raise ValueError(f"rope truncate must be true or false, not {self.truncate!r}")
-        if not all(_positive(value) for value in self.factors):
+        if not all(positive(value) for value in self.factors):
             raise ValueError("rope factors must be positive numbers")
 
     def describe(self) -> str:
@@ -167,124 +174,3 @@ def yarn_attention_factor(factor: float, mscale: float = 0.0, mscale_all_dim: fl
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     return term(mscale) / term(mscale_all_dim) if mscale and mscale_all_dim else term(1.0)
-
-
-# ---- from config.json
-
-_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": (
-        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
-        "mscale_all_dim", "truncate",
-    ),
-}  # fmt: skip
-# Keys that say nothing about the angles. transformers does not read "finetuned", which the first yarn
-# models carry.
-_ALWAYS = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned")
-
-
-def _rope_object(raw: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(rope_scaling or rope_parameters, the object under it): empty where there is none."""
-    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = raw.get(key)
-    if rope is None:
-        return key, {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{key} must be an object, not {rope!r}")
-    if rope and all(isinstance(value, dict) for value in rope.values()):
-        each = list(rope.values())
-        if any(other != each[0] for other in each):
-            raise ValueError(
-                f"{key} differs between layer types ({', '.join(rope)}); one for all is supported"
-            )
-        rope = each[0]
-    return key, rope
-
-
-def rope_from_hf(raw: Mapping[str, Any], max_positions: int) -> tuple[float, RopeScaling]:
-    """(rope_theta, scaling) of a config.json in any of its spellings.
-
-    rope_theta at the top with rope_scaling beside it ("type" or "rope_type"); or all in rope_parameters, the
-    spelling of transformers 5, there also once for each layer type. As in transformers, rope_scaling goes
-    first, and rope_theta at the top counts where the object has none.
-    """
-    key, rope = _rope_object(raw)
-    theta = rope.get("rope_theta") or raw.get("rope_theta")
-    theta = 10000.0 if theta is None else theta
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_KINDS:
-        raise ValueError(f"{key} of type {kind!r} is not supported; supported: {', '.join(ROPE_KINDS)}")
-    for name, value in rope.items():
-        if name not in (*_KEYS[kind], *_ALWAYS) and value is not None:
-            known = ", ".join((*_KEYS[kind], "rope_theta"))
-            raise ValueError(f"{key} of type {kind!r} has {name} = {value!r}; supported: {known}")
-    if kind == "default":
-        return theta, DEFAULT_ROPE
-    values = {name: rope[name] for name in _KEYS[kind] if rope.get(name) is not None}
-    for name in ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",):
-        if name not in values:
-            raise ValueError(f"{key} of type {kind!r} has no {name}")
-    inside, above = (place.get("original_max_position_embeddings") for place in (values, raw))
-    values.pop("original_max_position_embeddings", None)
-    if kind != "linear":  # as in transformers, the top level goes first
-        values["original_positions"] = next((n for n in (above, inside) if n is not None), max_positions)
-    if kind == "yarn":
-        mscale: dict[str, Any] = {name: values.pop(name, 0) for name in ("mscale", "mscale_all_dim")}
-        for name, value in (("factor", values["factor"]), *mscale.items()):
-            if not _positive(value) and value != 0:
-                raise ValueError(f"{key}: {name} must be a positive number, not {value!r}")
-        values.setdefault("attention_factor", yarn_attention_factor(values["factor"], **mscale))
-    return theta, RopeScaling(kind=kind, **values)
-
-
-# ---- from GGUF metadata
-
-
-def rope_from_gguf(
-    raw: Mapping[str, Any], max_positions: int, factors: tuple[float, ...]
-) -> tuple[float, RopeScaling]:
-    """(rope_theta, scaling) of a GGUF file: raw holds its metadata without the architecture before the key.
-
-    factors: the tensor rope_freqs.weight, by which llama.cpp divides the frequencies: llama3 scaling, worked
-    out by the converter. attention factor of yarn: llama.cpp multiplies 0.1 ln(factor) + 1 with
-    rope.scaling.attn_factor; rope.scaling.yarn_attn_factor is config.json's attention_factor, which the
-    converter copies there.
-    """
-
-    def number(name: str, default: float) -> float:
-        value = raw.get(f"rope.scaling.{name}", default)
-        if not _positive(value) and value != 0:
-            raise ValueError(f"rope.scaling.{name} must be a number of at least 0, not {value!r}")
-        return float(value)
-
-    theta = raw.get("rope.freq_base", 10000.0)
-    # scale_linear is the key from before there were several kinds; llama.cpp reads it as the same.
-    factor = number("factor", raw.get("rope.scale_linear", 0.0))
-    kind = raw.get("rope.scaling.type", "linear")
-    if kind not in ("none", "linear", "yarn"):
-        raise ValueError(f"rope.scaling.type {kind!r} is not supported; supported: none, linear, yarn")
-    stretched = kind != "none" and factor not in (0, 1)
-    if factors:
-        if stretched:
-            raise ValueError(f"rope_freqs.weight beside rope.scaling.type {kind!r} is not supported")
-        return theta, RopeScaling(kind="factors", factors=factors)
-    if not stretched:
-        return theta, DEFAULT_ROPE
-    if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=factor)
-    for name, harmless in (("yarn_ext_factor", 1), ("yarn_log_multiplier", 0)):
-        if number(name, harmless) != harmless:
-            raise ValueError(
-                f"rope.scaling.{name} = {number(name, 0)} is not supported; supported: {harmless}"
-            )
-    whole = number("yarn_attn_factor", yarn_attention_factor(factor))
-    return theta, RopeScaling(
-        kind="yarn",
-        factor=factor,
-        original_positions=raw.get("rope.scaling.original_context_length", max_positions),
-        beta_fast=number("yarn_beta_fast", 32.0),
-        beta_slow=number("yarn_beta_slow", 1.0),
-        attention_factor=whole * number("attn_factor", 1.0),
-    )

@@ -11,8 +11,10 @@ import pytest
 from family_checks import CONFIGS, write_directory
 from model_files import copy_tiny, write_gguf
 
+from sharp.gguf_config import rope_from_gguf
+from sharp.hf_config import rope_from_hf
 from sharp.model_config import ModelConfig, ModelFileError
-from sharp.rope import RopeScaling, rope_from_gguf, rope_from_hf, yarn_attention_factor
+from sharp.rope import RopeScaling, yarn_attention_factor
 from sharp.weights import open_checkpoint
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -135,6 +137,8 @@ def test_windows(tmp_path: Path) -> None:
     assert windows("qwen2_window") == [None, 10, 10]
     assert windows("qwen2_window", max_window_layers=0) == [10, 10, 10]
     assert windows("qwen2_window", max_window_layers=28) == [None, None, None]
+    with pytest.raises(ModelFileError, match="has 2147483647 layers"):  # and not a set of that many layers
+        windows("qwen2_window", max_window_layers=2**31, num_hidden_layers=2**31 - 1)
     assert windows("qwen2_window", use_sliding_window=False) == [None, None, None]
     assert windows("qwen3_window") == [9, None, 9]
     config = {key: value for key, value in CONFIGS["mistral_window"].items() if key != "sliding_window"}
@@ -157,6 +161,7 @@ def test_head_dim(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"architectures": ["LlamaForSequenceClassification"]}, "supported for model_type 'llama': LlamaFor"),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number up to"),
         ({"architectures": 7}, "architectures 7 is not supported"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'.*supported: float32, float16, bfloat16"),
         ({"torch_dtype": "int8"}, "torch_dtype 'int8'"),
@@ -168,17 +173,17 @@ def test_head_dim(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic'"),
         ({"rope_parameters": {"rope_type": ["yarn"]}}, r"rope_parameters of type \['yarn'\]"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling of type 'linear' has no factor"),
-        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope factor must be a positive number, not 0"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope factor must be a positive number .*not 0"),
         (
             {"rope_scaling": {"type": "linear", "factor": "2"}},
-            "rope factor must be a positive number, not '2'",
+            "rope factor must be a positive number .*not '2'",
         ),
         ({"rope_scaling": {"type": "yarn", **YARN, "factor": True}}, "factor must be a positive .*not True"),
         ({"rope_scaling": {"type": "yarn", **YARN, "mscale": "x"}}, "mscale must be a positive .*not 'x'"),
         ({"rope_scaling": {"type": "yarn", **YARN, "truncate": 1}}, "truncate must be true or false, not 1"),
         (
             {"rope_scaling": {"type": "yarn", **YARN, "attention_factor": -1}},
-            "rope attention_factor must be a positive number, not -1",
+            "rope attention_factor must be a positive number .*not -1",
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": 0.5}},

@@ -30,8 +30,9 @@ from family_checks import (
     write_gguf,
 )
 
+from sharp.hf_config import rope_from_hf
 from sharp.model import Model
-from sharp.rope import DEFAULT_ROPE, inv_freq, rope_from_hf, rope_table
+from sharp.rope import DEFAULT_ROPE, inv_freq, rope_table
 from sharp.weights import open_checkpoint
 
 FILE, LOGITS = golden()
@@ -131,7 +132,7 @@ def _wider_window(model: Model) -> None:
 
 
 def _window_everywhere(model: Model) -> None:
-    model.config = replace(model.config, full_layers=frozenset())
+    model.config = replace(model.config, full_layers=())
 
 
 def _with_rope(model: Model, **changes: Any) -> None:
