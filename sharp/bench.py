@@ -55,6 +55,10 @@ class Transformers:
         import transformers
 
         config = checkpoint.config
+        if config.architecture != "llama" or config.rope.kind != "default":
+            raise ValueError(
+                f"the baseline is a llama with default rope, not {config.architecture} with {config.rope.kind}"
+            )
         self.torch, self.pad = torch, config.eos_token_ids[0]
         self.name = f"transformers {transformers.__version__}"
         hf_config = transformers.LlamaConfig(

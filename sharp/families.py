@@ -29,6 +29,16 @@ class Names:
     layer: str
     stems: Mapping[str, str]
 
+    def renamed(self, layer: str, stems: Mapping[str, str]) -> Names:
+        """These names with another `layer` and some other stems. ValueError for a stem that is not ours."""
+        unknown = sorted(set(stems) - set(self.stems))
+        if unknown or layer.count("{}") != 1:
+            what = (
+                f"there is no tensor {', '.join(unknown)}" if unknown else f"layer {layer!r} needs one {{}}"
+            )
+            raise ValueError(f"{what}; tensors: {', '.join(self.stems)}")
+        return Names(layer, MappingProxyType({**self.stems, **stems}))
+
     def stored(self, ours: str) -> str:
         """The file's name of the tensor that we call `ours`; names that are not in the table stay."""
         match = _LAYER.fullmatch(ours)

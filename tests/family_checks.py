@@ -93,13 +93,14 @@ def ways(num_tokens: int) -> dict[str, list[int]]:
     return {"whole": [], "cut": [3, 4, 14, 31], "decoded": list(range(7, num_tokens))}
 
 
-def write_gguf(path: Path, name: str) -> Path:
+def write_gguf(path: Path, name: str, arch: str | None = None) -> Path:
     """The model `name` as a GGUF file in float32, as llama.cpp's converter lays it out.
 
-    Tensor names come from the gguf library's own table, not from sharp.
+    Tensor names come from the gguf library's own table, not from sharp. arch: another general.architecture.
     """
     config, tensors = CONFIGS[name], make_weights(name)
-    arch = {"llama": "llama", "mistral": "llama"}.get(config["model_type"], config["model_type"])
+    known = {"llama": "llama", "mistral": "llama"}.get(config["model_type"], config["model_type"])
+    arch = arch or known
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     q, kv = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim", hidden // q)
@@ -118,11 +119,11 @@ def write_gguf(path: Path, name: str) -> Path:
         writer.add_sliding_window(config["sliding_window"])
     _add_rope(writer, config, head_dim)
     _add_tokenizer(writer, config["vocab_size"])
-    kind = next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == arch)
+    kind = next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == known)
     names = gguf.get_tensor_name_map(kind, layers)
     for tensor, values in tensors.items():
         for part, heads in (("q_proj", q), ("k_proj", kv)):
-            if part in tensor and arch == "llama":
+            if part in tensor and known == "llama":
                 values = to_gguf_rows(values, heads)
         stored = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
         assert stored is not None, tensor

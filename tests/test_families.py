@@ -6,6 +6,7 @@ tolerance by far, or the golden file would say nothing about it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,14 +28,19 @@ from family_checks import (
     open_tiny,
     step,
     ways,
+    write_directory,
     write_gguf,
 )
 
+from sharp.__main__ import main
+from sharp.families import FAMILIES, GGUF_NAMES, HF_NAMES, Family, Names, register
 from sharp.hf_config import rope_from_hf
 from sharp.model import Model
+from sharp.model_config import ModelFileError
 from sharp.rope import DEFAULT_ROPE, inv_freq, rope_table
 from sharp.weights import open_checkpoint
 
+ROOT = Path(__file__).resolve().parent.parent
 FILE, LOGITS = golden()
 PROMPTS = {row["name"]: row["prompt_token_ids"] for row in FILE["models"]}
 
@@ -246,3 +252,128 @@ def test_angles_of_real_models(name: str) -> None:
     np.testing.assert_allclose(
         table[2], np.r_[np.cos(angle), np.sin(angle)] * expected["attention_factor"], atol=1e-6
     )
+
+
+# ---- what `sharp info` says
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("llama", ["family llama", "switches none", "rope theta 10000, default"]),
+        (
+            "llama_llama3",
+            [
+                "family llama", "switches lm_head tied", "context 512 tokens",
+                "rope theta 500000, llama3, factor 8, over 64 positions, low and high frequency factors 1, 4",
+            ],
+        ),
+        (
+            "mistral_window",
+            ["family mistral", "switches window of 12 tokens in all layers", "rope theta 10000, default"],
+        ),
+        (
+            "qwen2_window",
+            ["family qwen2", "switches bias on q, k and v, window of 10 tokens in 2 of 3 layers"],
+        ),
+        (
+            "qwen2_yarn",
+            [
+                "family qwen2", "context 128 tokens",
+                "rope theta 10000, yarn, factor 2, over 64 positions, beta 32 to 1, attention factor 1.06931",
+            ],
+        ),
+        ("qwen3", ["family qwen3", "switches norm of q and k heads", "head dimension 16"]),
+    ],
+)  # fmt: skip
+def test_info_of_each_family(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, lines: list[str]
+) -> None:
+    assert main(["info", str(write_directory(tmp_path / name, name))]) == 0
+    shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    for line in lines:
+        assert line in shown
+    weights = make_weights(name)
+    assert f"parameters {sum(tensor.size for tensor in weights.values()):,}" in shown
+    for tensor, values in weights.items():
+        grouped = tensor.replace(".layers.0.", f".layers.0-{CONFIGS[name]['num_hidden_layers'] - 1}.")
+        if ".layers." not in tensor or ".layers.0." in tensor:
+            assert f"{grouped} [{', '.join(map(str, values.shape))}]" in shown
+
+
+# ---- the README's recipe
+
+
+@pytest.fixture
+def kelp() -> Iterator[Family]:
+    """The family that the README's recipe adds, by running the recipe's code."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    recipe = text.partition("### Add a model family")[2].partition("\n#")[0]
+    code = recipe.partition("```python\n")[2].partition("```")[0]
+    assert "register(" in code
+    exec(code, {})
+    yield FAMILIES["kelp"]
+    del FAMILIES["kelp"]
+
+
+def kelp_names(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A tiny Qwen3's tensors under the names that the README invents, replaced by hand."""
+    out = {}
+    for name, values in weights.items():
+        for ours, theirs in (
+            ("model.layers.", "transformer.h."), ("model.embed_tokens", "transformer.wte"),
+            ("self_attn.q_norm", "attn.query_norm"), ("self_attn.k_norm", "attn.key_norm"),
+            ("self_attn.", "attn."), ("model.norm", "transformer.ln_f"),
+        ):  # fmt: skip
+            name = name.replace(ours, theirs)
+        out[name] = values
+    return out
+
+
+def test_the_recipe_adds_a_family(tmp_path: Path, kelp: Family) -> None:
+    """Qwen3's mathematics under other names: transformers' logits of the tiny Qwen3."""
+    folder = write_directory(tmp_path / "kelp", "qwen3", weights=kelp_names(make_weights("qwen3")))
+    config = CONFIGS["qwen3"] | {"model_type": "kelp", "architectures": ["KelpForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.architecture == "kelp"
+    model = load_model(checkpoint)
+    for way, bounds in ways(NUM_PROMPT).items():
+        assert error_of(model, "qwen3", bounds) < MAX_ERROR, way
+    model.close()
+    weights = kelp_names(make_weights("qwen3"))
+    weights["transformer.h.1.attn.rotten"] = weights.pop("transformer.h.1.attn.query_norm.weight")
+    broken = write_directory(tmp_path / "broken", "qwen3", weights=weights)
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelFileError, match=r"tensor transformer\.h\.1\.attn\.query_norm\.weight is missing"
+    ):
+        open_checkpoint(broken)
+
+
+def test_the_recipe_adds_its_gguf_files(tmp_path: Path, kelp: Family) -> None:
+    path = write_gguf(tmp_path / "m.gguf", "qwen3", arch="kelp")
+    assert open_checkpoint(path).config.architecture == kelp.name
+    model = load_model(open_checkpoint(path))
+    assert error_of(model, "qwen3") < MAX_ERROR
+    model.close()
+
+
+def test_what_is_no_family_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"a family is a sharp\.families\.Family, not a str"):
+        register("kelp")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"there is no tensor attention; tensors: model\.embed_tokens, "):
+        HF_NAMES.renamed("h.{}.", {"attention": "attn"})
+    with pytest.raises(ValueError, match=r"layer 'h\.' needs one \{\}"):
+        HF_NAMES.renamed("h.", {})
+
+
+@pytest.mark.parametrize("names", [HF_NAMES, GGUF_NAMES, HF_NAMES.renamed("h.{}.x.", {"lm_head": "head"})])
+def test_names_there_and_back(names: Names) -> None:
+    for stem in names.stems:
+        layered = not stem.startswith(("model.", "lm_head"))
+        for kind in ("weight", "bias"):
+            ours = f"model.layers.17.{stem}.{kind}" if layered else f"{stem}.{kind}"
+            assert names.ours(names.stored(ours)) == ours
+    for strange in ("blk.x.attn_q.weight", "output.weight.extra", "", "weight", "h.3.", "model.layers.1"):
+        assert names.ours(strange) == strange
