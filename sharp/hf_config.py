@@ -60,7 +60,7 @@ def _config_from_hf(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> Mo
         rope_theta=theta,
         rope=rope,
         max_position_embeddings=positions,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", family.tied)),
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings", family.tied),
         sliding_window=window,
         full_layers=full_layers,
         bos_token_id=bos[0] if isinstance(bos, list) and bos else bos,
@@ -90,6 +90,13 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: Family) -> None:
             raise ValueError(f"{name} {value!r} is not supported; supported: {', '.join(STORED_DTYPES)}")
 
 
+def _flag(raw: Mapping[str, Any], key: str, default: bool) -> bool:
+    value = default if raw.get(key) is None else raw[key]
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, not {value!r}")
+    return value
+
+
 def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[Any, Sequence[int]]:
     """(sliding window or None, layers that see everything all the same), as transformers reads them."""
     window = raw.get("sliding_window", family.sliding_window)
@@ -100,7 +107,7 @@ def _windows(raw: Mapping[str, Any], family: Family, layers: int) -> tuple[Any, 
             raise ValueError(f"layer_types must give one of {', '.join(known)} for each of {layers} layers")
     if family.window == "all" and types and len(set(types)) > 1:
         raise ValueError(f"layer_types that differ are not supported for {family.name}")
-    if family.window == "some" and not raw.get("use_sliding_window", False):
+    if family.window == "some" and not _flag(raw, "use_sliding_window", False):
         window = None
     if window is None:
         if types and "sliding_attention" in types:

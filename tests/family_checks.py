@@ -88,6 +88,22 @@ def in_pieces(model: Model, ids: list[int], bounds: list[int]) -> np.ndarray:
     return np.concatenate([step(model, [(ids, a, b, pages)]) for a, b in pairwise(edges)])
 
 
+def check_same_bits(
+    model: Model, ids: list[int], ways: dict[str, list[int]], stranger: list[int]
+) -> np.ndarray:
+    """A prompt whole, cut, decoded token by token and packed with a stranger: the same bits in all logits."""
+    whole = in_pieces(model, ids, [])
+    assert np.isfinite(whole).all()
+    runs = {way: in_pieces(model, ids, bounds) for way, bounds in ways.items()}
+    page = -(-len(stranger) // BLOCK)
+    pieces = [(stranger, 0, len(stranger), list(range(page))), (ids, 0, len(ids), [31, 20, 28, 10])]
+    runs["packed"] = step(model, pieces)[len(stranger) :]
+    for way, logits in runs.items():
+        wrong = (logits.view(np.uint32) != whole.view(np.uint32)).sum()
+        assert wrong == 0, f"{way}: {wrong} of {whole.size} logits differ in bits"
+    return whole
+
+
 def ways(num_tokens: int) -> dict[str, list[int]]:
     """How a prompt is cut: whole, into chunks that end in the middle of windows and pages, token by token."""
     return {"whole": [], "cut": [3, 4, 14, 31], "decoded": list(range(7, num_tokens))}

@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 from family_checks import CONFIGS, write_directory
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from model_files import copy_tiny, write_gguf
 
-from sharp.gguf_config import rope_from_gguf
-from sharp.hf_config import rope_from_hf
+from sharp.gguf_config import config_from_gguf, rope_from_gguf
+from sharp.hf_config import config_from_hf, rope_from_hf
 from sharp.model_config import ModelConfig, ModelFileError
-from sharp.rope import RopeScaling, yarn_attention_factor
+from sharp.rope import RopeScaling, inv_freq, yarn_attention_factor
 from sharp.weights import open_checkpoint
 
+ROPE_KEYS = (
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor",
+    "high_freq_factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
+)  # fmt: skip
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 1024}
 
@@ -211,6 +217,7 @@ def test_head_dim(tmp_path: Path) -> None:
             {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}},
             "partial_rotary_factor 0.25 is not supported",
         ),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false, not 'false'"),
         ({"attention_bias": True}, "attention_bias = True is not supported for llama"),
     ],
 )
@@ -247,7 +254,62 @@ def test_wrong_family_config(tmp_path: Path, name: str, changes: dict[str, Any],
         family_config(tmp_path, name, **changes)
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.sampled_from([10**400, 2**31 - 1, 0, 1]) | st.floats()
+    | st.text(max_size=3) | st.sampled_from(["default", "linear", "llama3", "yarn", "full_attention"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(ROPE_KEYS), inner, max_size=5),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@settings(max_examples=600, deadline=None)
+@given(name=st.sampled_from(sorted(CONFIGS)), data=st.data())
+def test_any_config_json_ends_in_a_clean_error(
+    tmp_path_factory: pytest.TempPathFactory, name: str, data: st.DataObject
+) -> None:
+    """Any value under any key: a config whose angles can be computed, or one error that names the file."""
+    keys = st.sampled_from([*CONFIGS[name], "rope_scaling", "rope_parameters", "rope_theta", "layer_types"])
+    changes = data.draw(st.dictionaries(keys, JSON, min_size=1, max_size=3))
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name] | changes))
+    try:
+        config = config_from_hf(folder)
+    except ModelFileError as error:
+        assert str(error).startswith(f"{folder / 'config.json'}: ")
+    else:
+        inv_freq(config.rope, config.rope_theta, min(config.head_dim, 256))
+
+
 # ---- GGUF metadata
+
+GGUF_KEYS = (
+    "general.architecture", "llama.attention.sliding_window", "llama.attention.key_length",
+    "llama.attention.head_count", "llama.attention.head_count_kv", "llama.rope.freq_base",
+    "llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.rope.scale_linear",
+    "llama.rope.scaling.original_context_length", "llama.rope.scaling.attn_factor", "llama.context_length",
+    "llama.rope.scaling.yarn_beta_fast", "llama.rope.scaling.yarn_attn_factor", "llama.expert_count",
+    "llama.attention.layer_norm_rms_epsilon", "tokenizer.ggml.eos_token_id", "llama.vocab_size",
+)  # fmt: skip
+
+
+@settings(max_examples=600, deadline=None)
+@given(data=st.data())
+def test_any_gguf_metadata_ends_in_a_clean_error(data: st.DataObject) -> None:
+    metadata = {
+        "general.architecture": "llama", "llama.embedding_length": 32, "llama.attention.head_count": 4,
+        "llama.context_length": 64, "llama.feed_forward_length": 64, "llama.block_count": 2,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (96, 32)}
+    assert config_from_gguf(metadata, shapes, Path("m.gguf")).head_dim == 8
+    metadata |= data.draw(st.dictionaries(st.sampled_from(GGUF_KEYS), JSON, min_size=1, max_size=4))
+    factors = data.draw(st.just(()) | st.tuples(*[st.floats(width=32)] * 4))
+    try:
+        config = config_from_gguf(metadata, shapes, Path("m.gguf"), factors)
+    except ModelFileError as error:
+        assert str(error).startswith("m.gguf: ")
+    else:
+        inv_freq(config.rope, config.rope_theta, config.head_dim)
 
 
 def test_gguf_rope_keys() -> None:

@@ -115,6 +115,12 @@ def test_engine_on_gpu(rung_options):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", ["llama", "mistral", "qwen2", "qwen3"])
+def test_families_on_gpu(group):
+    check_group(["tests/test_families_gpu.py", "--device=cuda", "-m", "gpu", "-k", group])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("group", ["float64", "not float64"])
 def test_tensor_core_gemm_on_gpu(group):
     check_group(["tests/test_gemm.py", "--device=cuda", "-m", "gpu", "-k", group])

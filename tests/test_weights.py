@@ -17,11 +17,11 @@ import pytest
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_files import TINY, change_tensors, copy_tiny, tiny_tensors, to_gguf_rows, write_gguf
+from model_files import TINY, MemorySource, change_tensors, copy_tiny, tiny_tensors, to_gguf_rows, write_gguf
 from safetensors.numpy import load_file, save_file
 
 from sharp.model_config import ModelConfig, ModelFileError
-from sharp.weights import Checkpoint, expected_shapes, load_weights, open_checkpoint
+from sharp.weights import Checkpoint, load_weights, open_checkpoint
 
 
 def keep(array: np.ndarray) -> np.ndarray:
@@ -143,27 +143,6 @@ def test_load_weights_fuses() -> None:
             row = 16 * (neuron // 8) + neuron % 8
             assert np.array_equal(layer.gate_up[row], raw[prefix + "mlp.gate_proj.weight"][neuron])
             assert np.array_equal(layer.gate_up[row + 8], raw[prefix + "mlp.up_proj.weight"][neuron])
-
-
-class MemorySource:
-    """Tensors in memory, for shapes that no file kind of this landing has."""
-
-    path = Path("memory")
-    num_bytes = 0
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config, rng = config, np.random.default_rng(0)
-        self.tensors = {
-            name: rng.standard_normal(shape, dtype=np.float32)
-            for name, shape in expected_shapes(config).items()
-        }
-        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-
-    def where(self, name: str) -> str:
-        return f"memory: tensor {name}"
-
-    def read(self, name: str) -> np.ndarray:
-        return self.tensors[name]
 
 
 def test_load_weights_fuses_biases() -> None:
