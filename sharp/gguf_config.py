@@ -56,7 +56,11 @@ def _config_from_gguf(
     positions = whole_number(raw, "context_length")
     theta, rope = rope_from_gguf(raw, positions, rope_factors)
     # eot and eom end a turn in chat models whose eos ends a document.
-    stops = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    stops: list[Any] = []
+    for name in ("eos", "eot", "eom"):
+        stop = metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if stop is not None and stop not in stops:
+            stops.append(stop)
     return model_config(
         family,
         vocab_size=raw.get("vocab_size", shapes[embed][0]),
@@ -74,7 +78,7 @@ def _config_from_gguf(
         tie_word_embeddings=family.gguf_names.stored("lm_head.weight") not in shapes,
         sliding_window=window,
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_token_ids=tuple(dict.fromkeys(stop for stop in stops if stop is not None)),
+        eos_token_ids=tuple(stops),
     )
 
 
