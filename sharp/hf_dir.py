@@ -39,6 +39,7 @@ class HFDirectory:
         self._files: dict[str, Any] = {}  # tensor name -> open file (memory-mapped by the library)
         self._file_names: dict[str, str] = {}
         index = self._read_index()
+        self._listing = _INDEX if index else "model.safetensors"
         for file_name in sorted(set(index.values())) if index else ["model.safetensors"]:
             self._open(path / file_name, file_name)
         for stored, file_name in index.items():
@@ -93,8 +94,9 @@ class HFDirectory:
             raise ModelFileError(f"{path} is not a readable safetensors file: {error}") from None
 
     def where(self, name: str) -> str:
-        """A tensor for a message: its file (the directory for one that is in none) and its name there."""
-        return f"{self.path / self._file_names.get(name, '')}: tensor {self._names.stored(name)}"
+        """A tensor for a message: its file (one that is in none: the file that should know it) and name."""
+        file_name = self._file_names.get(name, self._listing)
+        return f"{self.path / file_name}: tensor {self._names.stored(name)}"
 
     def read(self, name: str) -> FloatArray:
         """The tensor `name`: float32, contiguous."""

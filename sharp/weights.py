@@ -127,7 +127,7 @@ def _and_more(source: TensorSource, names: list[str]) -> str:
     """The second and third of `names` written out, the rest counted; empty for one name."""
     shown = [source.where(name).rpartition(" ")[2] for name in names[1:3]]
     more = [f"{len(names) - 3} more"] if len(names) > 3 else []
-    return f" (and so: {', '.join(shown + more)})" if shown else ""
+    return f" (also {', '.join(shown + more)})" if shown else ""
 
 
 def open_checkpoint(path_or_name: str | Path) -> Checkpoint:

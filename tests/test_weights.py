@@ -202,7 +202,7 @@ def test_wrong_config(tmp_path: Path, config: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.norm.weight"), r"tensor model\.norm\.weight is missing"),
+        (lambda t: t.pop("model.norm.weight"), r"model\.safetensors: tensor model\.norm\.weight is missing"),
         (
             lambda t: t.update({"model.norm.weight": np.zeros(31, np.float32)}),
             r"model\.norm\.weight has shape \[31\], the configuration needs \[32\]",
@@ -243,6 +243,13 @@ def test_errors_name_the_shard(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     file = folder / index[name]
     tensors = dict(load_file(file))
+    listing = folder / "model.safetensors.index.json"
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, file)
+    listing.write_text(json.dumps({"weight_map": {key: at for key, at in index.items() if key != name}}))
+    with pytest.raises(ModelFileError) as error:
+        open_checkpoint(folder)
+    assert str(error.value) == f"{listing}: tensor {name} is missing"
+    listing.write_text(json.dumps({"weight_map": index}))
     save_file(tensors | {name: np.zeros((8, 32), np.float32)}, file)
     with pytest.raises(ModelFileError) as error:
         open_checkpoint(folder)
@@ -419,7 +426,7 @@ def test_wrong_gguf_metadata(tmp_path: Path, metadata: Any, message: str) -> Non
         ),
         (
             lambda t: [t.pop(name) for name in list(t) if "ffn_" in name],
-            r"tensor blk\.0\.ffn_norm\.weight is missing \(and so: blk\.0\.ffn_gate\.weight, "
+            r"tensor blk\.0\.ffn_norm\.weight is missing \(also blk\.0\.ffn_gate\.weight, "
             r"blk\.0\.ffn_up\.weight, 5 more\)$",
         ),
     ],
