@@ -164,8 +164,9 @@ def variants() -> Iterator[Variant]:
                 yield Variant(name(f"prefill_attention_d{head_dim}"), kernel, paged, threads)
                 kernel = decode_attention.make_decode_attention_kernel(head_dim, 3, 64, dtype)
                 yield Variant(name(f"decode_attention_d{head_dim}"), kernel, paged, threads)
-                kernel = prefill_attention.make_prefill_attention_kernel(head_dim, 3, 64, dtype, window=4096)
-                yield Variant(name(f"prefill_attention_window_d{head_dim}"), kernel, paged, threads)
+            if layout == "C":
+                kernel = prefill_attention.make_prefill_attention_kernel(128, 4, 64, dtype, window=4096)
+                yield Variant(name("prefill_attention_window"), kernel, paged, paged_attention.THREADS)
     sample_arguments = (ids, array(f32, 2), array(f32, 1), array(u64, 1), ids)
     yield Variant("sample", sample.make_sample_kernel(), sample_arguments, sample.THREADS)
 
