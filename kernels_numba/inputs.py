@@ -86,7 +86,9 @@ class Call:
         """What the op's definition says the outputs become."""
         function = getattr(OPS[self.op], f"{self.op}_spec")
         args = self.resolved()
-        in_place = {"rope": ("q", "k"), "store_kv": ("k_cache", "v_cache")}.get(self.op)
+        in_place = {"rope": ("q", "k"), "qk_norm": ("q", "k"), "store_kv": ("k_cache", "v_cache")}.get(
+            self.op
+        )
         inputs = [value for name, value in args.items() if in_place or name not in self.outputs]
         kwargs = dict(self.kwargs)
         if self.op == "rms_norm":
@@ -104,8 +106,9 @@ def _blank(*shape: int) -> Any:
     return np.full(shape, np.nan, np.float32)
 
 
-def _pages(rng: np.random.Generator, lens: Any, case: Any, k: Any = None) -> tuple[Any, Any, Any]:
-    """Caches with NaN wherever no context reaches, and a block table in random page order, -1 padded."""
+def _pages(rng: np.random.Generator, lens: Any, query_lens: Any, case: Any) -> tuple[Any, Any, Any]:
+    """Caches with NaN wherever no context reaches and before the first row's window, and a block table in
+    random page order, -1 padded."""
     block_size, heads, dim = case["block_size"], case["num_kv_heads"], case["head_dim"]
     counts = [-(-int(n) // block_size) for n in lens]
     total = sum(counts) + 2
@@ -119,6 +122,9 @@ def _pages(rng: np.random.Generator, lens: Any, case: Any, k: Any = None) -> tup
             rows = min(block_size, int(lens[b]) - i * block_size)
             k_cache[page, :, :rows] = _normal(rng, heads, rows, dim)
             v_cache[page, :, :rows] = _normal(rng, heads, rows, dim)
+            if case.get("window"):
+                first = int(lens[b]) - query_lens[b] + 1 - case["window"] - i * block_size
+                k_cache[page, :, : max(first, 0)] = v_cache[page, :, : max(first, 0)] = np.nan
         used += count
     return k_cache, v_cache, table
 
@@ -168,6 +174,13 @@ def _rope(rng: np.random.Generator, c: Any) -> Call:
     return Call("rope", args, ("q", "k"), buffers={"qkv": qkv})
 
 
+def _qk_norm(rng: np.random.Generator, c: Any) -> Call:
+    qkv, k_at, v_at = _packed(rng, c["num_tokens"], c)
+    weights = {name: _normal(rng, c["head_dim"]) for name in ("q_weight", "k_weight")}
+    args = {"q": Cut("qkv", 0, k_at), "k": Cut("qkv", k_at, v_at), **weights}
+    return Call("qk_norm", args, ("q", "k"), {"eps": 1e-6}, buffers={"qkv": qkv}, terms=c["head_dim"])
+
+
 def _store_kv(rng: np.random.Generator, c: Any) -> Call:
     qkv, k_at, v_at = _packed(rng, c["num_tokens"], {**c, "num_q_heads": 1})
     shape = (c["num_blocks"], c["num_kv_heads"], c["block_size"], c["head_dim"])
@@ -188,7 +201,7 @@ def _attention(
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
     lens = np.asarray(c["context_lens"], np.int32)
     qkv, k_at, _ = _packed(rng, int(sum(query_lens)), c)
-    k_cache, v_cache, table = _pages(rng, lens, c)
+    k_cache, v_cache, table = _pages(rng, lens, query_lens, c)
     out = _blank(qkv.shape[0], k_at, c["head_dim"])
     args = {"out": out, "q": Cut("qkv", 0, k_at), "k_cache": k_cache, "v_cache": v_cache}
     return args, {"qkv": qkv}, (lens, table)
@@ -198,14 +211,14 @@ def _prefill_attention(rng: np.random.Generator, c: Any) -> Call:
     args, buffers, (lens, table) = _attention(rng, c, c["query_lens"])
     cu = np.concatenate([[0], np.cumsum(c["query_lens"])]).astype(np.int32)
     args |= {"cu_seqlens_q": cu, "context_lens": lens, "block_table": table}
-    kwargs = {"softmax_scale": c["head_dim"] ** -0.5}
+    kwargs = {"softmax_scale": c["head_dim"] ** -0.5, "window": c.get("window")}
     return Call("prefill_attention", args, ("out",), kwargs, buffers, terms=int(max([1, *lens])))
 
 
 def _decode_attention(rng: np.random.Generator, c: Any) -> Call:
     args, buffers, (lens, table) = _attention(rng, c, [1] * len(c["context_lens"]))
     args |= {"context_lens": lens, "block_table": table}
-    kwargs = {"softmax_scale": c["head_dim"] ** -0.5}
+    kwargs = {"softmax_scale": c["head_dim"] ** -0.5, "window": c.get("window")}
     return Call("decode_attention", args, ("out",), kwargs, buffers, terms=int(max([1, *lens])))
 
 
@@ -238,9 +251,9 @@ def _sample(rng: np.random.Generator, c: Any) -> Call:
 
 
 _BUILDERS: dict[str, Callable[[np.random.Generator, Any], Call]] = {
-    "embedding": _embedding, "rms_norm": _rms_norm, "gemm": _gemm, "rope": _rope, "store_kv": _store_kv,
-    "prefill_attention": _prefill_attention, "decode_attention": _decode_attention, "silu_mul": _silu_mul,
-    "lm_head": _lm_head, "sample": _sample,
+    "embedding": _embedding, "rms_norm": _rms_norm, "gemm": _gemm, "qk_norm": _qk_norm, "rope": _rope,
+    "store_kv": _store_kv, "prefill_attention": _prefill_attention, "decode_attention": _decode_attention,
+    "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
 }  # fmt: skip
 
 

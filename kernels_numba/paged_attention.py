@@ -32,25 +32,36 @@ def gather(cache: Any, pages: Any, length: int) -> Any:
     return cache[pages].transpose(1, 0, 2, 3).reshape(heads, -1, head_dim)[:, :length]
 
 
-def attention_spec(q: Any, k: Any, v: Any, first_position: int, softmax_scale: float) -> Any:
+def first_key(visible: int, window: int | None) -> int:
+    """The first key that a row sees of `visible` ones: with a window, only the last `window` of them."""
+    return 0 if window is None else max(0, visible - window)
+
+
+def attention_spec(
+    q: Any, k: Any, v: Any, first_position: int, softmax_scale: float, window: int | None = None
+) -> Any:
     """Causal attention of one sequence: q[Tq, Hq, D], row 0 at `first_position`, and k, v[Hkv, n, D].
 
     out[i, h] = sum_j softmax_j(softmax_scale * q[i, h] . k[h // (Hq / Hkv), j]) v[.., j] over the keys
-    j <= first_position + i; zeros where there is none -> [Tq, Hq, D].
+    p - window < j <= p with p = first_position + i (without a window 0 <= j <= p); zeros where there is none
+    -> [Tq, Hq, D].
     """
     q, k, v = wide(q), wide(k), wide(v)
     out = np.zeros_like(q)
     group = q.shape[1] // k.shape[0]
     for row in range(q.shape[0]):
         visible = first_position + row + 1
+        keys = slice(first_key(visible, window), visible)
         for head in range(q.shape[1] if visible > 0 else 0):
-            scores = k[head // group, :visible] @ q[row, head] * q.dtype.type(softmax_scale)
+            scores = k[head // group, keys] @ q[row, head] * q.dtype.type(softmax_scale)
             weights = np.exp(scores - scores.max())
-            out[row, head] = weights / weights.sum() @ v[head // group, :visible]
+            out[row, head] = weights / weights.sum() @ v[head // group, keys]
     return out
 
 
-def attention_numpy(out: Any, q: Any, k: Any, v: Any, first_position: int, softmax_scale: float) -> None:
+def attention_numpy(
+    out: Any, q: Any, k: Any, v: Any, first_position: int, softmax_scale: float, window: int | None = None
+) -> None:
     """attention_spec in BLAS products, one per kv head and chunk of queries, written into `out`."""
     num_rows, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[0]
@@ -62,18 +73,22 @@ def attention_numpy(out: Any, q: Any, k: Any, v: Any, first_position: int, softm
         if visible <= 0:
             out[start:stop] = 0
             continue
+        low = first_key(visible - rows + 1, window)  # what the chunk's first row sees
         # [rows, Hkv, group, D] -> [Hkv, group * rows, D]: the queries of a kv head become one matrix
         queries = (q[start:stop] * np.float32(softmax_scale)).reshape(rows, num_kv_heads, group, head_dim)
         queries = queries.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * rows, head_dim)
-        scores = np.matmul(queries, k[:, :visible].swapaxes(1, 2))
+        scores = np.matmul(queries, k[:, low:visible].swapaxes(1, 2))
+        by_row = scores.reshape(num_kv_heads, group, rows, visible - low)
         if rows > 1:
             key = np.arange(visible - rows + 1, visible)
             masked = key[None, :] > np.arange(first_position + start, visible)[:, None]
-            view = scores.reshape(num_kv_heads, group, rows, visible)[..., visible - rows + 1 :]
-            np.copyto(view, np.float32(-np.inf), where=masked)
+            np.copyto(by_row[..., visible - rows + 1 - low :], np.float32(-np.inf), where=masked)
+        if rows > 1 and window is not None:
+            masked = np.arange(low, visible) <= np.arange(visible - rows, visible)[:, None] - window
+            np.copyto(by_row, np.float32(-np.inf), where=masked)
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
-        result = np.matmul(scores, v[:, :visible])
+        result = np.matmul(scores, v[:, low:visible])
         result /= scores.sum(axis=-1, keepdims=True)
         out[start:stop] = (
             result.reshape(num_kv_heads, group, rows, head_dim)
@@ -101,8 +116,11 @@ def check_attention(
     v_cache: Any,
     context_lens: Any,
     block_table: Any,
+    window: int | None,
 ) -> None:
     """The arguments that both ops have."""
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        fail(op, "window", f"is {window!r}", "None or a whole number of at least 1")
     dtypes = kind.elements(op, "out", out)
     check(op, "out", out, dtypes, (None, None, None), rows=1)
     check(op, "q", q, dtypes, out.shape, rows=1)
@@ -130,10 +148,11 @@ def check_pages(op: str, block_table: Any, context_lens: Any, num_blocks: int, b
 
 
 def make_attention_kernel(
-    locate: Any, head_dim: int, group: int, block_size: int, dtype: str, threads: int, tile_kv: int
-) -> Any:
+    locate: Any, head_dim: int, group: int, block_size: int, dtype: str, window: int | None, threads: int,
+    tile_kv: int,
+) -> Any:  # fmt: skip
     """out[t, h] = sum_j softmax_j(softmax_scale q[t, h] . k[j]) v[j] over the visible keys j of row t's
-    sequence.
+    sequence; with a window, over the last `window` of them.
 
     Arguments: out, q T[rows, num_q_heads, D]; k_cache, v_cache T[num_blocks, num_kv_heads, block_size, D];
     cu_seqlens_q i32[num_seqs + 1] (read by `locate` alone); context_lens i32[num_seqs];
@@ -148,10 +167,27 @@ def make_attention_kernel(
     Shared memory: s_q f32[D], s_score f32[tile_kv], s_prob f32[tile_kv], s_page i32[2, tile_kv].
     Barriers: one after the scores (and s_q), one after s_prob; a thread that runs ahead writes s_score only,
     which nobody reads after the second, and waits at the next first barrier before it touches s_prob.
-    Keys past the context are never read: a recycled page's tail may hold anything.
+    Keys past the context and before the window are never read: a recycled page may hold anything there.
+    A window starts at the tile of its first key, in the middle of it where need be: tiles stay aligned to
+    key 0. Without one `first_visible` is the constant 0, and nothing of the window is left in the kernel.
     """
     dims = -(-head_dim // threads)
     to_float, from_float = element(dtype).to_float, element(dtype).from_float
+
+    def all_keys(visible: Any) -> Any:
+        return 0
+
+    def last_keys(visible: Any) -> Any:
+        return max(visible - window, 0)
+
+    def from_tile_start(first: Any, start: Any) -> Any:
+        return 0
+
+    def from_window_start(first: Any, start: Any) -> Any:
+        return max(first - start, 0)
+
+    first_visible = jit(device=True)(all_keys if window is None else last_keys)
+    skipped = jit(device=True)(from_tile_start if window is None else from_window_start)
 
     @jit()
     def attention_kernel(
@@ -177,9 +213,11 @@ def make_attention_kernel(
             running_sum = np.float32(0)
             parity = 0  # two page lists: a thread ahead must not overwrite the one V is still read through
             cuda.syncthreads()
-            for start in range(0, visible, tile_kv):
+            first = first_visible(visible)
+            for start in range(first // tile_kv * tile_kv, visible, tile_kv):
+                skip = skipped(first, start)
                 count = min(tile_kv, visible - start)
-                for j in range(thread, count, threads):
+                for j in range(skip + thread, count, threads):
                     key = start + j
                     page = block_table[seq, key // block_size]
                     offset = key % block_size
@@ -190,15 +228,15 @@ def make_attention_kernel(
                     s_score[j] = dot * softmax_scale
                 cuda.syncthreads()
                 new_max = running_max
-                for j in range(count):
+                for j in range(skip, count):
                     if s_score[j] > new_max:
                         new_max = s_score[j]
-                for j in range(thread, count, threads):
+                for j in range(skip + thread, count, threads):
                     s_prob[j] = np.float32(math.exp(s_score[j] - new_max))
                 cuda.syncthreads()
                 rescale = np.float32(math.exp(running_max - new_max))
                 tile_sum = np.float32(0)
-                for j in range(count):
+                for j in range(skip, count):
                     tile_sum = tile_sum + s_prob[j]
                 running_sum = cuda.fma(running_sum, rescale, tile_sum)
                 running_max = new_max
@@ -206,7 +244,7 @@ def make_attention_kernel(
                     d = thread + i * threads
                     if d < head_dim:
                         value = acc[i] * rescale
-                        for j in range(count):
+                        for j in range(skip, count):
                             offset = (start + j) % block_size
                             v_value = to_float(v_cache[s_page[parity, j], kv_head, offset, d])
                             value = cuda.fma(s_prob[j], v_value, value)

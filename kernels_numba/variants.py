@@ -16,6 +16,7 @@ from kernels_numba.ops import (
     gemm,
     lm_head,
     prefill_attention,
+    qk_norm,
     rms_norm,
     rope,
     sample,
@@ -59,6 +60,8 @@ def variants() -> Iterator[Variant]:
                 kernel = rms_norm.make_rms_norm_kernel(dtype, residual)
                 label = name("rms_norm_residual" if residual else "rms_norm")
                 yield Variant(label, kernel, (rows2, rows2, dense1, rows2, f32), rms_norm.THREADS)
+            kernel = qk_norm.make_qk_norm_kernel(128, dtype)
+            yield Variant(name("qk_norm"), kernel, (rows3, rows3, dense1, dense1, f32), qk_norm.THREADS)
             kernel = rope.make_rope_kernel(64, dtype)
             yield Variant(name("rope"), kernel, (rows3, rows3, ids, array(f32, 2)), rope.THREADS)
             kernel = store_kv.make_store_kv_kernel(64, 64)
@@ -84,5 +87,8 @@ def variants() -> Iterator[Variant]:
                 yield Variant(name(f"prefill_attention_d{head_dim}"), kernel, paged, threads)
                 kernel = decode_attention.make_decode_attention_kernel(head_dim, 3, 64, dtype)
                 yield Variant(name(f"decode_attention_d{head_dim}"), kernel, paged, threads)
+            if layout == "C":
+                kernel = prefill_attention.make_prefill_attention_kernel(128, 4, 64, dtype, window=4096)
+                yield Variant(name("prefill_attention_window"), kernel, paged, paged_attention.THREADS)
     sample_arguments = (ids, array(f32, 2), array(f32, 1), array(u64, 1), ids)
     yield Variant("sample", sample.make_sample_kernel(), sample_arguments, sample.THREADS)

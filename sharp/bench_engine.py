@@ -49,6 +49,9 @@ class Transformers:
         import transformers
 
         config = checkpoint.config
+        if config.architecture != "llama" or config.rope.kind != "default":
+            found = f"{config.architecture} with {config.rope.kind} rope"
+            raise ValueError(f"{checkpoint.path} is {found}; the baseline is llama with default rope")
         self.torch, self.pad = torch, config.eos_token_ids[0]
         self.name = f"transformers {transformers.__version__}"
         hf_config = transformers.LlamaConfig(

@@ -1,6 +1,6 @@
-"""GGUF files: metadata and tensors under Hugging Face names, through the `gguf` library.
+"""GGUF files: metadata and tensors under our names, through the `gguf` library.
 
-Knows the GGUF naming and layout of Llama-shaped models; refuses other quantisations and architectures. The
+Knows the layout of GGUF's tensors; refuses other quantisations. The names are the family's (families.py). The
 file stays memory-mapped, and a tensor is dequantised only when it is read.
 """
 
@@ -16,26 +16,14 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, quants
 
-from sharp.model_config import ModelConfig, ModelFileError, config_from_gguf
+from sharp.families import FAMILIES
+from sharp.gguf_config import config_from_gguf
+from sharp.model_config import ModelConfig, ModelFileError
 
 FloatArray = npt.NDArray[np.float32]
 
-_MODEL_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_ROPE_FACTORS = "rope_freqs.weight"  # not a weight of the forward, but a part of the configuration
+_MAX_ROPE_FACTORS = 4096
 # The library's own block decoders. Its `gguf.dequantize` calls them on 16 rows at a time and concatenates the
 # pieces: 6 times slower on the demo model (1.45 s against 0.24 s) and with a second copy of the tensor.
 _DECODERS: dict[GGMLQuantizationType, Callable[[npt.NDArray[np.uint8]], FloatArray]] = {
@@ -117,9 +105,9 @@ class _Reader(GGUFReader):
 
 
 class GGUFFile:
-    """One GGUF file of Llama shape.
+    """One GGUF file.
 
-    Attributes: path; metadata (key -> number, string, bool or list); config; shapes (HF name -> HF shape);
+    Attributes: path; metadata (key -> number, string, bool or list); config; shapes (our name -> HF shape);
     num_bytes (of all tensors, as stored).
     Raises ModelFileError when the file is damaged, or of an unsupported architecture or tensor type.
     """
@@ -135,7 +123,7 @@ class GGUFFile:
                 f"{path} is not a readable GGUF file (damaged or truncated): {error}"
             ) from None
         self.metadata = {key: _value(reader, key) for key in reader.fields}
-        self._tensors: dict[str, gguf.ReaderTensor] = {}
+        stored: dict[str, gguf.ReaderTensor] = {}
         for tensor in reader.tensors:
             kind = tensor.tensor_type
             if kind not in _DECODERS and kind != GGMLQuantizationType.F32:
@@ -144,25 +132,25 @@ class GGUFFile:
                     f"{path}: tensor {tensor.name} has type {kind.name}, which is not supported; "
                     f"supported: {known}"
                 )
-            self._tensors[_hf_name(tensor.name)] = tensor
+            stored[tensor.name] = tensor
         self.num_bytes = sum(tensor.n_bytes for tensor in reader.tensors)
-        self.shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in self._tensors.items()}
-        embed = self.shapes.get(_MODEL_NAMES["token_embd.weight"])
-        if embed is None:
-            raise ModelFileError(f"{path}: tensor token_embd.weight is missing")
-        tied = _MODEL_NAMES["output.weight"] not in self.shapes
-        self.config: ModelConfig = config_from_gguf(self.metadata, embed[0], tied, path)
+        shapes = {name: tuple(tensor.shape.tolist()[::-1]) for name, tensor in stored.items()}
+        factors = _rope_factors(stored.pop(_ROPE_FACTORS, None), path)
+        self.config: ModelConfig = config_from_gguf(self.metadata, shapes, path, factors)
+        self._family = FAMILIES[self.config.architecture]
+        self._tensors = {self._family.gguf_names.ours(name): tensor for name, tensor in stored.items()}
+        self.shapes = {name: shapes[tensor.name] for name, tensor in self._tensors.items()}
 
-    def stored_name(self, name: str) -> str:
-        """The file's own name of the tensor with HF name `name`."""
-        return self._tensors[name].name if name in self._tensors else _gguf_name(name)
+    def where(self, name: str) -> str:
+        """A tensor for a message: the file and its name there."""
+        return f"{self.path}: tensor {self._family.gguf_names.stored(name)}"
 
     def read(self, name: str) -> FloatArray:
-        """The tensor with HF name `name`: float32, HF shape, contiguous, q/k rows in rotate-half order."""
+        """The tensor of our name: float32, HF shape, contiguous, q/k rows in rotate-half order."""
         tensor, shape = self._tensors[name], self.shapes[name]
         rows = np.asarray(tensor.data)
         for part, num_heads in (("q_proj.", self.config.num_q_heads), ("k_proj.", self.config.num_kv_heads)):
-            if part in name:
+            if part in name and self._family.gguf_interleaved:
                 # Whole rows move, so they are moved while they are still quantised, and small.
                 rows = rows[_rotate_half_rows(num_heads, shape[0] // num_heads)]
         if tensor.tensor_type == GGMLQuantizationType.F32:
@@ -187,33 +175,24 @@ def _value(reader: _Reader, key: str) -> Any:
         raise ModelFileError(f"{reader.data.filename}: metadata {key} cannot be read: {error}") from None
 
 
-def _hf_name(name: str) -> str:
-    """HF name of a GGUF tensor; an unknown name stays as it is, and is refused later."""
-    if name in _MODEL_NAMES:
-        return _MODEL_NAMES[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _LAYER_NAMES:
-        return f"model.layers.{parts[1]}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
-    return name
-
-
-def _gguf_name(name: str) -> str:
-    for ours, theirs in _MODEL_NAMES.items():
-        if name == theirs:
-            return ours
-    for ours, theirs in _LAYER_NAMES.items():
-        if f".{theirs}." in name:
-            _, _, layer, *_, suffix = name.split(".")
-            return f"blk.{layer}.{ours}.{suffix}"
-    return name
+def _rope_factors(tensor: gguf.ReaderTensor | None, path: Path) -> tuple[float, ...]:
+    """The values of rope_freqs.weight: a divisor of each rotary frequency; empty without the tensor."""
+    if tensor is None:
+        return ()
+    if tensor.tensor_type != GGMLQuantizationType.F32 or tensor.n_elements > _MAX_ROPE_FACTORS:
+        raise ModelFileError(
+            f"{path}: tensor {tensor.name} has {tensor.n_elements} values of type {tensor.tensor_type.name}; "
+            f"F32 and at most {_MAX_ROPE_FACTORS} are supported"
+        )
+    return tuple(np.asarray(tensor.data, dtype=np.float32).reshape(-1).tolist())
 
 
 def _rotate_half_rows(num_heads: int, head_dim: int) -> npt.NDArray[np.intp]:
     """Row indices that take q/k rows from GGUF's order to HF's.
 
-    Llama-architecture GGUF files store the rows of a head for interleaved rotary pairs (2i, 2i+1); HF's order
-    rotates the pairs (i, i + head_dim/2). So HF row i is GGUF row 2i, and HF row i + head_dim/2 is row 2i +
-    1.
+    GGUF files of architecture llama (not those of qwen2 and qwen3) store the rows of a head for interleaved
+    rotary pairs (2i, 2i+1); HF's order rotates the pairs (i, i + head_dim/2). So HF row i is GGUF row 2i, and
+    HF row i + head_dim/2 is row 2i + 1.
     """
     rows = np.arange(num_heads * head_dim).reshape(num_heads, head_dim // 2, 2)
     return rows.swapaxes(1, 2).reshape(-1)

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from sharp.model_config import ModelConfig, ModelFileError, config_from_hf, read_json
+from sharp.families import FAMILIES
+from sharp.hf_config import config_from_hf
+from sharp.model_config import ModelConfig, ModelFileError, read_json
 
 FloatArray = npt.NDArray[np.float32]
 _DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -22,25 +24,29 @@ _INDEX = "model.safetensors.index.json"
 
 
 class HFDirectory:
-    """One HF directory of Llama shape.
+    """One HF directory.
 
-    Attributes: path; config; shapes (name -> shape); num_bytes (of all tensors, as stored).
+    Attributes: path; config; shapes (our name -> shape); num_bytes (of all tensors, as stored).
     Raises ModelFileError when a file is missing, damaged, or holds an unsupported dtype.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config: ModelConfig = config_from_hf(path)
+        self._names = FAMILIES[self.config.architecture].hf_names
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.num_bytes = 0
         self._files: dict[str, Any] = {}  # tensor name -> open file (memory-mapped by the library)
         self._file_names: dict[str, str] = {}
         index = self._read_index()
+        self._listing = _INDEX if index else "model.safetensors"
         for file_name in sorted(set(index.values())) if index else ["model.safetensors"]:
             self._open(path / file_name, file_name)
-        for name, file_name in index.items():
-            if self._file_names.get(name) != file_name:
-                raise ModelFileError(f"{path / file_name}: tensor {name} is in {_INDEX} but not in this file")
+        for stored, file_name in index.items():
+            if self._file_names.get(self._names.ours(stored)) != file_name:
+                raise ModelFileError(
+                    f"{path / file_name}: tensor {stored} is in {_INDEX} but not in this file"
+                )
         if self.config.tie_word_embeddings and "lm_head.weight" in self.shapes:
             # Some writers store the tied head a second time; config.json says that it is the embedding.
             del self.shapes["lm_head.weight"]
@@ -67,16 +73,16 @@ class HFDirectory:
     def _open(self, path: Path, file_name: str) -> None:
         try:
             file: Any = safe_open(path, framework="numpy")
-            for name in file.keys():  # noqa: SIM118  (the file is not a mapping)
-                part = file.get_slice(name)
+            for stored in file.keys():  # noqa: SIM118  (the file is not a mapping)
+                name, part = self._names.ours(stored), file.get_slice(stored)
                 dtype, shape = part.get_dtype(), tuple(part.get_shape())
                 if dtype not in _DTYPES:
                     raise ModelFileError(
-                        f"{path}: tensor {name} has dtype {dtype}, which is not supported; "
+                        f"{path}: tensor {stored} has dtype {dtype}, which is not supported; "
                         f"supported: {', '.join(_DTYPES)}"
                     )
                 if name in self.shapes:
-                    raise ModelFileError(f"{path}: tensor {name} is also in {self._file_names[name]}")
+                    raise ModelFileError(f"{path}: tensor {stored} is also in {self._file_names[name]}")
                 self.shapes[name], self._files[name], self._file_names[name] = shape, file, file_name
                 size = 1
                 for dim in shape:
@@ -87,14 +93,15 @@ class HFDirectory:
         except (SafetensorError, OSError) as error:
             raise ModelFileError(f"{path} is not a readable safetensors file: {error}") from None
 
-    def stored_name(self, name: str) -> str:
-        """The file's own name of a tensor: the same."""
-        return name
+    def where(self, name: str) -> str:
+        """A tensor for a message: its file (one that is in none: the file that should know it) and name."""
+        file_name = self._file_names.get(name, self._listing)
+        return f"{self.path / file_name}: tensor {self._names.stored(name)}"
 
     def read(self, name: str) -> FloatArray:
         """The tensor `name`: float32, contiguous."""
         try:
-            tensor = self._files[name].get_tensor(name)
+            tensor = self._files[name].get_tensor(self._names.stored(name))
         except SafetensorError as error:
-            raise ModelFileError(f"{self.path / self._file_names[name]}: tensor {name}: {error}") from None
+            raise ModelFileError(f"{self.where(name)}: {error}") from None
         return np.ascontiguousarray(tensor, dtype=np.float32)

@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sharp.model_config import ModelConfig
+
 Section = tuple[str, list[tuple[str, str]]]
 
 PACKAGES = (
@@ -182,15 +184,17 @@ def model_report(name_or_path: str) -> list[Section]:
     config = checkpoint.config
     rows = [
         ("path", str(checkpoint.path)),
-        ("architecture", config.architecture),
+        ("family", config.architecture),
+        ("switches", ", ".join(_switches(config)) or "none"),
         ("layers", f"{config.num_layers}"),
         ("hidden size", f"{config.hidden_size}"),
         ("intermediate size", f"{config.intermediate_size}"),
         ("heads", f"{config.num_q_heads} of queries, {config.num_kv_heads} of keys and values"),
         ("head dimension", f"{config.head_dim}"),
-        ("vocabulary", f"{config.vocab_size:,}{' (lm_head tied)' if config.tie_word_embeddings else ''}"),
+        ("vocabulary", f"{config.vocab_size:,}"),
         ("context", f"{config.max_position_embeddings:,} tokens"),
-        ("rope theta, norm eps", f"{config.rope_theta:g}, {config.rms_norm_eps:g}"),
+        ("rope", f"theta {config.rope_theta:g}, {config.rope.describe()}"),
+        ("norm eps", f"{config.rms_norm_eps:g}"),
         ("end of sequence ids", ", ".join(map(str, config.eos_token_ids)) or "none"),
     ]
     parameters = config.num_parameters
@@ -209,6 +213,21 @@ def model_report(name_or_path: str) -> list[Section]:
         group = re.sub(r"\.layers\.\d+\.", f".layers.0-{config.num_layers - 1}.", name)
         shapes[group] = f"[{', '.join(map(str, shape))}]"
     return [("model", rows), ("sizes", sizes), ("shapes", list(shapes.items()))]
+
+
+def _switches(config: ModelConfig) -> list[str]:
+    """What the forward does for this model and not for a plain Llama, in words."""
+    words = ["bias on q, k and v"] if config.qkv_bias else []
+    words += ["norm of q and k heads"] if config.qk_norm else []
+    windowed = [layer for layer in range(config.num_layers) if config.window(layer) is not None]
+    if windowed:
+        where = (
+            "all layers"
+            if len(windowed) == config.num_layers
+            else f"{len(windowed)} of {config.num_layers} layers"
+        )
+        words.append(f"window of {config.sliding_window:,} tokens in {where}")
+    return [*words, "lm_head tied"] if config.tie_word_embeddings else words
 
 
 def show_bytes(count: int) -> str:

@@ -5,17 +5,18 @@ numba.cuda kernels, or later rungs, one by one. It refuses to know requests and 
 ids, positions, slots and block tables, with no padding anywhere.
 
 Rounding points (activation dtype bfloat16; with float32 nothing is rounded). Every op computes in float32
-from
-inputs as stored, and rounds once where its result is stored:
+from inputs as stored, and rounds once where its result is stored:
 
     embedding        copied from the table, already rounded
     rms_norm         residual + delta in float32, rounded and stored; the norm reads the rounded value; its
-    output
-                     (normalised x weight) is rounded once
+                     output (normalised x weight) is rounded once
     gemm             float32 accumulation with K ascending, bias added in float32, rounded once
-    rope             angles from a float32 table; the rotated pair rounded once
+    qk_norm          (Qwen3) each head of q and k normalised x weight, rounded once, in place
+    rope             angles from a float32 table (yarn's attention factor is in it); the rotated pair rounded
+                     once
     store_kv         copied
-    attention        scores, softmax and the weighted sum in float32, rounded once
+    attention        scores, softmax and the weighted sum in float32, rounded once; a sliding window leaves
+                     keys out and changes nothing else
     silu_mul         silu(gate) * up in float32, rounded once
     lm_head          float32 accumulation, logits stay float32
 """
@@ -28,7 +29,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from kernels_numba.ops import resolve
 from sharp.budget import Budget, plan_memory
@@ -36,6 +36,7 @@ from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
 from sharp.model_config import DTYPE_BYTES
 from sharp.plan import BatchPlan, SampleOutput
+from sharp.rope import rope_table
 from sharp.sampling import sample
 from sharp.staging import DeviceBatch, stage
 from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
@@ -81,18 +82,6 @@ class KVCache:
     v: Array
 
 
-def rope_table(config: ModelConfig, max_positions: int) -> npt.NDArray[np.float32]:
-    """cos and sin of every position: f32[max_positions, head_dim], cosines first, then sines.
-
-    inv_freq[i] = theta^(-2i / head_dim), angle = position * inv_freq in float32, as the models were trained
-    (Su et al. 2021, arXiv:2104.09864; the half-split pairing of GPT-NeoX).
-    """
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    inv_freq = (np.float32(1.0) / np.power(np.float32(config.rope_theta), exponent)).astype(np.float32)
-    angles = np.arange(max_positions, dtype=np.float32)[:, None] * inv_freq[None, :]
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-
-
 def forward(
     config: ModelConfig,
     weights: ModelWeights,
@@ -127,18 +116,22 @@ def forward(
             ops.rms_norm(x, residual, layer.input_norm, eps=eps, stream=stream)
         else:
             ops.rms_norm(x, delta, layer.input_norm, eps=eps, residual=residual, stream=stream)
+        window = config.window(index)  # without one, rungs that know no windows serve too
+        masked = {} if window is None else {"window": window}
         ops.gemm(qkv_rows, x, layer.qkv, layer.qkv_bias, stream=stream)
+        if config.qk_norm:
+            ops.qk_norm(q, k, layer.q_norm, layer.k_norm, eps=eps, stream=stream)
         ops.rope(q, k, batch.positions, cos_sin, stream=stream)
         ops.store_kv(cache.k, cache.v, k, v, batch.slot_mapping, stream=stream)
         if decodes:
             ops.decode_attention(
                 decode_out, decode_q, cache.k, cache.v, batch.decode_context_lens, batch.decode_block_table,
-                softmax_scale=scale, stream=stream,
+                softmax_scale=scale, stream=stream, **masked,
             )  # fmt: skip
         if batch.num_prefills:
             ops.prefill_attention(
                 attention, q, cache.k, cache.v, batch.prefill_cu_seqlens_q, batch.prefill_context_lens,
-                batch.prefill_block_table, softmax_scale=scale, stream=stream,
+                batch.prefill_block_table, softmax_scale=scale, stream=stream, **masked,
             )  # fmt: skip
         ops.gemm(delta, attention_rows, layer.o, stream=stream)
         ops.rms_norm(x, delta, layer.post_norm, eps=eps, residual=residual, stream=stream)
@@ -192,7 +185,8 @@ class Model:
             max_model_len=self.max_model_len,
         )
         self.num_blocks = self.budget.num_blocks
-        self.cos_sin = device.upload(rope_table(self.config, self.max_model_len))
+        table = rope_table(self.config.rope, self.config.rope_theta, self.config.head_dim, self.max_model_len)
+        self.cos_sin = device.upload(table)
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
         page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)

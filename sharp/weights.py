@@ -1,8 +1,8 @@
 """Checkpoints on disk -> the arrays the forward pass uses.
 
-Knows the tensor list of a Llama-shaped model and how the engine wants it fused: q, k and v in one matrix,
-gate and up rows interleaved in blocks of 8. Knows nothing of file formats (gguf_file.py, hf_dir.py) or of
-devices: `upload` decides what is kept.
+Knows the tensor list of a model, under Llama's Hugging Face names (families.py translates), and how the
+engine wants it fused: q, k and v in one matrix, gate and up rows interleaved in blocks of 8. Knows nothing of
+file formats (gguf_file.py, hf_dir.py) or of devices: `upload` decides what is kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TensorSource(Protocol):
     shapes: dict[str, tuple[int, ...]]
     num_bytes: int
 
-    def stored_name(self, name: str) -> str: ...
+    def where(self, name: str) -> str: ...
     def read(self, name: str) -> FloatArray: ...
 
 
@@ -47,6 +47,8 @@ class LayerWeights:
     input_norm: Any  # [H]
     qkv: Any  # [(Hq + 2 Hkv) * D, H]: rows of q, then k, then v
     qkv_bias: Any | None  # [(Hq + 2 Hkv) * D]
+    q_norm: Any | None  # [D], for all heads
+    k_norm: Any | None  # [D]
     o: Any  # [H, Hq * D]
     post_norm: Any  # [H]
     gate_up: Any  # [2 I, H]: 8 gate rows, 8 up rows, and so on
@@ -81,20 +83,21 @@ class Checkpoint:
                 f"but there are only {len(source.shapes)} tensors"
             )
         expected = expected_shapes(source.config)
+        missing = [name for name in expected if name not in source.shapes]
+        if missing:
+            raise ModelFileError(f"{source.where(missing[0])} is missing{_and_more(source, missing)}")
         for name, shape in expected.items():
-            if name not in source.shapes:
-                raise ModelFileError(f"{self.path}: tensor {source.stored_name(name)} is missing")
             if source.shapes[name] != shape:
                 raise ModelFileError(
-                    f"{self.path}: tensor {source.stored_name(name)} has shape {list(source.shapes[name])}, "
+                    f"{source.where(name)} has shape {list(source.shapes[name])}, "
                     f"the configuration needs {list(shape)}"
                 )
-        for name in source.shapes:
-            if name not in expected:
-                raise ModelFileError(
-                    f"{self.path}: tensor {source.stored_name(name)} is not part of a "
-                    f"{self.config.architecture} model with {self.config.num_layers} layers"
-                )
+        extra = [name for name in source.shapes if name not in expected]
+        if extra:
+            raise ModelFileError(
+                f"{source.where(extra[0])} is not part of a {self.config.architecture} model with "
+                f"{self.config.num_layers} layers{_and_more(source, extra)}"
+            )
         self.names = tuple(expected)
 
     def read(self, name: str) -> FloatArray:
@@ -118,6 +121,13 @@ class Checkpoint:
                 f"the model's vocabulary only {self.config.vocab_size}"
             )
         return tokenizer
+
+
+def _and_more(source: TensorSource, names: list[str]) -> str:
+    """The second and third of `names` written out, the rest counted; empty for one name."""
+    shown = [source.where(name).rpartition(" ")[2] for name in names[1:3]]
+    more = [f"{len(names) - 3} more"] if len(names) > 3 else []
+    return f" (also {', '.join(shown + more)})" if shown else ""
 
 
 def open_checkpoint(path_or_name: str | Path) -> Checkpoint:
@@ -147,6 +157,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, hidden)
             if config.qkv_bias:
                 shapes[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
+            if config.qk_norm and name != "v":
+                shapes[f"{prefix}self_attn.{name}_norm.weight"] = (config.head_dim,)
         shapes[prefix + "self_attn.o_proj.weight"] = (hidden, q_rows)
         shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
         shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
@@ -208,6 +220,8 @@ def _layers(checkpoint: Checkpoint, upload: Callable[[FloatArray], Any]) -> Iter
             input_norm=upload(read("input_layernorm.weight")),
             qkv=upload(np.concatenate([read(f"self_attn.{name}_proj.weight") for name in "qkv"])),
             qkv_bias=bias,
+            q_norm=upload(read("self_attn.q_norm.weight")) if checkpoint.config.qk_norm else None,
+            k_norm=upload(read("self_attn.k_norm.weight")) if checkpoint.config.qk_norm else None,
             o=upload(read("self_attn.o_proj.weight")),
             post_norm=upload(read("post_attention_layernorm.weight")),
             gate_up=upload(interleave_gate_up(read("mlp.gate_proj.weight"), read("mlp.up_proj.weight"))),

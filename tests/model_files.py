@@ -14,6 +14,9 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.numpy import load_file, save_file
 
+from sharp.model_config import ModelConfig
+from sharp.weights import expected_shapes
+
 TINY = Path(__file__).resolve().parents[1] / "weights" / "tiny"
 Q_HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 _NAMES = {
@@ -30,6 +33,27 @@ _NAMES = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+
+
+class MemorySource:
+    """Tensors in memory, random, for shapes that no file has."""
+
+    path = Path("memory")
+    num_bytes = 0
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config, rng = config, np.random.default_rng(0)
+        self.tensors = {
+            name: rng.standard_normal(shape, dtype=np.float32)
+            for name, shape in expected_shapes(config).items()
+        }
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    def where(self, name: str) -> str:
+        return f"memory: tensor {name}"
+
+    def read(self, name: str) -> np.ndarray:
+        return self.tensors[name]
 
 
 def tiny_tensors() -> dict[str, np.ndarray]:

@@ -57,8 +57,8 @@ def test_all_kernels_assemble(request, record_property):
         if not any(op in name for op in ("gemm", "lm_head", "attention")) or "bfloat16/dense" not in name:
             expected -= set(SAMPLED_ARCHS)
         assert {row["arch"] for row in rows if row["name"] == name} == expected, name
-    ops = ("embedding", "rms_norm", "gemm", "rope", "store_kv", "prefill_attention", "decode_attention")
-    for op in (*ops, "silu_mul", "lm_head"):
+    ops = ("embedding", "rms_norm", "gemm", "qk_norm", "rope", "store_kv", "prefill_attention")
+    for op in (*ops, "decode_attention", "silu_mul", "lm_head"):
         for dtype in ("float32", "bfloat16"):
             for kind in ("dense", "strided"):
                 assert any(n.startswith(op) and n.endswith(f"/{dtype}/{kind}") for n in names), (

@@ -15,6 +15,7 @@ TOY = {
     "embedding": ["toy"],
     "rms_norm": ["toy", "toy_residual"],
     "gemm": ["toy_one_row", "toy_bias", "toy_many_rows"],
+    "qk_norm": ["toy"],
     "rope": ["toy"],
     "store_kv": ["toy"],
     "prefill_attention": ["toy_packed", "toy_mha", "toy_gqa_8"],

@@ -16,6 +16,7 @@ TINY = [
     ("embedding", {"num_tokens": 70, "hidden_size": 256, "vocab_size": 1000}),
     ("rms_norm", {"num_tokens": 70, "hidden_size": 256, "residual": True}),
     ("gemm", {"m": 70, "n": 96, "k": 64, "bias": False}),
+    ("qk_norm", {"num_tokens": 70, "num_q_heads": 6, "num_kv_heads": 2, "head_dim": 64}),
     ("rope", {"num_tokens": 70, "num_q_heads": 6, "num_kv_heads": 2, "head_dim": 64, "max_pos": 512}),
     ("store_kv", {"num_tokens": 70, "num_kv_heads": 2, "head_dim": 64, "num_blocks": 9, "block_size": 64}),
     ("prefill_attention", {**HEADS, "query_lens": (70, 70), "context_lens": (70, 70)}),

@@ -19,6 +19,7 @@ CASES = [
     ("rms_norm", "toy_residual", "add_, F.rms_norm"),
     ("gemm", "toy_one_row", "torch.matmul"),
     ("gemm", "toy_bias", "F.linear"),
+    ("qk_norm", "toy", "F.rms_norm"),
     ("rope", "toy", "x cos + rotate_half(x) sin"),
     ("store_kv", "toy", "index_put_"),
     ("prefill_attention", {**HEADS, "query_lens": (5, 5), "context_lens": (5, 5)}, "SDPA, no pages"),

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 60
 NODE = re.compile(r"^(\S+\.py::.+?)(?: +(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*)?$", re.MULTILINE)
 
-OPS = ("embedding", "rms_norm", "gemm", "rope", "store_kv", "silu_mul", "lm_head", "sample")
-ATTENTION = ("prefill_attention", "decode_attention", "test_attention", "random_batches")
+OPS = ("embedding", "rms_norm", "gemm", "qk_norm", "rope", "store_kv", "silu_mul", "lm_head", "sample")
+ATTENTION = ("prefill_attention", "decode_attention", "test_attention", "random_batches", "a_window")
 HELPERS = ("philox", "bfloat16_helpers")
 NAMED = (*OPS, *ATTENTION, *HELPERS)
 NOT_REFERENCE = "not reference_matches_spec"  # numpy alone: the run without a GPU has them
@@ -112,6 +112,12 @@ def test_engine_on_gpu(rung_options):
     if not path.exists():
         pytest.fail(f"{path.name} does not exist")
     check_group([str(path), "--device=cuda", "-m", "gpu or not gpu", *rung_options])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", ["llama", "mistral", "qwen2", "qwen3"])
+def test_families_on_gpu(group):
+    check_group(["tests/test_families_gpu.py", "--device=cuda", "-m", "gpu", "-k", group])
 
 
 @pytest.mark.gpu

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import family_checks
 import numpy as np
 import pytest
 from engine_checks import TINY, check_same_bits, decode, load
+from model_files import MemorySource
 
 from kernels_numba import compiler
 from sharp.budget import activation_columns, plan_memory
 from sharp.config import EngineConfig
-from sharp.model import rope_table
+from sharp.rope import RopeScaling, rope_table
+from sharp.weights import Checkpoint, open_checkpoint
 
 PROMPTS = [[5, 9, 17, 3, 250, 44, 81], [7], [11, 12, 13], list(range(20, 150))]
 TOY = [[5, 9, 17], [7]]  # for the simulator, which runs some thousands of threads a second
@@ -17,6 +22,14 @@ TOY = [[5, 9, 17], [7]]  # for the simulator, which runs some thousands of threa
 
 def test_reference_alone_packed_and_cut():
     check_same_bits("cpu", "float32", PROMPTS, 6, (1, 2, 5, 63, 64, 65), exact=False)
+
+
+@pytest.mark.parametrize("name", ["qwen2_window", "qwen3_window", "mistral_window", "qwen3_yarn"])
+def test_reference_alone_packed_and_cut_with_switches(tmp_path, name):
+    """Prompts longer than the windows, through the scheduler."""
+    path = family_checks.write_directory(tmp_path / name, name)
+    prompts = [list(range(5, 45)), [7], list(range(60, 40, -1))]
+    check_same_bits("cpu", "float32", prompts, 6, (1, 5, 9, 13), exact=False, path=path)
 
 
 @pytest.mark.parametrize("cut", range(1, 30))
@@ -49,6 +62,42 @@ def test_plain_kernels_in_bfloat16_follow_the_rounded_reference():
         assert np.abs(ours - truth).max() <= 2 * np.abs(theirs - truth).max()
 
 
+class Everything(Checkpoint):
+    """A model of all switches at once, too small for a tokenizer: the simulator runs it in seconds."""
+
+    def __init__(self):
+        rope = RopeScaling("yarn", factor=2.0, original_positions=16, attention_factor=1.2)
+        sizes = {
+            "vocab_size": 20,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_q_heads": 2,
+            "num_kv_heads": 1,
+        }
+        config = replace(
+            open_checkpoint(TINY).config, **sizes, head_dim=4, qkv_bias=True, qk_norm=True, rope=rope,
+            sliding_window=2, full_layers=(1,), max_position_embeddings=32,
+        )  # fmt: skip
+        super().__init__(MemorySource(config))
+
+    def tokenizer(self):
+        return None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plain_kernels_keep_their_bits_with_every_switch(dtype):
+    assert compiler.cuda.is_available()
+    ids, stranger = [3, 7, 19, 0, 5], [4, 4]
+    model = family_checks.load_model(Everything(), "cuda", dtype)
+    ways = {"cut": [3], "decoded": [3, 4]}
+    logits = family_checks.check_same_bits(model, ids, ways, stranger)
+    if dtype == "float32":
+        reference = family_checks.load_model(Everything())
+        expected = family_checks.in_pieces(reference, ids, [])
+        assert expected.std() > 0.3
+        np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
 def test_a_wrong_position_shows():
     """The check above can fail: rotate by the wrong angle, and ids change."""
     model, config = load(TINY, "cpu", "float32", num_blocks=8)
@@ -60,7 +109,7 @@ def test_a_wrong_position_shows():
 
 def test_rope_table_is_the_formula():
     model, _ = load(TINY, "cpu", "float32", num_blocks=2)
-    table = rope_table(model.config, 50)
+    table = rope_table(model.config.rope, model.config.rope_theta, model.config.head_dim, 50)
     half = model.config.head_dim // 2
     for position in (0, 1, 7, 49):
         for pair in range(half):

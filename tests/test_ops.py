@@ -176,6 +176,7 @@ def shrink(op):
         "embedding": {"num_tokens": 2, "hidden_size": 3, "vocab_size": 5},
         "rms_norm": {"num_tokens": 2, "hidden_size": 6, "residual": True},
         "gemm": {"m": 2, "n": 4, "k": 5, "bias": True},
+        "qk_norm": {"num_tokens": 2, "num_q_heads": 1, "num_kv_heads": 1, "head_dim": 3},
         "rope": {"num_tokens": 2, "num_q_heads": 2, "num_kv_heads": 2, "head_dim": 2, "max_pos": 5},
         "store_kv": {"num_tokens": 3, "num_kv_heads": 1, "head_dim": 2, "num_blocks": 2, "block_size": 3},
         "prefill_attention": {**ATTENTION, "block_size": 3, "query_lens": (1, 2), "context_lens": (4, 2)},
@@ -210,6 +211,7 @@ def test_random_batches(run, rung):
         query_lens = rng.integers(0, 150 if big else 3, rng.integers(1, 6 if big else 3))
         context_lens = [int(q + rng.integers(0, 300 if big else 5)) for q in query_lens]
         case |= {"query_lens": query_lens.tolist(), "context_lens": context_lens}
+        case["window"] = None if rng.random() < 0.5 else int(rng.integers(1, 200 if big else 5))
         dtype = str(rng.choice(DTYPES))
         try:
             for op in ("prefill_attention", "decode_attention"):
@@ -219,9 +221,9 @@ def test_random_batches(run, rung):
             raise AssertionError(f"seed {seed}, case {case}, {dtype}: {error}") from error
 
 
-def one_prompt(run, query_len, context_len, seed=1):
+def one_prompt(run, query_len, context_len, seed=1, window=None):
     """A prefill of one sequence; on the GPU with real heads, and long enough for several tiles of keys."""
-    case = {**ATTENTION, "query_lens": (query_len,), "context_lens": (context_len,)}
+    case = {**ATTENTION, "query_lens": (query_len,), "context_lens": (context_len,), "window": window}
     if run.on_gpu:
         case |= {"num_q_heads": 9, "num_kv_heads": 3, "head_dim": 64, "block_size": 64}
     return make_call("prefill_attention", case, np.random.default_rng(seed))
@@ -236,15 +238,16 @@ def with_rows(call, q, cu, lens, table):
     return Call(call.op, args, call.outputs, call.kwargs, terms=call.terms)
 
 
+@pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_chunks_and_decode_are_bit_equal(run, dtype):
+def test_attention_chunks_and_decode_are_bit_equal(run, dtype, window):
     """A prompt whole, cut in two at odd places, and its last row as a decode step: the same bits in a kernel
     rung.
 
     The reference is held to its tolerance only: BLAS changes the order of sums with the number of rows.
     """
     n = 333 if run.on_gpu else 7
-    call = one_prompt(run, n, n)
+    call = one_prompt(run, n, n, window=40 * window if window and run.on_gpu else window)
     q, table = call.resolved()["q"].copy(), call.args["block_table"]
     for rung in ("reference", run.kernel_rung("prefill_attention")):
         whole = run(with_rows(call, q, [0, n], [n], table), rung, dtype)[0]["out"]
@@ -266,6 +269,21 @@ def test_attention_chunks_and_decode_are_bit_equal(run, dtype):
         else:
             np.testing.assert_array_equal(bits(joined), bits(whole), "chunks differ from the whole prompt")
             np.testing.assert_array_equal(bits(decoded), bits(whole[-1:]), "decode differs from prefill")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_window_over_the_context_changes_no_bit(run, dtype):
+    """So an engine may leave a window out that its max_model_len never reaches."""
+    n = 333 if run.on_gpu else 7
+    call = one_prompt(run, n, n)
+    rung = run.kernel_rung("prefill_attention")
+    for name in ("reference", rung):
+        without = run(call, name, dtype)[0]["out"]
+        call.kwargs["window"] = n
+        np.testing.assert_array_equal(bits(run(call, name, dtype)[0]["out"]), bits(without))
+        call.kwargs["window"] = n - 1
+        assert (bits(run(call, name, dtype)[0]["out"]) != bits(without)).any()
+        call.kwargs["window"] = None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -319,12 +337,13 @@ def test_gemm_rows_are_bit_equal(run, dtype):
     np.testing.assert_array_equal(bits(logits.astype(many.dtype)), bits(many[rows]))
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "silu_mul", "rope", "embedding"])
+@pytest.mark.parametrize("op", ["rms_norm", "silu_mul", "qk_norm", "rope", "embedding"])
 def test_row_ops_are_bit_equal_alone(run, op):
     """The last row alone gives the bits that it gives in the batch."""
-    case = next(name for name in OPS[op].CASES if name.startswith("smollm2" if run.on_gpu else "toy"))
+    real = ("smollm2", "qwen3")
+    case = next(name for name in OPS[op].CASES if name.startswith(real if run.on_gpu else "toy"))
     call = make_call(op, case, rng_of("alone", op))
-    shared = {"weight", "cos_sin"}
+    shared = {"weight", "cos_sin", "q_weight", "k_weight"}
     args = {name: a if name in shared or isinstance(a, Cut) else a[-1:] for name, a in call.args.items()}
     buffers = {name: b[-1:] for name, b in call.buffers.items()}
     alone = Call(op, args, call.outputs, call.kwargs, buffers, call.fixed)
@@ -360,6 +379,15 @@ def _mask(call):
     call.args["context_lens"] -= 1
 
 
+def _window(call):
+    """Every row sees one key more, the oldest."""
+    call.kwargs["window"] += 1
+
+
+def _no_window(call):
+    call.kwargs["window"] = None
+
+
 def _page(call):
     """The first pages of two sequences change places. (Two of one sequence may: keys have no order.)"""
     call.args["block_table"][:, 0] = call.args["block_table"][::-1, 0].copy()
@@ -368,18 +396,21 @@ def _page(call):
 def _tail(call):
     """A recycled page's old row just behind the context counts as a key: finite, so only the numbers show
     it."""
-    for name in ("k_cache", "v_cache"):
-        cache = call.args[name]
-        cache[np.isnan(cache)] = 0.5
     call.args["context_lens"] += 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", ["prefill_attention", "decode_attention"])
-@pytest.mark.parametrize("mutate", [_scale, _mask, _page, _tail], ids=lambda f: f.__name__.strip("_"))
+@pytest.mark.parametrize(
+    "mutate", [_scale, _mask, _page, _tail, _window, _no_window], ids=lambda f: f.__name__.strip("_")
+)
 def test_attention_mutants_fail(run, op, mutate, dtype):
     case = {**ATTENTION, "head_dim": 32, "block_size": 8, "context_lens": (21, 18), "query_lens": (2, 3)}
+    if "window" in mutate.__name__:
+        case["window"] = 9
     call = make_call(op, case, rng_of("mutant", op))
+    for name in ("k_cache", "v_cache"):  # what lies before a window shows by its numbers alone
+        call.args[name][np.isnan(call.args[name])] = 0.5
     plain, truth = expectations(call, dtype)
     good = run(call, "reference", dtype)[0]["out"]
     assert error_ratio(good, plain["out"], truth["out"], dtype, call.terms) <= 1
@@ -394,6 +425,8 @@ def test_attention_mutants_fail(run, op, mutate, dtype):
     ("op", "case", "mutate"),
     [
         ("rms_norm", "smollm2_135m_prefill", lambda call: call.kwargs.update(eps=0.5)),
+        ("qk_norm", "odd_head_dim", lambda call: call.kwargs.update(eps=0.5)),
+        ("qk_norm", "odd_head_dim", lambda call: call.args["k_weight"].__imul__(1.05)),
         ("rope", "toy", lambda call: call.args["positions"].__iadd__(1) % 11),
         ("gemm", "odd", lambda call: call.args["x"].__setitem__((slice(None), -1), 0)),
         ("silu_mul", "toy", lambda call: call.args["gate_up"].__imul__(1.05)),
@@ -548,7 +581,8 @@ def test_cost_of_gemm_and_lm_head():
     assert OPS["gemm"].gemm_cost(0, n, k) == Cost(0, 0)
 
 
-def test_cost_of_attention():
+@pytest.mark.parametrize("window", [None, 1, 2, 4])
+def test_cost_of_attention(window):
     count, hq, hkv, d = Counter(), 4, 2, 3
     queries, contexts = (2, 1), (5, 2)
     for b, (rows, n) in enumerate(zip(queries, contexts, strict=True)):
@@ -559,7 +593,8 @@ def test_cost_of_attention():
                     count.touch("q", 2, b, i, h, e)
                     count.touch("out", 2, b, i, h, e)
                     count.flops += 1
-                for j in range(n - rows + i + 1):
+                visible = n - rows + i + 1
+                for j in range(max(0, visible - window) if window else 0, visible):
                     count.flops += 5
                     for e in range(d):
                         count.touch("k", 2, b, h // 2, j, e)
@@ -567,9 +602,10 @@ def test_cost_of_attention():
                         count.flops += 4
     for i in range(3):
         count.touch("cu", 4, i)
-    assert OPS["prefill_attention"].prefill_attention_cost(queries, contexts, hq, hkv, d) == count.cost()
-    ones = OPS["prefill_attention"].prefill_attention_cost((1, 1), contexts, hq, hkv, d)
-    decode = OPS["decode_attention"].decode_attention_cost(contexts, hq, hkv, d)
+    prefill_cost = OPS["prefill_attention"].prefill_attention_cost
+    assert prefill_cost(queries, contexts, hq, hkv, d, window=window) == count.cost()
+    ones = prefill_cost((1, 1), contexts, hq, hkv, d, window=window)
+    decode = OPS["decode_attention"].decode_attention_cost(contexts, hq, hkv, d, window=window)
     assert decode == Cost(ones.bytes - 12, ones.flops)
 
 
@@ -597,6 +633,16 @@ def test_cost_of_row_ops():
                 count.touch("qk", 2, i, head, e, direction="w")
                 count.flops += 3
     assert OPS["rope"].rope_cost(t, 2, 1, 4) == count.cost()
+    count = Counter()
+    for i in range(t):
+        for head in range(3):
+            count.flops += 4
+            for e in range(4):
+                count.touch("qk", 2, i, head, e)
+                count.touch("qk", 2, i, head, e, direction="w")
+                count.touch("weight", 2, head < 2, e)
+                count.flops += 4
+    assert OPS["qk_norm"].qk_norm_cost(t, 2, 1, 4) == count.cost()
     assert OPS["silu_mul"].silu_mul_cost(t, h) == Cost(3 * t * h * 2, 5 * t * h)
     assert OPS["store_kv"].store_kv_cost(t, 2, 4) == Cost(t * (2 * 2 * 2 * 4 * 2 + 4), 0)
     assert OPS["embedding"].embedding_cost(t, h) == Cost(t * (2 * h * 2 + 4), 0)
@@ -630,7 +676,7 @@ def _shape(call):
 
 
 def _stride(call):
-    name = "weight" if "weight" in call.args else "k_cache"
+    name = next(name for name in ("weight", "q_weight", "k_cache") if name in call.args)
     array = call.args[name]
     call.args[name] = np.repeat(array, 2, axis=-1)[..., ::2]
     return name, "stride"
@@ -695,6 +741,14 @@ def test_bad_values_are_refused(run):
     call.args["block_table"][0, 0] = 99
     with pytest.raises(ValueError, match=r"block_table row 0 holds a page outside the cache"):
         OPS["decode_attention"].rungs["reference"](*call.resolved().values(), softmax_scale=1.0)
+    with pytest.raises(ValueError, match=r"qk_norm: eps is nan; a number of at least 0"):
+        OPS["qk_norm"].rungs["reference"](q, q.copy(), q[0, 0], q[0, 0], eps=float("nan"))
+    for op in ("prefill_attention", "decode_attention"):
+        for window in (0, -1, True, 2.5):
+            call = make_call(op, next(iter(OPS[op].CASES)), rng_of("bad"))
+            call.kwargs["window"] = window
+            with pytest.raises(ValueError, match=rf"{op}: window is {window}; None or a whole number"):
+                OPS[op].rungs["reference"](*call.resolved().values(), **call.kwargs)
     call = make_call("prefill_attention", "toy_mha", rng_of("bad"))
     call.args["k_cache"] = call.args["k_cache"][:, :1].repeat(3, axis=1)
     call.args["v_cache"] = call.args["k_cache"]

@@ -137,6 +137,10 @@ _CASES = {
     "embedding": lambda quick: _by_tokens(quick, "hidden_size", "vocab_size"),
     "rms_norm": lambda quick: _by_tokens(quick, "hidden_size", residual=True),
     "gemm": _gemm,
+    "qk_norm": lambda quick: {
+        f"qwen3-8b T={tokens}": {"num_tokens": tokens, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+        for tokens in (QUICK_TOKENS if quick else TOKENS)
+    },
     "rope": lambda quick: _by_tokens(quick, "num_q_heads", "num_kv_heads", "head_dim", max_pos=MAX_POS),
     "store_kv": _store_kv,
     "prefill_attention": _prefill,

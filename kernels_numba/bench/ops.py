@@ -21,6 +21,7 @@ from kernels_numba.ops import (
     gemm,
     lm_head,
     prefill_attention,
+    qk_norm,
     rms_norm,
     rope,
     sample,
@@ -81,6 +82,20 @@ def _gemm_excerpt(call: Call, c: Params, rows: slice) -> Call:
     if c["bias"]:
         args["bias"] = _rows(call, "bias", c["n"])
     return Call("gemm", args, ("out",))
+
+
+def _qk_norm(m: Maker, c: Params) -> Call:
+    hq, hkv, dim = c["num_q_heads"], c["num_kv_heads"], c["head_dim"]
+    args = {"q": Cut("qkv", 0, hq), "k": Cut("qkv", hq, hq + hkv)}
+    args |= {name: m.normal(dim) for name in ("q_weight", "k_weight")}
+    buffers = {"qkv": m.normal(c["num_tokens"], hq + 2 * hkv, dim, scale=3)}
+    return Call("qk_norm", args, ("q", "k"), {"eps": 1e-6}, buffers)
+
+
+def _qk_norm_excerpt(call: Call, c: Params, rows: slice) -> Call:
+    args = {name: read(call, name, rows) for name in ("q", "k")}
+    args |= {name: read(call, name) for name in ("q_weight", "k_weight")}
+    return Call("qk_norm", args, call.outputs, call.kwargs)
 
 
 def _rope(m: Maker, c: Params) -> Call:
@@ -239,6 +254,11 @@ BENCH_OPS: dict[str, BenchOp] = {
     "gemm": BenchOp(
         _gemm, lambda c: gemm.gemm_cost(c["m"], c["n"], c["k"], c["bias"]), lambda c: int(c["m"]),
         _gemm_excerpt, lambda call, c, rows: [_columns(read(call, "out", rows), c["n"])], unit="TFLOP/s",
+    ),
+    "qk_norm": BenchOp(
+        _qk_norm,
+        lambda c: qk_norm.qk_norm_cost(c["num_tokens"], c["num_q_heads"], c["num_kv_heads"], c["head_dim"]),
+        _tokens, _qk_norm_excerpt, blank=(),
     ),
     "rope": BenchOp(
         _rope,

@@ -69,6 +69,17 @@ def _rope(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
     return Bound("x cos + rotate_half(x) sin", run, list)
 
 
+def _qk_norm(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
+    q, k, eps, norm = t["q"], t["k"], call.kwargs["eps"], torch.nn.functional.rms_norm
+
+    def run() -> Any:
+        for x, weight in ((q, t["q_weight"]), (k, t["k_weight"])):
+            x.copy_(norm(x, (c["head_dim"],), weight, eps))
+        return q, k
+
+    return Bound("F.rms_norm", run, list)
+
+
 def _store_kv(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
     slots, size = t["slot_mapping"].long(), c["block_size"]
     block, offset = slots // size, slots % size
@@ -133,8 +144,8 @@ def _attention(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
 
 BINDS: dict[str, Callable[[Any, Tensors, Call, Params], Bound | None]] = {
     "embedding": _embedding, "rms_norm": _rms_norm, "gemm": _gemm, "rope": _rope, "store_kv": _store_kv,
-    "prefill_attention": _attention, "decode_attention": _attention, "silu_mul": _silu_mul,
-    "lm_head": _lm_head, "sample": _sample,
+    "qk_norm": _qk_norm, "prefill_attention": _attention, "decode_attention": _attention,
+    "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
 }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from types import ModuleType, SimpleNamespace
 from kernels_numba.registry import pick
 
 OP_NAMES = (
-    "embedding", "rms_norm", "gemm", "rope", "store_kv", "prefill_attention", "decode_attention", "silu_mul",
-    "lm_head", "sample",
+    "embedding", "rms_norm", "gemm", "qk_norm", "rope", "store_kv", "prefill_attention", "decode_attention",
+    "silu_mul", "lm_head", "sample",
 )  # fmt: skip
 
 

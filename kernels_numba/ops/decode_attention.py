@@ -18,8 +18,11 @@ from kernels_numba.ops.prefill_attention import prefill_attention_cost, prefill_
 from kernels_numba.paged_attention import (
     THREADS,
     TILE_KV,
+    attention_numpy,
     check_attention,
     check_pages,
+    first_key,
+    gather,
     make_attention_kernel,
 )
 from kernels_numba.registry import Rung, make_register
@@ -29,26 +32,28 @@ OP = "decode_attention"
 
 
 def decode_attention_spec(
-    q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *, softmax_scale: float
-) -> Any:
-    """out[b, h] = softmax(softmax_scale q[b, h] k^T) v over the context_lens[b] keys of sequence b, zeros for
-    none.
+    q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *, softmax_scale: float,
+    window: int | None = None,
+) -> Any:  # fmt: skip
+    """out[b, h] = softmax(softmax_scale q[b, h] k^T) v over the context_lens[b] keys of sequence b, with a
+    window (1 or more) over the last that many of them; zeros for none.
 
     q[B, Hq, D], k_cache, v_cache[num_blocks, Hkv, block_size, D], context_lens int32[B] (the new token
     included), block_table int32[B, P], -1 padded -> float32[B, Hq, D]. Hq is a multiple of Hkv.
     """
     rows = np.arange(len(q) + 1)
     return prefill_attention_spec(
-        q, k_cache, v_cache, rows, context_lens, block_table, softmax_scale=softmax_scale
+        q, k_cache, v_cache, rows, context_lens, block_table, softmax_scale=softmax_scale, window=window
     )
 
 
 def decode_attention_cost(
-    context_lens: Any, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: str = "bfloat16"
-) -> Cost:
+    context_lens: Any, num_q_heads: int, num_kv_heads: int, head_dim: int, dtype: str = "bfloat16",
+    window: int | None = None,
+) -> Cost:  # fmt: skip
     """prefill_attention_cost with one row a sequence, without cu_seqlens_q."""
     ones = [1] * len(context_lens)
-    cost = prefill_attention_cost(ones, context_lens, num_q_heads, num_kv_heads, head_dim, dtype)
+    cost = prefill_attention_cost(ones, context_lens, num_q_heads, num_kv_heads, head_dim, dtype, window)
     return Cost(bytes=cost.bytes - 4 * (len(ones) + 1), flops=cost.flops)
 
 
@@ -59,16 +64,19 @@ def _locate(row: Any, cu_seqlens_q: Any, context_lens: Any) -> Any:
 
 @cache
 def make_decode_attention_kernel(
-    head_dim: int, group: int, block_size: int, dtype: str, threads: int = THREADS, tile_kv: int = TILE_KV
-) -> Any:
+    head_dim: int, group: int, block_size: int, dtype: str, window: int | None = None,
+    threads: int = THREADS, tile_kv: int = TILE_KV,
+) -> Any:  # fmt: skip
     """The kernel of paged_attention.make_attention_kernel, which documents it; row b is sequence b.
     group: q heads per kv head. Its cu_seqlens_q argument is not read: context_lens stands in."""
     locate = jit(device=True)(_locate)
-    return make_attention_kernel(locate, head_dim, group, block_size, dtype, threads, tile_kv)
+    return make_attention_kernel(locate, head_dim, group, block_size, dtype, window, threads, tile_kv)
 
 
-def _check(kind: type[Host], out: Any, q: Any, k_cache: Any, v_cache: Any, lens: Any, table: Any) -> None:
-    check_attention(kind, OP, out, q, k_cache, v_cache, lens, table)
+def _check(
+    kind: type[Host], out: Any, q: Any, k_cache: Any, v_cache: Any, lens: Any, table: Any, window: int | None
+) -> None:
+    check_attention(kind, OP, out, q, k_cache, v_cache, lens, table, window)
     if lens.shape[0] != q.shape[0]:
         fail(OP, "context_lens", f"has {lens.shape[0]} entries", f"one per row of q ({q.shape[0]})")
 
@@ -105,12 +113,22 @@ def _attend_one(out: Any, q: Any, k_cache: Any, v_cache: Any, pages: Any, length
     out[...] = result
 
 
+def _attend_window(
+    out: Any, q: Any, k_cache: Any, v_cache: Any, pages: Any, length: int, softmax_scale: float, window: int
+) -> None:
+    """One sequence whose window leaves keys out: q, out[1, Hq, D]. Pages before the window stay out."""
+    first_page = first_key(length, window) // k_cache.shape[2]
+    pages, skipped = pages[first_page:], first_page * k_cache.shape[2]
+    k, v = gather(k_cache, pages, length - skipped), gather(v_cache, pages, length - skipped)
+    attention_numpy(out, q, wide(k), wide(v), length - 1 - skipped, softmax_scale, window)
+
+
 def decode_attention_reference(
     out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
-    softmax_scale: float, stream: Any = None,
+    softmax_scale: float, window: int | None = None, stream: Any = None,
 ) -> None:  # fmt: skip
     """Rung "reference": about ten numpy calls a sequence, all heads at once."""
-    _check(Host, out, q, k_cache, v_cache, context_lens, block_table)
+    _check(Host, out, q, k_cache, v_cache, context_lens, block_table, window)
     check_pages(OP, block_table, context_lens, k_cache.shape[0], k_cache.shape[2])
     _, num_q_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
@@ -119,6 +137,17 @@ def decode_attention_reference(
     for b, length in enumerate(context_lens.tolist()):
         if length <= 0:
             out[b] = 0
+        elif window is not None and window < length:
+            _attend_window(
+                out[b : b + 1],
+                wide(q[b : b + 1]),
+                k_cache,
+                v_cache,
+                block_table[b],
+                length,
+                softmax_scale,
+                window,
+            )
         else:
             row, query = out[b].reshape(by_kv_head), scaled[b].reshape(by_kv_head)
             _attend_one(row, query, k_cache, v_cache, block_table[b], length)
@@ -126,16 +155,16 @@ def decode_attention_reference(
 
 def decode_attention(
     out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
-    softmax_scale: float, stream: Any = None,
+    softmax_scale: float, window: int | None = None, stream: Any = None,
 ) -> None:  # fmt: skip
     """Rung "plain": launch the kernel on `stream`. ValueError for wrong dtypes, shapes, strides."""
-    _check(Device, out, q, k_cache, v_cache, context_lens, block_table)
+    _check(Device, out, q, k_cache, v_cache, context_lens, block_table, window)
     if out.size == 0:
         return
     num_seqs, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     kernel = make_decode_attention_kernel(
-        head_dim, num_q_heads // num_kv_heads, block_size, element_name(out)
+        head_dim, num_q_heads // num_kv_heads, block_size, element_name(out), window
     )
     kernel[(num_seqs, num_q_heads), THREADS, stream or 0](
         out, q, k_cache, v_cache, context_lens, context_lens, block_table, np.float32(softmax_scale)
@@ -150,6 +179,8 @@ CASES: dict[str, dict[str, Any]] = {
     "toy_mha": {**_TOY, "num_q_heads": 2, "num_kv_heads": 2, "context_lens": (4, 5)},
     "toy_gqa_8": {**_TOY, "num_q_heads": 8, "head_dim": 3, "context_lens": (6,)},
     "toy_empty": {**_TOY, "context_lens": ()},
+    "toy_window": {**_TOY, "window": 3, "context_lens": (2, 11)},
+    "mistral_7b_window": {**_LLAMA3, "window": 256, "context_lens": (1, 255, 256, 257, 700)},
     "smollm2_135m_mixed": {**_SMOLLM2, "context_lens": (1, 63, 64, 65, 128, 1000, 0, 777)},
     "llama3_8b_one": {**_LLAMA3, "context_lens": (1500,)},
     "odd": {**_SMOLLM2, "head_dim": 80, "block_size": 48, "context_lens": (47, 49, 333)},

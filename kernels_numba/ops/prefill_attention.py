@@ -22,6 +22,7 @@ from kernels_numba.paged_attention import (
     attention_spec,
     check_attention,
     check_pages,
+    first_key,
     gather,
     make_attention_kernel,
 )
@@ -40,6 +41,7 @@ def prefill_attention_spec(
     block_table: Any,
     *,
     softmax_scale: float,
+    window: int | None = None,
 ) -> Any:
     """out[t, h] = softmax(softmax_scale q k^T + causal mask) v, sequence by sequence -> float32[T, Hq, D].
 
@@ -53,7 +55,8 @@ def prefill_attention_spec(
         first, last = int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1])
         if last > first and length > 0:
             k, v = gather(k_cache, block_table[b], length), gather(v_cache, block_table[b], length)
-            out[first:last] = attention_spec(q[first:last], k, v, length - (last - first), softmax_scale)
+            start = length - (last - first)
+            out[first:last] = attention_spec(q[first:last], k, v, start, softmax_scale, window)
     return out
 
 
@@ -64,13 +67,17 @@ def prefill_attention_cost(
     num_kv_heads: int,
     head_dim: int,
     dtype: str = "bfloat16",
+    window: int | None = None,
 ) -> Cost:
     """Sums over the ragged batch: a sequence with q rows and n keys has q n - q (q - 1) / 2 visible pairs and
-    reads each of its n keys once; plus the int32 of cu_seqlens_q and context_lens (pages not counted)."""
+    reads each of its n keys once; plus the int32 of cu_seqlens_q and context_lens (pages not counted).
+    With a window a row has no more pairs than that, and keys before the first row's window are not read."""
     lens = list(zip(query_lens, context_lens, strict=True))
     rows = sum(q for q, _ in lens)
-    keys = sum(n for q, n in lens if q)
-    pairs = sum(q * n - q * (q - 1) // 2 for q, n in lens)
+    keys = sum(n - first_key(n - q + 1, window) for q, n in lens if q)
+    # Row i of q sees n - q + 1 + i keys, of which those before its window fall out.
+    hidden = sum(sum(first_key(n - q + 1 + i, window) for i in range(q)) for q, n in lens) if window else 0
+    pairs = sum(q * n - q * (q - 1) // 2 for q, n in lens) - hidden
     moved, flops = attention_cost(pairs, keys, rows, num_q_heads, num_kv_heads, head_dim, ITEMSIZE[dtype])
     return Cost(bytes=moved + 4 * (2 * len(lens) + 1), flops=flops)
 
@@ -95,28 +102,30 @@ def _locate(row: Any, cu_seqlens_q: Any, context_lens: Any) -> Any:
 
 @cache
 def make_prefill_attention_kernel(
-    head_dim: int, group: int, block_size: int, dtype: str, threads: int = THREADS, tile_kv: int = TILE_KV
-) -> Any:
+    head_dim: int, group: int, block_size: int, dtype: str, window: int | None = None,
+    threads: int = THREADS, tile_kv: int = TILE_KV,
+) -> Any:  # fmt: skip
     """The kernel of paged_attention.make_attention_kernel, which documents it; a row finds its sequence by
     halving cu_seqlens_q. group: q heads per kv head."""
     locate = jit(device=True)(_locate)
-    return make_attention_kernel(locate, head_dim, group, block_size, dtype, threads, tile_kv)
+    return make_attention_kernel(locate, head_dim, group, block_size, dtype, window, threads, tile_kv)
 
 
 def _check(
-    kind: type[Host], out: Any, q: Any, k_cache: Any, v_cache: Any, cu: Any, lens: Any, table: Any
-) -> None:
-    check_attention(kind, OP, out, q, k_cache, v_cache, lens, table)
+    kind: type[Host], out: Any, q: Any, k_cache: Any, v_cache: Any, cu: Any, lens: Any, table: Any,
+    window: int | None,
+) -> None:  # fmt: skip
+    check_attention(kind, OP, out, q, k_cache, v_cache, lens, table, window)
     check(OP, "cu_seqlens_q", cu, kind.int32, (lens.shape[0] + 1,))
 
 
 def prefill_attention_reference(
     out: Any, q: Any, k_cache: Any, v_cache: Any, cu_seqlens_q: Any, context_lens: Any, block_table: Any, *,
-    softmax_scale: float, stream: Any = None,
+    softmax_scale: float, window: int | None = None, stream: Any = None,
 ) -> None:  # fmt: skip
     """Rung "reference": BLAS products per sequence, kv head and 128 queries. Writes the rows of sequences
     only."""
-    _check(Host, out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table)
+    _check(Host, out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table, window)
     check_pages(OP, block_table, context_lens, k_cache.shape[0], k_cache.shape[2])
     bounds = cu_seqlens_q.tolist()
     for b, length in enumerate(context_lens.tolist()):
@@ -127,23 +136,22 @@ def prefill_attention_reference(
             out[first:last] = 0
             continue
         k, v = gather(k_cache, block_table[b], length), gather(v_cache, block_table[b], length)
-        attention_numpy(
-            out[first:last], wide(q[first:last]), wide(k), wide(v), length - (last - first), softmax_scale
-        )
+        start = length - (last - first)
+        attention_numpy(out[first:last], wide(q[first:last]), wide(k), wide(v), start, softmax_scale, window)
 
 
 def prefill_attention(
     out: Any, q: Any, k_cache: Any, v_cache: Any, cu_seqlens_q: Any, context_lens: Any, block_table: Any, *,
-    softmax_scale: float, stream: Any = None,
+    softmax_scale: float, window: int | None = None, stream: Any = None,
 ) -> None:  # fmt: skip
     """Rung "plain": launch the kernel on `stream`. ValueError for wrong dtypes, shapes, strides."""
-    _check(Device, out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table)
+    _check(Device, out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table, window)
     if out.size == 0 or context_lens.shape[0] == 0:
         return
     tokens, num_q_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     kernel = make_prefill_attention_kernel(
-        head_dim, num_q_heads // num_kv_heads, block_size, element_name(out)
+        head_dim, num_q_heads // num_kv_heads, block_size, element_name(out), window
     )
     kernel[(tokens, num_q_heads), THREADS, stream or 0](
         out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table, np.float32(softmax_scale)
@@ -158,6 +166,14 @@ CASES: dict[str, dict[str, Any]] = {
     "toy_mha": {**_TOY, "num_q_heads": 2, "num_kv_heads": 2, "query_lens": (2,), "context_lens": (9,)},
     "toy_gqa_8": {**_TOY, "num_q_heads": 8, "head_dim": 3, "query_lens": (1,), "context_lens": (5,)},
     "toy_empty": {**_TOY, "query_lens": (), "context_lens": ()},
+    "toy_window": {**_TOY, "window": 3, "query_lens": (3, 2), "context_lens": (3, 10)},
+    "toy_window_1": {**_TOY, "window": 1, "query_lens": (2,), "context_lens": (6,)},
+    "mistral_7b_window": {
+        **_LLAMA3,
+        "window": 256,
+        "query_lens": (150, 1, 300),
+        "context_lens": (150, 700, 411),
+    },
     "smollm2_135m_packed": {**_SMOLLM2, "query_lens": (300, 1, 129, 64), "context_lens": (300, 17, 400, 64)},
     "llama3_8b_chunk": {**_LLAMA3, "query_lens": (100,), "context_lens": (333,)},
     "odd": {**_SMOLLM2, "head_dim": 80, "block_size": 48, "query_lens": (7, 5), "context_lens": (7, 201)},
