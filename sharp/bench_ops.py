@@ -66,16 +66,18 @@ def _rungs_of(op: str, named: list[str], gpu: Gpu | None) -> list[str]:
     from kernels_numba.ops import OPS
 
     there = [name for name in OPS[op].rungs if name != "reference"]
-    chosen = [name for name in there if name in named] if named else there
+    steps = getattr(OPS[op], "LADDER", ())
+    chosen = [name for name in there if (name in named if named else name not in steps)]
     return [name for name in chosen if gpu is None or runs_on(name, gpu.capability)]
 
 
 def _check_rungs(ops: Iterable[str], named: list[str], gpu: Gpu | None) -> None:
     from kernels_numba.bench.gpu import runs_on
+    from kernels_numba.ops import OPS
 
     ops = list(ops)
     for name in named:
-        there = sorted({rung for op in ops for rung in _rungs_of(op, [], None)})
+        there = sorted({rung for op in ops for rung in OPS[op].rungs} - {"reference"})
         if name not in there:
             of = ops[0] if len(ops) == 1 else "any op"
             raise ValueError(f"--rung is {name!r}; the kernels of {of} are {', '.join(there)}")
@@ -89,8 +91,8 @@ def plan(
 ) -> tuple[list[Item], int]:
     """What to measure, and how many cases of plain rungs were left out for their length.
 
-    named: rungs asked for (none: all kernels that run on the GPU); text: part of the cases' names; gpu None:
-    any. ValueError for a rung or a text that names nothing."""
+    named: rungs asked for (none: all kernels that run on the GPU, but no steps of a ladder); text: part of
+    the cases' names; gpu None: any. ValueError for a rung or a text that names nothing."""
     from kernels_numba.bench.cases import bench_cases
     from kernels_numba.bench.ops import BENCH_OPS
 

@@ -92,9 +92,12 @@ def test_the_bench_imports_nothing_heavy_until_it_must():
     ("words", "message"),
     [
         (["gemm", "--case", "M=7 "], "no case contains that, they are called like 'M=512 N=4096 K=4096'"),
-        (["gemm", "--rung", "quick"], "--rung is 'quick'; the kernels of gemm are hopper, plain"),
+        (
+            ["gemm", "--rung", "quick"],
+            "--rung is 'quick'; the kernels of gemm are hopper, mma_sync, naive, plain, wgmma",
+        ),
         (["gemm", "--rung", "reference"], "--rung is 'reference'"),
-        (["--rung", "nothing"], "the kernels of any op are hopper, plain"),
+        (["--rung", "nothing"], "the kernels of any op are hopper, mma_sync, naive, plain, wgmma"),
         (["gemm", "--rounds", "4"], "--rounds is 4; at least 5 are required"),
     ],
 )
@@ -162,6 +165,8 @@ def test_what_a_plan_holds():
     assert all("hopper" in item.rungs and "reference" not in item.rungs for item in gemm)
     largest = next(item for item in gemm if item.case == "M=16384 N=37888 K=3584")
     assert largest.rungs == ("hopper",)  # plain would take seconds a call
+    steps, _ = bench_ops.plan(["gemm"], named=["naive", "wgmma"], text="M=4096 N=4096 K=4096", gpu=GPU)
+    assert [item.rungs for item in steps] == [("naive", "wgmma")]  # a ladder's steps, too
     named, left_out = bench_ops.plan(["gemm"], named=["plain"], gpu=GPU)
     assert (len(named), left_out) == (96, 0)  # unless it is asked for
     quick, _ = bench_ops.plan(OP_NAMES, named=[], quick=True, gpu=GPU)

@@ -71,9 +71,9 @@ class DriverLane:
 
 def runs_on(rung: str, capability: tuple[int, int]) -> bool:
     """Whether a rung of this name is meant for a device: Hopper's instructions exist on 9.0 alone."""
-    if rung == "hopper":
+    if rung in ("hopper", "wgmma"):
         return capability == (9, 0)
-    return capability >= ((8, 0) if rung == "mma" else (7, 5))
+    return capability >= ((8, 0) if rung.startswith("mma") else (7, 5))
 
 
 def capability() -> tuple[int, int]:
