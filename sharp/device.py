@@ -31,6 +31,7 @@ class Device(Protocol):
     name: str
     dtype: str
     default_rung: str
+    capability: tuple[int, int] | None  # compute capability; None without a GPU
     stream: Any
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike | None = None) -> Array: ...
@@ -55,6 +56,7 @@ class HostDevice:
 
     kind: Literal["cpu", "cuda"] = "cpu"
     default_rung = "reference"
+    capability: tuple[int, int] | None = None
     stream: Any = None
 
     def __init__(self, dtype: str) -> None:
@@ -116,6 +118,10 @@ class CudaDevice:
         self._simulator = compiler.SIMULATOR
         self.dtype = dtype
         self.stream: Any = 0 if self._simulator else self._cuda.stream()
+        self.capability: tuple[int, int] | None = None
+        if not self._simulator:
+            major, minor = self._cuda.get_current_device().compute_capability
+            self.capability = (int(major), int(minor))
         self.name = "numba simulator" if self._simulator else _cuda_name(self._cuda)
         self._element = np.dtype(np.float32) if dtype == "float32" else np.dtype(np.uint16)
         self._pinned: npt.NDArray[np.uint8] | None = None

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.ops import resolve
+from kernels_numba.ops.gemm.door import best_rung, refusal
 from sharp.budget import Budget, plan_memory
 from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
@@ -161,13 +162,21 @@ class Model:
                 f"max_model_len {self.max_model_len} is over the model's "
                 f"{self.config.max_position_embeddings} positions"
             )
-        self.ops = resolve(device.default_rung, config.rungs)
+        c = self.config
+        heads = c.num_q_heads + 2 * c.num_kv_heads
+        sizes = (c.hidden_size, heads * c.head_dim, c.num_q_heads * c.head_dim, c.intermediate_size)
+        gemm = best_rung(device.default_rung, device.capability, device.dtype, sizes)
+        self.rungs = {"gemm": gemm, **config.rungs}
+        self.ops = resolve(device.default_rung, self.rungs)
         elsewhere = "plain" if device.kind == "cpu" else "reference"
         for op, rung in config.rungs.items():
             if rung == elsewhere:
                 raise ValueError(
                     f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})"
                 )
+        why_not = refusal(self.rungs["gemm"], device.capability, device.dtype, sizes)
+        if why_not:
+            raise ValueError(f"rung {self.rungs['gemm']!r} of gemm does not run this model: {why_not}")
         needed = self.config.num_parameters * (4 if device.kind == "cpu" else DTYPE_BYTES[device.dtype])
         if needed > device.free_bytes():
             raise MemoryError(

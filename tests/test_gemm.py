@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kernels_numba.ops.gemm import hopper
+from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.gemm.hopper_config import (
     CONFIGS,
     SMEM_LIMIT,
@@ -35,7 +36,7 @@ from kernels_numba.assemble import assemble_kernel
 from kernels_numba.ops.gemm import hopper
 reports = []
 for config in hopper.CONFIGS:
-    for dtype in hopper.INPUTS.values():
+    for dtype in ("bfloat16", "float16"):
         for out_dtype in (dtype, "float32"):
             for has_bias in (False, True):
                 if str(config) in {some!r}:
@@ -155,6 +156,34 @@ def test_boxes_are_as_wide_as_they_can_be():
         boxes_of(72, 8192)
     with pytest.raises(ValueError, match="64 columns in rounds of 4096"):
         boxes_of(64, 4096)
+
+
+@pytest.mark.parametrize(
+    ("rung", "capability", "dtype", "sizes", "why"),
+    [
+        ("hopper", (9, 0), "bfloat16", (576, 960), ""),
+        ("hopper", (9, 0), "float16", (576, 960), ""),
+        ("hopper", (9, 0), "float32", (576,), "it takes bfloat16 or float16, not float32"),
+        ("hopper", (9, 0), "bfloat16", (576, 36), "multiples of 8, not 36"),
+        ("hopper", (8, 9), "bfloat16", (576,), "capability 9.0, here is compute capability 8.9"),
+        ("hopper", (12, 0), "bfloat16", (576,), "capability 9.0, here is compute capability 12.0"),
+        ("hopper", None, "bfloat16", (576,), "here is no GPU"),
+        ("mma_sync", (12, 0), "bfloat16", (576,), ""),
+        ("mma_sync", (7, 5), "bfloat16", (576,), "8.0 or newer, here is compute capability 7.5"),
+        ("plain", None, "float32", (7,), ""),
+        ("somebodys_own", (7, 5), "float32", (7,), ""),
+    ],
+)
+def test_rungs_that_cannot_run_say_why(rung, capability, dtype, sizes, why):
+    said = refusal(rung, capability, dtype, sizes)
+    assert said == "" if not why else why in said
+
+
+def test_the_fastest_rung_is_taken_where_it_runs():
+    assert best_rung("plain", (9, 0), "bfloat16", (576, 960)) == "hopper"
+    assert best_rung("plain", (9, 0), "float32", (576, 960)) == "plain"
+    assert best_rung("plain", (8, 6), "bfloat16", (576, 960)) == "plain"
+    assert best_rung("reference", None, "bfloat16", (576, 960)) == "reference"
 
 
 def test_unknown_mutants_are_named():
@@ -390,8 +419,8 @@ def test_wrong_arguments_are_named(cuda):
 
     with pytest.raises(ValueError, match=r"multiple of 8"):
         hopper.gemm_hopper(zeros(4, 12), zeros(4, 64), zeros(12, 64))
-    with pytest.raises(ValueError, match=r"x.shape\[1\] is 64; 72 is required"):
+    with pytest.raises(ValueError, match=r"weight has shape \(16, 72\); \(16, 64\) is required"):
         hopper.gemm_hopper(zeros(4, 16), zeros(4, 64), zeros(16, 72))
-    with pytest.raises(ValueError, match=r"x.dtype is float32"):
+    with pytest.raises(ValueError, match=r"x has dtype float32; uint16 or float16 is required"):
         hopper.gemm_hopper(zeros(4, 16), cuda.to_device(np.zeros((4, 64), np.float32)), zeros(16, 64))
     hopper.gemm_hopper(zeros(0, 16), zeros(0, 64), zeros(16, 64))

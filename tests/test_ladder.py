@@ -27,7 +27,8 @@ from kernels_numba.inputs import BFLOAT16, make_call
 from kernels_numba.layouts import SHAPES as FRAGMENTS
 from kernels_numba.layouts import banks_of, mma_layout, swizzled_image, unit_offset
 from kernels_numba.ops import OPS
-from kernels_numba.ops.gemm.ladder import door, mma_sync, naive, wgmma
+from kernels_numba.ops.gemm import door
+from kernels_numba.ops.gemm.ladder import mma_sync, naive, wgmma
 from kernels_numba.ops.gemm.ladder.in_numpy import STEPS, in_numpy, source_of
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -173,6 +173,7 @@ def test_a_second_process_loads_without_compiling_and_launches_cheaply(on_gpu):
 
     from kernels_numba.compiler import cuda
     from kernels_numba.ops.gemm import hopper
+    from kernels_numba.ops.gemm.door import operands
 
     x = cuda.to_device(np.ones((64, 64), np.uint16))
     out = cuda.to_device(np.zeros((64, 64), np.uint16))
@@ -183,10 +184,7 @@ def test_a_second_process_loads_without_compiling_and_launches_cheaply(on_gpu):
     again.load()
     assert launch.compiles == before
     count = cuda.to_device(np.zeros(1, np.int32))  # no rows: the cost of a launch alone
-    matrices = [(launch.address(array), 64, 128) for array in (x, x, out)]
-    one, _ = hopper._prepared(
-        *matrices, 0, launch.address(count), 64, 64, config, group, "bfloat16", "bfloat16", hopper.PRODUCT
-    )
+    one, _ = hopper.prepared(operands(out, x, x), launch.address(count), config, group)
     stream = cuda.stream()
     handle = launch.stream_handle(stream)
     times = []

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.checks import fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch, address
+from kernels_numba.ops.gemm.door import BFLOAT16, FLOAT16, Operands, operands, require_capability
 from kernels_numba.ops.gemm.hopper_config import (
     CONFIGS,
     ITEM,
@@ -272,8 +272,7 @@ def make_gemm_hopper_kernel(
     return gemm_hopper
 
 
-INPUTS: dict[Any, str] = {np.dtype(np.uint16): "bfloat16", np.dtype(np.float16): "float16"}
-OUTPUTS: dict[Any, str] = {**INPUTS, np.dtype(np.float32): "float32"}
+INPUTS = (BFLOAT16, FLOAT16)
 
 
 @cache
@@ -302,26 +301,30 @@ def kernels() -> Iterator[Kernel]:
 
 
 @lru_cache(maxsize=4096)
-def _prepared(
-    x: tuple[int, int, int], weight: tuple[int, int, int], out: tuple[int, int, int], bias: int, count: int,
-    k: int, n: int, config: HopperConfig, group: int, dtype: str, out_dtype: str, build: Build,
-) -> tuple[Launch, Any]:  # fmt: skip
-    """A launch ready to be repeated, and the tensor maps it reads, u64[5, 16] on the device; x, weight, out:
-    (address, rows, bytes from row to row).
+def prepared(
+    o: Operands, num_rows: int, config: HopperConfig, group: int, build: Build = PRODUCT
+) -> tuple[Launch, Any]:
+    """A launch ready to be repeated, and the tensor maps it reads, u64[5, 16] on the device.
 
-    A map says where a matrix lies, not what is in it: it stays true however often the memory is reused.
+    num_rows: address of the real M. ValueError on another GPU than Hopper.
+
+    A map says where a matrix lies, not what is in it: it stays true however often the memory is reused. Who
+    captures a launch into a graph keeps what this returns as long as the graph.
     """
+    require_capability("hopper", (9, 0), only_major=True)
     words = np.zeros((2 + len(BOX_COLUMNS), 16), np.uint64)
-    words[0] = encode_tensor_map(x[0], dtype, (x[1], k), (x[2],), (config.tile_m, TILE_K))
-    words[1] = encode_tensor_map(weight[0], dtype, (weight[1], k), (weight[2],), (config.tile_n, TILE_K))
-    if out_dtype != "float32":
+    words[0] = encode_tensor_map(o.x, o.dtype, (o.m, o.k), (o.x_stride,), (config.tile_m, TILE_K))
+    box = (config.tile_n, TILE_K)
+    words[1] = encode_tensor_map(o.weight, o.dtype, (o.n, o.k), (o.weight_stride,), box)
+    if o.out_dtype != "float32":
         for place, columns in enumerate(BOX_COLUMNS, 2):
-            box = (64, columns)
-            words[place] = encode_tensor_map(out[0], out_dtype, (out[1], n), (out[2],), box, columns * ITEM)
+            words[place] = encode_tensor_map(
+                o.out, o.out_dtype, (o.m, o.n), (o.out_stride,), (64, columns), columns * ITEM
+            )
     maps = cuda.to_device(words)
-    kernel = hopper_kernel(config, dtype, out_dtype, bias != 0, build)
-    tiles = -(-out[1] // config.tile_m) * -(-n // config.tile_n)
-    arguments = (address(maps), out[0], bias, count, n, k, out[2], group)
+    kernel = hopper_kernel(config, o.dtype, o.out_dtype, o.bias != 0, build)
+    tiles = -(-o.m // config.tile_m) * -(-o.n // config.tile_n)
+    arguments = (address(maps), o.out, o.bias, num_rows, o.n, o.k, o.out_stride, group)
     return kernel.prepare(min(tiles, num_sms()), arguments), maps
 
 
@@ -334,35 +337,6 @@ def _count(m: int) -> Any:
 def num_sms() -> int:
     """Streaming multiprocessors of the current device."""
     return int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
-
-
-def _matrix(name: str, array: Any, dtypes: Any, rows: int | None, cols: int | None) -> tuple[int, int, int]:
-    """(address, rows, bytes from row to row) of a row-major matrix; ValueError for anything else."""
-    if array.ndim != 2 or array.dtype not in dtypes:
-        fail("gemm", name, f"is {array.ndim}-D {array.dtype}", f"2-D {', '.join(map(str, dtypes))}")
-    for axis, (have, want) in enumerate(zip(array.shape, (rows, cols), strict=True)):
-        if want is not None and have != want:
-            fail("gemm", f"{name}.shape[{axis}]", f"is {have}", str(want))
-    if array.shape[1] % 8 or array.shape[1] == 0:
-        fail(
-            "gemm",
-            f"{name}.shape[1]",
-            f"is {array.shape[1]}",
-            "a positive multiple of 8 (TMA moves 16 bytes)",
-        )
-    item = array.dtype.itemsize
-    stride = array.strides[0] if array.shape[0] > 1 else max(array.strides[0], array.shape[1] * item)
-    if array.strides[1] != item or stride % 16 or stride < array.shape[1] * item:
-        fail(
-            "gemm",
-            f"{name}.strides",
-            f"are {array.strides}",
-            "rows in one piece, a multiple of 16 bytes apart",
-        )
-    start = address(array)
-    if start % 16:
-        fail("gemm", name, f"is at {start:#x}", "a multiple of 16")
-    return start, int(array.shape[0]), int(stride)
 
 
 def gemm_hopper(
@@ -378,23 +352,10 @@ def gemm_hopper(
     make_gemm_hopper_kernel). config, group and build force a tile, its order and a kind of kernel (tuning,
     tests). ValueError for wrong dtypes, shapes, strides or alignment.
     """
-    if x.dtype not in INPUTS:
-        fail("gemm", "x.dtype", f"is {x.dtype}", "bfloat16 bits as uint16, or float16")
-    dtype, out_dtypes = INPUTS[x.dtype], (x.dtype, np.dtype(np.float32))
-    n, k = weight.shape
-    rows = out.shape[0]
-    if rows == 0:
+    o = operands(out, x, weight, bias, INPUTS)
+    if o.m == 0:
         return
-    out_at = _matrix("out", out, out_dtypes, None, n)
-    x_at = _matrix("x", x, (x.dtype,), rows, k)
-    weight_at = _matrix("weight", weight, (x.dtype,), n, k)
-    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype or address(bias) % 4):
-        fail("gemm", "bias", f"is {bias.dtype}{list(bias.shape)}", f"{x.dtype}[{n}], 4-byte aligned")
-    picked, order = pick_hopper_config(rows, n, k, num_sms())
-    count = address(_count(rows) if num_rows is None else num_rows)
-    bias_at = 0 if bias is None else address(bias)
-    launch, _ = _prepared(
-        x_at, weight_at, out_at, bias_at, count, k, n, config or picked, group or order, dtype,
-        OUTPUTS[out.dtype], build,
-    )  # fmt: skip
+    picked, order = pick_hopper_config(o.m, o.n, o.k, num_sms())
+    count = address(_count(o.m) if num_rows is None else num_rows)
+    launch, _ = prepared(o, count, config or picked, group or order, build)
     launch(stream)

@@ -11,8 +11,8 @@ from typing import Any
 
 from kernels_numba import simt
 from kernels_numba.checks import check, fail
+from kernels_numba.ops.gemm.door import BFLOAT16, FLOAT32, NAMES
 from kernels_numba.ops.gemm.ladder import mma_sync, wgmma
-from kernels_numba.ops.gemm.ladder.door import BFLOAT16, OUTPUTS
 
 STEPS: dict[str, Any] = {"mma_sync": mma_sync, "wgmma": wgmma}
 
@@ -33,7 +33,7 @@ def in_numpy(step: str, out: Any, x: Any, weight: Any, bias: Any = None, *, sour
     """
     source = source or source_of(step)
     module = STEPS[step]
-    check("gemm", "out", out, tuple(OUTPUTS), (None, None), rows=1)
+    check("gemm", "out", out, (BFLOAT16, FLOAT32), (None, None), rows=1)
     (m, n), k = out.shape, x.shape[1]
     check("gemm", "x", x, (BFLOAT16,), (m, None), rows=1)
     check("gemm", "weight", weight, (BFLOAT16,), (n, k), rows=1)
@@ -52,7 +52,7 @@ def in_numpy(step: str, out: Any, x: Any, weight: Any, bias: Any = None, *, sour
         ),
         "wgmma": (1, 2, out_at, bias_at, m, n, k, out.strides[0]),
     }[step]  # fmt: skip
-    specialised = (OUTPUTS[out.dtype], bias is not None)
+    specialised = (NAMES[out.dtype], bias is not None)
     grid = -(-m // module.TILE_M) * -(-n // module.TILE_N)
     simt.run(
         source, f"make_{step}_kernel", specialised, arguments, grid, module.THREADS, module.PLAN.bytes,

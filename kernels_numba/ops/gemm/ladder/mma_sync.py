@@ -16,7 +16,7 @@ import numpy as np
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.cost import ITEMSIZE
 from kernels_numba.launch import Kernel
-from kernels_numba.ops.gemm.ladder.door import operands, require_capability
+from kernels_numba.ops.gemm.door import operands, require_capability
 from kernels_numba.ptx.control import dynamic_shared
 from kernels_numba.ptx.cp_async import cp_async_16_zfill, cp_async_commit, cp_async_wait
 from kernels_numba.ptx.epilogue import make_add_bias, make_store_rows

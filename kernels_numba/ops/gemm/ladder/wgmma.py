@@ -16,7 +16,7 @@ import numpy as np
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.cost import ITEMSIZE
 from kernels_numba.launch import Kernel, address
-from kernels_numba.ops.gemm.ladder.door import operands, require_capability
+from kernels_numba.ops.gemm.door import operands, require_capability
 from kernels_numba.ptx.control import dynamic_shared, warp_uniform
 from kernels_numba.ptx.epilogue import make_add_bias, make_store_rows
 from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_expect_tx, mbarrier_init, mbarrier_wait

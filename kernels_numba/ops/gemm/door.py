@@ -1,10 +1,11 @@
-"""What the tensor-core steps of the ladder take: checked once, as addresses, sizes and strides.
+"""What the tensor-core rungs take: checked once, as addresses, sizes and strides; and which rung runs where.
 
 Knows: dtypes, shapes, strides, alignment, compute capability. Refuses to know: any kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ from kernels_numba import compiler
 from kernels_numba.checks import ALIGNMENT, check, fail
 from kernels_numba.launch import address
 
-BFLOAT16 = np.dtype(np.uint16)  # bit patterns
-OUTPUTS = {BFLOAT16: "bfloat16", np.dtype(np.float32): "float32"}
+BFLOAT16, FLOAT16, FLOAT32 = np.dtype(np.uint16), np.dtype(np.float16), np.dtype(np.float32)  # bf16 as bits
+NAMES: dict[Any, str] = {BFLOAT16: "bfloat16", FLOAT16: "float16", FLOAT32: "float32"}
 
 
 @dataclass(frozen=True)
 class Operands:
-    """Device addresses (bias 0 if there is none), sizes, bytes from one row to the next, type of out."""
+    """Device addresses (bias 0 if there is none), sizes, bytes from one row to the next, types of x (and of
+    weight and bias) and of out."""
 
     out: int
     x: int
@@ -32,6 +34,7 @@ class Operands:
     out_stride: int
     x_stride: int
     weight_stride: int
+    dtype: str
     out_dtype: str
 
 
@@ -56,25 +59,60 @@ def _matrix(name: str, array: Any, dtypes: Any, shape: tuple[int | None, int | N
     return start, stride
 
 
-def operands(out: Any, x: Any, weight: Any, bias: Any = None) -> Operands:
-    """Check out O[M, N], x bf16[M, K], weight bf16[N, K], bias bf16[N] or None; O bfloat16 or float32.
+def operands(
+    out: Any, x: Any, weight: Any, bias: Any = None, inputs: tuple[Any, ...] = (BFLOAT16,)
+) -> Operands:
+    """Check out O[M, N], x T[M, K], weight T[N, K], bias T[N] or None; T one of `inputs`, O the same or
+    float32.
 
     N and K are positive multiples of 8, M is 0 or more. ValueError names what is wrong and what is required.
     """
-    out_at, out_stride = _matrix("out", out, tuple(OUTPUTS), (None, None))
+    x_at, x_stride = _matrix("x", x, inputs, (None, None))
+    dtypes = (x.dtype,)
+    out_at, out_stride = _matrix("out", out, (x.dtype, FLOAT32), (x.shape[0], None))
     m, n = out.shape
-    x_at, x_stride = _matrix("x", x, (BFLOAT16,), (m, None))
-    weight_at, weight_stride = _matrix("weight", weight, (BFLOAT16,), (n, x.shape[1]))
+    weight_at, weight_stride = _matrix("weight", weight, dtypes, (n, x.shape[1]))
     bias_at = 0
     if bias is not None:
-        check("gemm", "bias", bias, (BFLOAT16,), (n,))
+        check("gemm", "bias", bias, dtypes, (n,))
         bias_at = address(bias)
         if bias_at % 4:
             fail("gemm", "bias", f"starts at address {bias_at:#x}", "a multiple of 4 bytes")
     return Operands(
         out_at, x_at, weight_at, bias_at, int(m), int(n), int(x.shape[1]),
-        out_stride, x_stride, weight_stride, OUTPUTS[out.dtype],
+        out_stride, x_stride, weight_stride, NAMES[x.dtype], NAMES[out.dtype],
     )  # fmt: skip
+
+
+NEEDS = {  # compute capability, whether only of that major, types of x
+    "mma_sync": ((8, 0), False, ("bfloat16",)),
+    "wgmma": ((9, 0), True, ("bfloat16",)),
+    "hopper": ((9, 0), True, ("bfloat16", "float16")),
+}
+
+
+def refusal(rung: str, capability: tuple[int, int] | None, dtype: str, sizes: Iterable[int]) -> str:
+    """Why a rung cannot run products of these N and K in `dtype`, or "" if it can.
+
+    capability: the GPU's, None for the host and numba's simulator. Rungs without needs of their own pass.
+    """
+    if rung not in NEEDS:
+        return ""
+    (major, minor), only_major, dtypes = NEEDS[rung]
+    if capability is None or capability < (major, minor) or (only_major and capability[0] != major):
+        have = "no GPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+        return (
+            f"it needs compute capability {major}.{minor}{'' if only_major else ' or newer'}, here is {have}"
+        )
+    if dtype not in dtypes:
+        return f"it takes {' or '.join(dtypes)}, not {dtype}"
+    odd = next((size for size in sizes if size % 8), None)
+    return "" if odd is None else f"it takes sizes that are multiples of 8, not {odd}"
+
+
+def best_rung(default: str, capability: tuple[int, int] | None, dtype: str, sizes: Iterable[int]) -> str:
+    """The fastest rung that can run these products: hopper, or else the default."""
+    return default if refusal("hopper", capability, dtype, sizes) else "hopper"
 
 
 def require_capability(rung: str, lowest: tuple[int, int], only_major: bool = False) -> None:
