@@ -214,7 +214,8 @@ class Model:
 
     @property
     def device_name(self) -> str:
-        return f"{self.device.name}, {self.device.dtype}"
+        chosen = [f", {op} {rung}" for op, rung in self.rungs.items() if rung != self.device.default_rung]
+        return f"{self.device.name}, {self.device.dtype}{''.join(chosen)}"
 
     def stage(self, plan: BatchPlan) -> DeviceBatch:
         """Bring a plan to the device. Raises ValueError if it is larger than the workspace."""

@@ -199,7 +199,7 @@ def standing(*shape, dtype=np.uint16, at=1 << 20, pitch=None):
     ((standing(4, 12), standing(4, 8), standing(12, 8)), r"out.shape\[1\] is 12; a positive multiple of 8"),
     ((standing(4, 16), standing(4, 20), standing(16, 20)), r"x.shape\[1\] is 20; a positive multiple of 8"),
     ((standing(4, 16), standing(4, 8), standing(16, 16)), r"weight has shape \(16, 16\); \(16, 8\) is"),
-    ((standing(4, 16), standing(5, 8), standing(16, 8)), r"x has shape \(5, 8\); \(4, any\) is"),
+    ((standing(4, 16), standing(5, 8), standing(16, 8)), r"out has shape \(4, 16\); \(5, any\) is"),
     ((standing(4, 16), standing(4, 8, dtype=np.float32), standing(16, 8)), "x has dtype float32; uint16 is"),
     ((standing(4, 16), standing(4, 8, pitch=12), standing(16, 8)), r"x.strides\[0\] is 24 bytes; a multiple"),
     ((standing(4, 16), standing(4, 8), standing(16, 8, at=8)), "weight starts at address 0x8; a multiple of"),
