@@ -94,7 +94,7 @@ def make_gemm_hopper_kernel(
     elected thread of the warp after them: the TMA producer. Blocks walk tiles blockIdx, blockIdx + gridDim,
     ... in groups of `group` row tiles, so that operands that neighbours share stay in L2.
     Shared memory: smem_plan(config). Barriers: full[s] hands a loaded stage to the consumers (1 arrival and
-    the bytes), empty[s] hands it back (one arrival a consumer); named barrier 1 + consumer keeps a
+    the bytes), empty[s] hands it back (one arrival a consumer's warp); named barrier 1 + consumer keeps a
     warpgroup's staged output and its TMA store apart.
     64 rows that all lie below M leave through swizzled shared memory and TMA; the last, partial ones by
     predicated stores, because the map's extent is the buffer's, not M; a consumer whose rows are all at or
@@ -218,7 +218,7 @@ def make_gemm_hopper_kernel(
         if thread == 0:
             for i in range(stages):
                 mbarrier_init(int32(full + 8 * i), 1)
-                mbarrier_init(int32(empty + 8 * i), consumers)
+                mbarrier_init(int32(empty + 8 * i), 4 * consumers)
             fence_mbarrier_init()
             tma_prefetch_map(maps)
             tma_prefetch_map(int64(maps + 128))
@@ -236,7 +236,7 @@ def make_gemm_hopper_kernel(
             stage = int32(0)
             phase = int32(0)
             acc = cuda.local.array(accumulators, np.float32)
-            member = int32(thread & 127)
+            lane = int32(thread & 31)
             base = int32(smem + out_at + consumer * staged_bytes)
             previous = int32(0)
             while tile < tiles:
@@ -250,8 +250,9 @@ def make_gemm_hopper_kernel(
                         x = int32(smem + x_at + stage * x_bytes + consumer * consumer_x)
                         weight = int32(smem + weight_at + stage * weight_bytes)
                         multiply(acc, descriptor_k_major(x), descriptor_k_major(weight), k_tile)
-                    # One product stays in flight: what is handed back is the stage before it.
-                    if handed_back and k_tile > 0 and member == 0:
+                    # One product stays in flight: what is handed back is the stage before it. Each warp hands
+                    # back for itself: under stress, one that dawdled before its wait missed the phase else.
+                    if handed_back and k_tile > 0 and lane == 0:
                         mbarrier_arrive(int32(empty + 8 * previous))
                     previous = stage
                     stage = int32(stage + 1)
@@ -260,12 +261,12 @@ def make_gemm_hopper_kernel(
                         phase = int32(phase ^ 1)
                     k_tile = int32(k_tile + 1)
                 finish(acc)
-                if member == 0:
+                if lane == 0:
                     mbarrier_arrive(int32(empty + 8 * previous))
                 col = int32(tile_col * tile_n)
                 store(acc, base, row, col, m, n, maps, out, bias, out_stride, consumer)
                 tile = uint32(tile + uint32(cuda.gridDim.x))
-            if member == 0:
+            if thread & 127 == 0:
                 # Shared memory must outlive the reads; the writes end before the grid does.
                 bulk_wait_read(0)
 
