@@ -168,8 +168,13 @@ class RowFile:
         return before - len(self.rows)
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """All of them or none."""
-        self.rows.extend(rows)
+        """All of them or none; each takes the place of an earlier one of the same op, case and rung."""
+
+        def name(row: dict[str, Any]) -> tuple[Any, ...]:
+            return row["op"], row["case"], row["rung"]
+
+        new = {name(row) for row in rows}
+        self.rows[:] = [row for row in self.rows if name(row) not in new] + rows
         if self.path is not None:
             self._write(json.dumps(self.rows, indent=1) + "\n")
 
@@ -242,10 +247,11 @@ def run(
     from kernels_numba.ops import OPS
 
     open_workload = open_workload or contest.Workload
-    if options.sustained:
-        rows = list(file.rows)
-        file.keep(lambda row: not lacks_sustained(row, rows))
-    done = {(row["op"], row["case"], row["rung"]) for row in file.rows}
+    done = {
+        (row["op"], row["case"], row["rung"])
+        for row in file.rows
+        if not (options.sustained and lacks_sustained(row, file.rows))
+    }
     failures: list[str] = []
 
     def fail(what: str) -> None:

@@ -288,6 +288,22 @@ def test_resuming_with_the_sustained_rate_measures_again(capsys, gpu, tmp_path):
     assert len(gpu.opened) == 12
 
 
+def test_the_sustained_rate_of_a_part_leaves_the_other_rows(capsys, gpu, tmp_path):
+    out = tmp_path / "rows.json"
+    words = ["gemm", "--rung", "hopper", "--commit", COMMIT, "--out", str(out)]
+    run(capsys, *words, "--case", "N=576 K=1536")
+    part = ["--case", "M=512 N=576 K=1536", "--resume", "--sustained"]
+    gpu.interrupt_at = 7  # what is measured again is not lost before it is there again
+    assert run(capsys, *words, *part)[0] == 130
+    assert len(json.loads(out.read_text())) == 6
+    gpu.interrupt_at = None
+    _, lines = run(capsys, *words, *part)
+    rows = json.loads(lines[-1])
+    names = [row["case"] for row in rows]
+    assert len(names) == len(set(names)) == 7
+    assert [name for name in names if name.endswith("sustained")] == ["M=512 N=576 K=1536 sustained"]
+
+
 def test_an_interrupt_keeps_what_was_measured(capsys, gpu, tmp_path):
     gpu.interrupt_at = 4
     out = tmp_path / "rows.json"

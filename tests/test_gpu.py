@@ -135,7 +135,8 @@ def test_gemm_ladder_on_gpu(group):
 
 @pytest.mark.gpu
 def test_ptx_on_gpu():
-    check_group(["tests/test_ptx_gpu.py", "--device=cuda", "-m", "gpu"])
+    # A hundred kernels through numba's own compiler, and a wait that is meant to time out.
+    check_group(["tests/test_ptx_gpu.py", "--device=cuda", "-m", "gpu"], limit_s=150)
 
 
 @pytest.mark.gpu
