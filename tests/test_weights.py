@@ -401,8 +401,9 @@ def test_wrong_gguf_tensors(tmp_path: Path, change: Any, message: str) -> None:
 
 
 def test_unsupported_gguf_types_and_architectures(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", Kind.Q5_0)
-    with pytest.raises(ModelFileError, match=r"tensor \S+ has type Q5_0.*supported: F32, Q4_1, Q8_0"):
+    path = write_gguf(tmp_path / "m.gguf", Kind.MXFP4)
+    types = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K"
+    with pytest.raises(ModelFileError, match=rf"tensor \S+ has type MXFP4.*supported: {types}$"):
         open_checkpoint(path)
     data = write_gguf(tmp_path / "n.gguf").read_bytes()
     (tmp_path / "n.gguf").write_bytes(data.replace(b"llama", b"gptxx"))
