@@ -15,9 +15,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from sharp.model_config import ModelConfig, ModelFileError, config_from_hf, read_json
+from sharp.safetensors_header import DTYPE_BYTES, read_header
+from sharp.untrusted import check_directory, file_inside
 
 FloatArray = npt.NDArray[np.float32]
-_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -30,14 +31,15 @@ class HFDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_directory(path)
         self.config: ModelConfig = config_from_hf(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.num_bytes = 0
-        self._files: dict[str, Any] = {}  # tensor name -> open file (memory-mapped by the library)
+        self._files: dict[str, Any] = {}  # file name -> open file (memory-mapped by the library)
         self._file_names: dict[str, str] = {}
         index = self._read_index()
         for file_name in sorted(set(index.values())) if index else ["model.safetensors"]:
-            self._open(path / file_name, file_name)
+            self._open(file_inside(path, file_name), file_name)
         for name, file_name in index.items():
             if self._file_names.get(name) != file_name:
                 raise ModelFileError(f"{path / file_name}: tensor {name} is in {_INDEX} but not in this file")
@@ -65,27 +67,21 @@ class HFDirectory:
         return index
 
     def _open(self, path: Path, file_name: str) -> None:
+        for name, info in read_header(path).items():
+            if info.dtype not in DTYPE_BYTES:
+                raise ModelFileError(
+                    f"{path}: tensor {name} has dtype {info.dtype}, which is not supported; "
+                    f"supported: {', '.join(DTYPE_BYTES)}"
+                )
+            if name in self.shapes:
+                raise ModelFileError(f"{path}: tensor {name} is also in {self._file_names[name]}")
+            self.shapes[name], self._file_names[name] = tuple(info.shape), file_name
+            self.num_bytes += info.data_offsets[1] - info.data_offsets[0]
         try:
             file: Any = safe_open(path, framework="numpy")
-            for name in file.keys():  # noqa: SIM118  (the file is not a mapping)
-                part = file.get_slice(name)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                if dtype not in _DTYPES:
-                    raise ModelFileError(
-                        f"{path}: tensor {name} has dtype {dtype}, which is not supported; "
-                        f"supported: {', '.join(_DTYPES)}"
-                    )
-                if name in self.shapes:
-                    raise ModelFileError(f"{path}: tensor {name} is also in {self._file_names[name]}")
-                self.shapes[name], self._files[name], self._file_names[name] = shape, file, file_name
-                size = 1
-                for dim in shape:
-                    size *= dim
-                self.num_bytes += size * _DTYPES[dtype]
-        except FileNotFoundError:
-            raise ModelFileError(f"{path} does not exist") from None
         except (SafetensorError, OSError) as error:
             raise ModelFileError(f"{path} is not a readable safetensors file: {error}") from None
+        self._files[file_name] = file
 
     def stored_name(self, name: str) -> str:
         """The file's own name of a tensor: the same."""
@@ -94,7 +90,7 @@ class HFDirectory:
     def read(self, name: str) -> FloatArray:
         """The tensor `name`: float32, contiguous."""
         try:
-            tensor = self._files[name].get_tensor(name)
+            tensor = self._files[self._file_names[name]].get_tensor(name)
         except SafetensorError as error:
             raise ModelFileError(f"{self.path / self._file_names[name]}: tensor {name}: {error}") from None
         return np.ascontiguousarray(tensor, dtype=np.float32)
