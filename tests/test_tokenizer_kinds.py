@@ -1,0 +1,223 @@
+"""Every kind of tokenizer: transformers' ids and texts, from an HF directory and from GGUF alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_tokenizer import check_incremental
+
+from sharp.gguf_reader import read_gguf
+from sharp.model_config import ModelFileError
+from sharp.tokenizer import Tokenizer
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizers.json").read_text(encoding="utf-8"))
+KINDS = tuple(GOLDEN["kinds"])
+TEXTS = GOLDEN["texts"]
+
+
+def hf(kind: str, folder: Path, **config: Any) -> Tokenizer:
+    """From a directory with the golden file's tokenizer.json and configuration (`config`: more of it)."""
+    golden = GOLDEN["kinds"][kind]
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(golden["tokenizer"]), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(golden["config"] | config), encoding="utf-8")
+    return Tokenizer.from_hf(folder, ())
+
+
+def metadata(kind: str) -> dict[str, Any]:
+    """The same tokenizer as a GGUF file says it."""
+    golden = GOLDEN["kinds"][kind]
+    definition, config = golden["tokenizer"], golden["config"]
+    vocabulary = definition["model"]["vocab"] | {
+        token["content"]: token["id"] for token in definition["added_tokens"]
+    }
+    out: dict[str, Any] = {
+        "model": "llama" if golden["scores"] else "gpt2",
+        "tokens": sorted(vocabulary, key=vocabulary.__getitem__),
+        "token_type": golden["types"],
+    }
+    if golden["scores"]:
+        out["scores"] = golden["scores"]
+        out["add_space_prefix"] = kind == "llama"
+        out["unknown_token_id"] = 0
+    else:
+        out["pre"] = kind
+        out["merges"] = [" ".join(merge) for merge in definition["model"]["merges"]]
+    for which in ("bos", "eos"):
+        if f"{which}_token" in config:
+            out[f"{which}_token_id"] = vocabulary[config[f"{which}_token"]]
+    return {f"tokenizer.ggml.{key}": value for key, value in out.items()}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    out = {}
+    for kind in KINDS:
+        out["hf", kind] = hf(kind, folder / kind)
+        out["gguf", kind] = Tokenizer.from_gguf(metadata(kind), Path("m.gguf"), ())
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("source", ["hf", "gguf"])
+def test_ids_and_text_equal_transformers(tokenizers: Any, source: str, kind: str) -> None:
+    tokenizer = tokenizers[source, kind]
+    rows = GOLDEN["kinds"][kind]["texts"]
+    assert len(rows) == len(TEXTS) > 60
+    for text, row in zip(TEXTS, rows, strict=True):
+        assert tokenizer.encode(text) == row["ids"], text
+        assert tokenizer.decode(row["ids"]) == row.get("decoded", text), text
+        assert tokenizer.decode(row["ids"], skip_special_tokens=False) == row["whole"], text
+        check_incremental(tokenizer, row["ids"], True)
+        check_incremental(tokenizer, row["ids"], False)
+    for row in GOLDEN["kinds"][kind]["sequences"]:  # ids at random: broken characters above all
+        assert tokenizer.decode(row["ids"]) == row["decoded"]
+        assert tokenizer.decode(row["ids"], skip_special_tokens=False) == row["whole"]
+        check_incremental(tokenizer, row["ids"], True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_corpus_tells_the_kinds_apart(tokenizers: Any, kind: str) -> None:
+    """Another kind's rules over the same vocabulary give other ids somewhere, so the test above can fail."""
+    data = metadata(kind)
+    if kind.startswith("llama") and kind != "llama-bpe":
+        others = [data | {"tokenizer.ggml.add_space_prefix": kind != "llama"}]
+    else:
+        others = [data | {"tokenizer.ggml.pre": pre} for pre in ("llama-bpe", "qwen2", "smollm", "gpt2")]
+        others = [other for other in others if other["tokenizer.ggml.pre"] != kind]
+    for other in others:
+        changed = Tokenizer.from_gguf(other, Path("m.gguf"), ())
+        assert any(
+            changed.encode(text, False) != tokenizers["gguf", kind].encode(text, False) for text in TEXTS
+        )
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "llama-no-prefix"])
+def test_incremental_on_any_ids(tokenizers: Any, kind: str) -> None:
+    tokenizer = tokenizers["gguf", kind]
+
+    @settings(max_examples=200, deadline=None)
+    @given(ids=st.lists(st.integers(0, 720) | st.integers(3, 258), max_size=30), skip=st.booleans())
+    def check(ids: list[int], skip: bool) -> None:
+        check_incremental(tokenizer, ids, skip)
+
+    check()
+
+
+def test_byte_fallback_waits_for_the_end_of_a_run(tokenizers: Any) -> None:
+    tokenizer = tokenizers["gguf", "llama"]
+    byte = {value: value + 3 for value in range(256)}  # after <unk>, <s> and </s>
+    letter = tokenizer.encode("a", add_special_tokens=False)[-1]
+    detokenizer = tokenizer.detokenizer()
+    assert [detokenizer.push(byte[value]) for value in "あ".encode()] == ["", "", ""]
+    assert detokenizer.push(letter).startswith("あ")
+    assert [detokenizer.push(byte[value]) for value in (0xE3, 0x81)] == ["", ""]
+    assert detokenizer.flush() == "\ufffd\ufffd"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_through_a_written_file(tmp_path: Path, tokenizers: Any, kind: str) -> None:
+    """The metadata as the gguf library writes it: scores as float32, types as int32."""
+    data, path = metadata(kind), tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in data.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_string(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    read = Tokenizer.from_gguf(read_gguf(path)[0], path, ())
+    for text in TEXTS:
+        assert read.encode(text) == tokenizers["gguf", kind].encode(text)
+
+
+def test_what_goes_around_a_text(tmp_path: Path, tokenizers: Any) -> None:
+    bare = tokenizers["hf", "llama"].encode("hi", add_special_tokens=False)
+    for bos in (False, True):
+        for eos in (False, True):
+            wanted = [1] * bos + bare + [2] * eos
+            flags = {"add_bos_token": bos, "add_eos_token": eos}
+            assert hf("llama", tmp_path / "m", **flags).encode("hi") == wanted
+            data = metadata("llama") | {f"tokenizer.ggml.{key}": value for key, value in flags.items()}
+            assert Tokenizer.from_gguf(data, Path("m.gguf"), ()).encode("hi") == wanted
+    # What a file does not say: llama.cpp adds a BOS for these kinds, and for no other.
+    adds = {kind for kind in KINDS if len(tokenizers["gguf", kind].encode(""))}
+    assert adds == {"llama-bpe", "llama", "llama-no-prefix"}
+
+
+def test_added_tokens_of_the_configuration(tmp_path: Path) -> None:
+    """tokenizer_config.json may know more tokens than tokenizer.json, and that some are special."""
+    entry = {"content": "<extra>", "special": True, "normalized": False}
+    tokenizer = hf("qwen2", tmp_path / "m", added_tokens_decoder={"707": entry})
+    assert tokenizer.encode("a<extra>")[-1] == 707
+    assert tokenizer.decode(tokenizer.encode("a<extra>")) == "a"
+    named = hf("qwen2", tmp_path / "n", pad_token={"content": "!"})
+    assert named.decode(named.encode("hi!")) == "hi"  # a special token, though tokenizer.json says nothing
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"added_tokens_decoder": {"900": {"content": "<x>"}}}, "added token '<x>' has id 900, but 707 in"),
+        ({"added_tokens_decoder": {"0": {"content": "<|im_end|>"}}}, "'<|im_end|>' has id 0, but 703 in"),
+        ({"added_tokens_decoder": {"x": {}}}, "added_tokens_decoder has 'x'"),
+        ({"added_tokens_decoder": {"707": {"content": 5}}}, "added token 707 has content 5"),
+        ({"added_tokens_decoder": {"707": {"content": "a", "special": 1}}}, "must be true or false"),
+        ({"added_tokens_decoder": [1]}, "added_tokens_decoder must be an object"),
+        ({"add_bos_token": "yes"}, "add_bos_token must be true or false, not 'yes'"),
+    ],
+)
+def test_wrong_configuration(tmp_path: Path, config: Any, message: str) -> None:
+    with pytest.raises(ModelFileError, match=message.replace("|", r"\|")) as error:
+        hf("qwen2", tmp_path / "m", **config)
+    assert "tokenizer_config.json" in str(error.value)
+
+
+def test_only_sentencepieces_own_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"x")
+    with pytest.raises(ModelFileError, match=r"only tokenizer\.model \(SentencePiece\).*save_pretrained"):
+        Tokenizer.from_hf(tmp_path, ())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("scores", None, "scores is missing"),
+        ("scores", [1.0], "scores is missing or does not have one entry per token"),
+        ("scores", [float("nan")] * 702, "scores has an entry that is not a finite number"),
+        ("scores", ["1"] * 702, "scores has an entry that is not a finite number"),
+        ("add_space_prefix", 3, "add_space_prefix must be true or false, not 3"),
+        ("unknown_token_id", 702, "unknown_token_id 702 is not a token; there are 702"),
+        ("tokens", ["x" * 300, *map(str, range(701))], "of 300 characters, over the limit of 256"),
+        ("tokens", [], "entry per token"),
+    ],
+)
+def test_wrong_sentencepiece_metadata(key: str, value: Any, message: str) -> None:
+    data = metadata("llama") | {f"tokenizer.ggml.{key}": value}
+    if key == "tokens" and value:
+        data["tokenizer.ggml.token_type"] = [1] * 702
+    with pytest.raises(ModelFileError, match=message) as error:
+        Tokenizer.from_gguf(data, Path("m.gguf"), ())
+    assert "m.gguf" in str(error.value)
+
+
+def test_ids_far_outside(tmp_path: Path) -> None:
+    """A table of two billion entries is never made."""
+    definition = json.loads(json.dumps(GOLDEN["kinds"]["gpt2"]["tokenizer"]))
+    definition["model"]["vocab"]["!"] = 2**31 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    with pytest.raises(ModelFileError, match="token '!' has id 2147483647, over the limit of 16777216"):
+        Tokenizer.from_hf(tmp_path, ())
