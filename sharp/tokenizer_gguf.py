@@ -134,10 +134,11 @@ def _byte_level(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
     if pre not in _PRE_TOKENIZERS:
         raise vocabulary.wrong(f"pre {pre!r} is not supported; supported: {', '.join(_PRE_TOKENIZERS)}")
     splits = _PRE_TOKENIZERS[pre]
-    merges = vocabulary.strings("merges")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    for merge, pair in zip(merges, pairs, strict=True):
-        if len(pair) != 2:
+    pairs = []
+    for merge in vocabulary.strings("merges"):
+        left, _, right = merge.partition(" ")
+        pairs.append((left, right))
+        if not left or not right or " " in right:
             raise vocabulary.wrong(f"merges has {merge!r:.80}, which is not two tokens")
     ids = {token: token_id for token_id, token in enumerate(vocabulary.tokens)}
     # Llama 3 takes a word that is a token as it is, whatever its merges would make of it.
