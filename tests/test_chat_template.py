@@ -53,7 +53,7 @@ def test_what_templates_may_use() -> None:
 HOSTILE = {
     "a loop of 10**9": "{% for i in range(10**9) %}x{% endfor %}",
     "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-    "loops that print": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxx{% endfor %}{% endfor %}",
+    "loops that print": "{% for a in range(99999) %}{% for b in range(99999) %}xxxx{% endfor %}{% endfor %}",
     "a product": "{{ 'x' * 10**10 }}",
     "a product of what is not constant": "{{ messages[0].content * 10**10 }}",
     "a list of 10**10": "{{ [messages] * 10**10 }}",
