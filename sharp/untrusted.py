@@ -35,7 +35,7 @@ def file_inside(directory: Path, name: str) -> Path:
 
     The directory itself may be reached through links. A file may be one only inside the directory, or, where
     the directory is a snapshot in Hugging Face's cache (models--ORG--NAME/snapshots/COMMIT), into the blobs
-    of the same model, which is how that cache is made.
+    of the same model or those that all models share, which is how that cache is made.
     Raises ModelFileError: not a plain name, absent, not a regular file, outside, or larger than SIZE_LIMITS.
     """
     if not name or Path(name).name != name or "\\" in name or "\0" in name or name == "..":
@@ -48,8 +48,9 @@ def file_inside(directory: Path, name: str) -> Path:
     except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
         raise ModelFileError(f"{path} cannot be opened: {error}") from None
     roots = [home]
-    if home.parent.name == "snapshots":
-        roots.append(home.parent.parent / "blobs")
+    model = home.parent.parent
+    if home.parent.name == "snapshots" and model.name.startswith("models--"):
+        roots += [model / "blobs", model.parent / "blobs"]
     if not any(found.is_relative_to(root) for root in roots):
         raise ModelFileError(f"{path} is a link out of the model's directory, to {found}: not followed")
     if not found.is_file():

@@ -36,12 +36,13 @@ def bad_input() -> Iterator[None]:
 
 def explain(error: Exception) -> CommandError:
     """Any error as one to show: as it is where our own code worded it for people, else named as a bug."""
+    from sharp.hub import HubError
     from sharp.model_config import ModelFileError
     from sharp.pull import PullError
 
     if isinstance(error, CommandError):
         return error
-    if isinstance(error, (ModelFileError, PullError, OSError, MemoryError)):
+    if isinstance(error, (ModelFileError, PullError, HubError, OSError, MemoryError)):
         return CommandError(str(error) or type(error).__name__, 1)
     if isinstance(error, RuntimeError):  # no such device, an engine that died: worded where it was raised
         return CommandError(str(error), 1)
