@@ -37,7 +37,7 @@ class Tokenizer:
     """A byte-level BPE tokenizer, or a SentencePiece-like one with byte fallback.
 
     Attributes: vocab_size (one more than the largest id); eos_token_ids; bos_token_id (None without one).
-    Raises ValueError for a decoder that is neither, for ids over MAX_TOKENS, and for a broken chat template.
+    Raises ValueError for a decoder that is neither, ids over MAX_TOKENS or shared, a broken chat template.
     """
 
     def __init__(
@@ -58,6 +58,12 @@ class Tokenizer:
         if self.vocab_size > MAX_TOKENS:
             last = max(vocabulary, key=vocabulary.__getitem__)
             raise ValueError(f"token {last!r:.80} has id {vocabulary[last]}, over the limit of {MAX_TOKENS}")
+        token_of: dict[int, str] = {}
+        for token, token_id in vocabulary.items():
+            if token_of.setdefault(token_id, token) != token:
+                raise ValueError(
+                    f"tokens {token_of[token_id]!r:.40} and {token!r:.40} share the id {token_id}"
+                )
         self._special_ids = {
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         }

@@ -45,7 +45,7 @@ def file_inside(directory: Path, name: str) -> Path:
         found, home = path.resolve(strict=True), directory.resolve(strict=True)
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist") from None
-    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError up to Python 3.12
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links (up to Python 3.12), no Unicode
         raise ModelFileError(f"{path} cannot be opened: {error}") from None
     roots = [home]
     model = home.parent.parent

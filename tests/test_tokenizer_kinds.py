@@ -214,6 +214,25 @@ def test_wrong_sentencepiece_metadata(key: str, value: Any, message: str) -> Non
     assert "m.gguf" in str(error.value)
 
 
+def test_two_tokens_of_one_id(tmp_path: Path) -> None:
+    """Found by fuzzing: the library decodes such an id one way or the other."""
+    definition = json.loads(json.dumps(GOLDEN["kinds"]["gpt2"]["tokenizer"]))
+    definition["model"]["vocab"]["!"] = definition["model"]["vocab"]["#"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    with pytest.raises(ModelFileError, match=r"tokens '[!#]' and '[!#]' share the id \d+"):
+        Tokenizer.from_hf(tmp_path, ())
+
+
+def test_merges_over_which_the_library_panics(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Found by fuzzing: a template that names a token without an id, met when the first text is encoded."""
+    definition = json.loads(json.dumps(GOLDEN["kinds"]["llama"]["tokenizer"]))
+    definition["post_processor"]["special_tokens"] = {}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    with pytest.raises(ValueError):
+        Tokenizer.from_hf(tmp_path, ()).encode("hello")
+    capfd.readouterr()  # what the panic prints
+
+
 def test_ids_far_outside(tmp_path: Path) -> None:
     """A table of two billion entries is never made."""
     definition = json.loads(json.dumps(GOLDEN["kinds"]["gpt2"]["tokenizer"]))

@@ -24,6 +24,12 @@ def test_only_plain_names(tmp_path: Path, name: str) -> None:
         file_inside(tmp_path, name)
 
 
+def test_a_name_that_is_no_unicode(tmp_path: Path) -> None:
+    """Found by fuzzing: JSON may hold half of a surrogate pair."""
+    with pytest.raises(ModelFileError, match="cannot be opened"):
+        file_inside(tmp_path, "\ud800")
+
+
 def test_no_link_out_of_the_directory(tmp_path: Path) -> None:
     folder = copy_tiny(tmp_path / "m")
     outside = tmp_path / "secret"

@@ -42,12 +42,19 @@ def explain(error: Exception) -> CommandError:
 
     if isinstance(error, CommandError):
         return error
-    if isinstance(error, (ModelFileError, PullError, HubError, OSError, MemoryError)):
+    if isinstance(error, ModelFileError):
+        return CommandError(printable(str(error)), 1)
+    if isinstance(error, (PullError, HubError, OSError, MemoryError)):
         return CommandError(str(error) or type(error).__name__, 1)
     if isinstance(error, RuntimeError):  # no such device, an engine that died: worded where it was raised
         return CommandError(str(error), 1)
     what = f"{type(error).__name__}: {error}"
     return CommandError(f"{what} (unexpected; `sharp --traceback ...` shows where)", 1)
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names in a model file could move the cursor, or worse."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str) -> None:
