@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
-from model_files import TINY, copy_tiny, write_gguf
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # as a program, too, it is this checkout that is tested
+
+from model_files import TINY, copy_tiny, write_gguf  # noqa: E402
 
 from sharp.info import model_report  # noqa: E402
 from sharp.model_config import ModelFileError  # noqa: E402
