@@ -3,8 +3,9 @@
 Knows what messages must look like and how to hold a template to limits. Knows nothing of tokens. A template
 comes with the model file, so it is untrusted code: jinja2's sandbox keeps it from reaching out, but not from
 running for ever or filling memory (`'x' * 10**10`, a filter's width, a string doubled forty times). It runs
-in a process of its own (template_worker.py), where the kernel bounds memory and a clock here bounds time. The
-process starts with the first chat (50 ms) and is kept (40 us for a later one).
+in a process of its own (template_worker.py), where the kernel bounds memory and a clock here bounds time
+(macOS does not hold to the memory limit: there the clock is the bound). The process starts with the first
+chat (50 ms) and is kept (40 us for a later one).
 """
 
 from __future__ import annotations

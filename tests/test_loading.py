@@ -64,6 +64,30 @@ def test_memory_over_the_weights_is_one_tensor(tmp_path: Path, kind: str) -> Non
     assert peak <= own + largest, f"{(peak - own) / largest:.2f} of the largest tensor"
 
 
+@pytest.mark.parametrize("kind", ["F32", "gguf Q8_0"])
+def test_also_where_gate_and_up_are_the_largest(tmp_path: Path, kind: str) -> None:
+    inner = 40_000
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        for name, tensor in tensors.items():
+            shape = (32, inner) if "down" in name else (inner, 32) if "gate" in name or "up" in name else None
+            tensors[name] = tensor.astype(np.float32) if shape is None else np.ones(shape, np.float32)
+
+    if kind == "F32":
+        path = change_tensors(copy_tiny(tmp_path / "m", intermediate_size=inner), change)
+    else:
+        stored = GGMLQuantizationType[kind.split()[1]]
+        path = write_gguf(tmp_path / "m.gguf", stored, change=change, inner=inner)
+    checkpoint = open_checkpoint(path)
+    tracemalloc.start()
+    weights = load_weights(checkpoint, lambda array: array, progress=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    own, largest = 4 * checkpoint.config.num_parameters, inner * 32 * 4
+    assert weights.layers[0].gate_up.nbytes == 2 * largest
+    assert peak <= own + largest * 1.02, f"{(peak - own) / largest:.2f} of the largest tensor"
+
+
 def test_opening_reads_no_weights(tmp_path: Path) -> None:
     """Files are mapped: what describes a model costs the same whatever the size of its tensors."""
     path = large_directory(tmp_path, np.float32)

@@ -186,6 +186,19 @@ def test_wrong_configuration(tmp_path: Path, config: Any, message: str) -> None:
     assert "tokenizer_config.json" in str(error.value)
 
 
+def test_chat_templates_of_a_gguf_file() -> None:
+    chat, data = [{"role": "user", "content": "x"}], metadata("gpt2")
+    for key in ("tokenizer.chat_template", "tokenizer.chat_template.default"):
+        tokenizer = Tokenizer.from_gguf(data | {key: "{{ eos_token }}!"}, Path("m.gguf"), ())
+        assert tokenizer.has_chat_template
+        assert tokenizer.apply_chat_template(chat) == "<|endoftext|>!"
+    assert not Tokenizer.from_gguf(data, Path("m.gguf"), ()).has_chat_template
+    with pytest.raises(ModelFileError, match=r"m\.gguf: tokenizer\.chat_template must be text, not int"):
+        Tokenizer.from_gguf(data | {"tokenizer.chat_template": 5}, Path("m.gguf"), ())
+    with pytest.raises(ModelFileError, match=r"m\.gguf: .*not valid jinja2, line 2"):
+        Tokenizer.from_gguf(data | {"tokenizer.chat_template": "\n{% if"}, Path("m.gguf"), ())
+
+
 def test_only_sentencepieces_own_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     with pytest.raises(ModelFileError, match=r"only tokenizer\.model \(SentencePiece\).*save_pretrained"):

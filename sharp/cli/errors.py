@@ -53,7 +53,8 @@ def explain(error: Exception) -> CommandError:
 
 
 def printable(text: str) -> str:
-    """One line without control characters: names in a model file could move the cursor, or worse."""
+    """One line, not endless, without control characters: a name in a model file could move the cursor."""
+    text = text if len(text) <= 2000 else text[:2000] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
