@@ -25,7 +25,7 @@ from sharp.detokenizer import (
 )
 from sharp.model_config import ModelFileError
 
-MAX_TOKENS = 1 << 24  # ids; the largest known vocabulary has 2**18
+MAX_TOKENS = 1 << 20  # the largest known vocabulary has 2**18
 _BYTE_FALLBACK = [
     {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
     {"type": "ByteFallback"},

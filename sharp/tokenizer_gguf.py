@@ -34,7 +34,8 @@ _PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "gpt-2": ("gpt2",),
 }
 # SentencePiece itself makes none over 16 characters; pieces are cut at every place, which costs their square.
-_MAX_PIECE = 256
+_MAX_PIECE, _MAX_CHARS = 256, 1 << 23
+_MAX_TOKENS = 1 << 20  # the largest known vocabulary has 2**18
 
 
 def describe(metadata: Mapping[str, Any], path: Path) -> tuple[Backend, dict[str, Any]]:
@@ -94,6 +95,8 @@ class _Vocabulary:
     def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
         self._metadata, self._path = metadata, path
         self.tokens: list[str] = self.strings("tokens")
+        if len(self.tokens) > _MAX_TOKENS:
+            raise self.wrong(f"tokens has {len(self.tokens)} entries, over the limit of {_MAX_TOKENS}")
         if len(set(self.tokens)) != len(self.tokens):
             raise self.wrong("tokens has duplicates")
         types = self.get("token_type", [_NORMAL] * len(self.tokens))
@@ -168,6 +171,8 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[Backend, bool]:
         raise vocabulary.wrong("scores is missing or does not have one entry per token")
     if not all(isinstance(score, float) and isfinite(score) for score in scores):
         raise vocabulary.wrong("scores has an entry that is not a finite number")
+    if (num_chars := sum(map(len, vocabulary.tokens))) > _MAX_CHARS:
+        raise vocabulary.wrong(f"tokens has {num_chars} characters, over the limit of {_MAX_CHARS}")
     ids = {token: token_id for token_id, token in enumerate(vocabulary.tokens)}
     merges = []
     for token, score, kind in zip(vocabulary.tokens, scores, vocabulary.types, strict=True):

@@ -11,13 +11,13 @@ from pathlib import Path
 from sharp.model_config import ModelFileError
 
 MIB = 1 << 20
-# Largest size that is read, in bytes; the largest known ones are a quarter of it or less.
+# Largest size that is read, in bytes; the largest known ones are half of it or less.
 SIZE_LIMITS = {
     "config.json": MIB,
     "generation_config.json": MIB,
     "special_tokens_map.json": MIB,
     "tokenizer_config.json": 4 * MIB,
-    "tokenizer.json": 96 * MIB,
+    "tokenizer.json": 64 * MIB,
     "model.safetensors.index.json": 24 * MIB,
     "chat_template.jinja": MIB // 4,
 }

@@ -227,6 +227,27 @@ def test_wrong_sentencepiece_metadata(key: str, value: Any, message: str) -> Non
     assert "m.gguf" in str(error.value)
 
 
+def test_vocabularies_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused by counting, before the library takes a gigabyte for them."""
+    text = json.dumps(GOLDEN["kinds"]["gpt2"]["tokenizer"])
+    (tmp_path / "tokenizer.json").write_text(text.replace('"merges": [', '"merges": [' + '"a b",' * 2**22))
+    with pytest.raises(
+        ModelFileError, match=r"tokenizer\.json has more than 4,194,304 entries, over the limit"
+    ):
+        Tokenizer.from_hf(tmp_path, ())
+    (tmp_path / "tokenizer.json").write_text(text.replace('"vocab": {', '"vocab": {' + '"a":1,' * 2**20))
+    with pytest.raises(
+        ModelFileError, match=r"tokenizer\.json has more than 1,048,576 entries, over the limit"
+    ):
+        Tokenizer.from_hf(tmp_path, ())
+    monkeypatch.setattr("sharp.tokenizer_gguf._MAX_CHARS", 700)
+    with pytest.raises(ModelFileError, match=r"tokens has \d+ characters, over the limit of 700"):
+        Tokenizer.from_gguf(metadata("llama"), Path("m.gguf"), ())
+    monkeypatch.setattr("sharp.tokenizer_gguf._MAX_TOKENS", 700)
+    with pytest.raises(ModelFileError, match="tokens has 702 entries, over the limit of 700"):
+        Tokenizer.from_gguf(metadata("gpt2"), Path("m.gguf"), ())
+
+
 def test_two_tokens_of_one_id(tmp_path: Path) -> None:
     """Found by fuzzing: the library decodes such an id one way or the other."""
     definition = json.loads(json.dumps(GOLDEN["kinds"]["gpt2"]["tokenizer"]))
@@ -251,5 +272,5 @@ def test_ids_far_outside(tmp_path: Path) -> None:
     definition = json.loads(json.dumps(GOLDEN["kinds"]["gpt2"]["tokenizer"]))
     definition["model"]["vocab"]["!"] = 2**31 - 1
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
-    with pytest.raises(ModelFileError, match="token '!' has id 2147483647, over the limit of 16777216"):
+    with pytest.raises(ModelFileError, match="token '!' has id 2147483647, over the limit of 1048576"):
         Tokenizer.from_hf(tmp_path, ())
