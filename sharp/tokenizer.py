@@ -98,16 +98,24 @@ class Tokenizer:
         try:
             with panics_as_errors():
                 backend, parts = describe(directory)
-                return cls(backend, eos_token_ids=eos_token_ids, **parts)
         except ModelFileError:
             raise
         except Exception as error:
             raise ModelFileError(f"{directory / 'tokenizer.json'} is not a tokenizer: {error}") from None
+        try:
+            return cls(backend, eos_token_ids=eos_token_ids, **parts)
+        except ValueError as error:
+            raise ModelFileError(f"{directory}: {error}") from None
 
     @property
     def kind(self) -> str:
         """What it is, for people."""
         return "byte-level BPE" if self._num_stripped is None else "SentencePiece-like BPE with byte fallback"
+
+    @property
+    def last_token(self) -> str:
+        """The token with the largest id; "" without any."""
+        return max(self._vocabulary, key=self._vocabulary.__getitem__, default="")
 
     @property
     def has_chat_template(self) -> bool:

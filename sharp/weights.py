@@ -116,7 +116,8 @@ class Checkpoint:
         if tokenizer.vocab_size > self.config.vocab_size:
             raise ModelFileError(
                 f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                f"the model's vocabulary only {self.config.vocab_size}"
+                f"the model's vocabulary only {self.config.vocab_size}: "
+                f"{tokenizer.last_token!r:.80} has no row in the embedding"
             )
         return tokenizer
 

@@ -128,11 +128,11 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "a tokenizer with more tokens than the embedding has rows": (
         lambda f: directory_with(f, add_token),
-        "the tokenizer has 301 tokens, the model's vocabulary only 300",
+        "300: 'one token too many' has no row in the embedding",
     ),
     "a chat template that is no template": (
         lambda f: directory_with(f, lambda folder: (folder / "chat_template.jinja").write_text("{% if %}")),
-        "the chat template is not valid jinja2, line 1",
+        "/model: the chat template is not valid jinja2, line 1",
     ),
     "a name that clears the screen": (lambda f: directory_with(f, evil_name), "model.norm.weight is missing"),
     "a file that is not there": (lambda f: f / "nothing.gguf", "is neither a file or directory nor a known"),
