@@ -62,7 +62,7 @@ class HFDirectory:
         for name, file_name in index.items():
             if not isinstance(file_name, str) or Path(file_name).name != file_name:
                 raise ModelFileError(
-                    f"{path}: tensor {name} is in {file_name!r}, which is not a plain file name"
+                    f"{path}: tensor {name} is in {file_name!r:.80}, which is not a plain file name"
                 )
         return index
 

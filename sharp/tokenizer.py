@@ -79,12 +79,12 @@ class Tokenizer:
         from sharp.tokenizer_gguf import describe
 
         try:
-            with panics_as_errors():
+            with library_errors():
                 backend, parts = describe(metadata, path)
                 return cls(backend, eos_token_ids=eos_token_ids, **parts)
         except ModelFileError:
             raise
-        except Exception as error:  # bare Exception is what the library raises
+        except Exception as error:
             raise ModelFileError(f"{path}: the tokenizer in the metadata cannot be built: {error}") from None
 
     @classmethod
@@ -96,7 +96,7 @@ class Tokenizer:
         from sharp.tokenizer_hf import describe
 
         try:
-            with panics_as_errors():
+            with library_errors():
                 backend, parts = describe(directory)
         except ModelFileError:
             raise
@@ -136,7 +136,7 @@ class Tokenizer:
                 f"text is not valid Unicode: a lone surrogate U+{ord(text[error.start]):04X} "
                 f"at index {error.start}"
             ) from None
-        with panics_as_errors():
+        with library_errors():
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -146,7 +146,7 @@ class Tokenizer:
         Raises ValueError for an id outside [0, 2**31).
         """
         checked = [check_id(token_id) for token_id in ids]
-        with panics_as_errors():
+        with library_errors():
             text: str = self._backend.decode(checked, skip_special_tokens=skip_special_tokens)
         return text
 
@@ -198,11 +198,13 @@ def _num_stripped(backend: Backend) -> int | None:
 
 
 @contextmanager
-def panics_as_errors() -> Iterator[None]:
-    """The library's Rust code panics on some damaged tokenizers; what Python sees is no Exception then."""
+def library_errors() -> Iterator[None]:
+    """ValueError for what the library raises: bare Exception, or, when its Rust code panics on a damaged
+    tokenizer, something that is no Exception at all.
+    """
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"the tokenizers library failed: {error}") from None

@@ -257,13 +257,18 @@ def test_two_tokens_of_one_id(tmp_path: Path) -> None:
         Tokenizer.from_hf(tmp_path, ())
 
 
-def test_merges_over_which_the_library_panics(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Found by fuzzing: a template that names a token without an id, met when the first text is encoded."""
+def test_what_the_library_meets_late(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Found by fuzzing: a template or an unknown token without an id, met when the first text is encoded."""
     definition = json.loads(json.dumps(GOLDEN["kinds"]["llama"]["tokenizer"]))
     definition["post_processor"]["special_tokens"] = {}
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="the tokenizers library failed"):
         Tokenizer.from_hf(tmp_path, ()).encode("hello")
+    definition = json.loads(json.dumps(GOLDEN["kinds"]["llama"]["tokenizer"]))
+    definition["model"] |= {"unk_token": "nothing", "byte_fallback": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    with pytest.raises(ValueError, match="the tokenizers library failed: Unk token `nothing` not found"):
+        Tokenizer.from_hf(tmp_path, ()).encode("\u3042")
     capfd.readouterr()  # what the panic prints
 
 

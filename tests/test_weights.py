@@ -317,6 +317,7 @@ def test_broken_config_json(tmp_path: Path, text: str | None, message: str) -> N
         ({"model.norm.weight": "/etc/passwd"}, "is not a plain file name"),
         ({"model.norm.weight": ".."}, "is not a plain file name"),
         ({"model.norm.weight": 3}, "is not a plain file name"),
+        ({"model.norm.weight": {"a": "b" * 9000}}, r"in \{.{79}, which is not a plain file name"),
         ({"model.norm.weight": "gone.safetensors"}, "gone.safetensors does not exist"),
         (
             {"extra": "part.safetensors"},
