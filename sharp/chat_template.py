@@ -28,7 +28,9 @@ import jinja2
 
 from sharp.template_worker import MAX_OUTPUT_CHARS, make_environment
 
-MAX_SOURCE_CHARS = 1 << 18  # the longest published ones have some 20,000
+MAX_SOURCE_CHARS = 1 << 17  # the longest published ones have some 20,000
+# Of the environment, what Python and the clock need; tokens and keys stay here.
+_PASSED_ON = ("PATH", "TZ", "LANG", "LC_ALL", "LC_TIME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 MEMORY_BYTES = 512 << 20  # address space of the process, Python's own included
 SECONDS = 5.0
 _MAX_ANSWER_BYTES = 12 * MAX_OUTPUT_CHARS + 100  # JSON writes a character as up to two times \uXXXX
@@ -117,6 +119,7 @@ class _Process:
         command = [sys.executable, "-S", "-E", "-P", str(worker), json.dumps(path), str(self._memory_bytes)]
         self._popen = process = subprocess.Popen(
             command,
+            env={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -19,7 +19,7 @@ SIZE_LIMITS = {
     "tokenizer_config.json": 4 * MIB,
     "tokenizer.json": 64 * MIB,
     "model.safetensors.index.json": 24 * MIB,
-    "chat_template.jinja": MIB // 4,
+    "chat_template.jinja": MIB // 8,
 }
 
 
