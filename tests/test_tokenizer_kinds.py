@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_files import change_tensors, copy_tiny
 from test_tokenizer import check_incremental
 
 from sharp.gguf_reader import read_gguf
@@ -184,6 +186,29 @@ def test_wrong_configuration(tmp_path: Path, config: Any, message: str) -> None:
     with pytest.raises(ModelFileError, match=message.replace("|", r"\|")) as error:
         hf("qwen2", tmp_path / "m", **config)
     assert "tokenizer_config.json" in str(error.value)
+
+
+def test_an_engine_streams_byte_fallback(tmp_path: Path) -> None:
+    """A whole model with such a tokenizer: the text only grows, and in the end it is what decode gives."""
+    from sharp import LLM, SamplingParams
+
+    def enlarge(tensors: dict[str, np.ndarray]) -> None:
+        rng = np.random.default_rng(3)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = rng.standard_normal((702, 32), dtype=np.float32)
+
+    folder = change_tensors(copy_tiny(tmp_path / "m", vocab_size=702), enlarge)
+    hf("llama", folder)
+    params = SamplingParams(max_tokens=40, temperature=1.5, seed=4)
+    with LLM(folder, device="cpu", progress=False) as llm:
+        text = ""
+        for output in llm.stream(["hello \u3042"], params):
+            assert output.outputs[0].text.startswith(text)
+            text = output.outputs[0].text
+        ids = output.outputs[0].token_ids
+        assert any(3 <= token_id < 259 for token_id in ids)
+        assert text == llm.tokenizer.decode(ids)
+        assert output.prompt_token_ids[0] == 1
 
 
 def test_chat_templates_of_a_gguf_file() -> None:
