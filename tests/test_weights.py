@@ -503,12 +503,8 @@ def test_demo_model_memory(demo_model: Path) -> None:
         "import resource, sys\n"
         "from sharp.weights import load_weights, open_checkpoint\n"
         "weights = load_weights(open_checkpoint(sys.argv[1]), lambda array: array, progress=False)\n"
-        # Linux: of this program alone; what getrusage says begins with the parent's size at the fork.
-        "if sys.platform == 'linux':\n"
-        "    status = open('/proc/self/status').read()\n"
-        "    print(int(status.split('VmHWM:')[1].split()[0]))\n"
-        "else:\n"
-        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "print(peak // 1024 if sys.platform == 'darwin' else peak)\n"
     )
     pytest.importorskip("resource")
     done = subprocess.run([sys.executable, "-c", code, str(demo_model)], capture_output=True, text=True)
