@@ -1,7 +1,8 @@
 """A tokenizer from a Hugging Face directory: tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
-Knows what the second file adds to the first, as transformers 5 applies it: tokens, special tokens, whether a
-BOS or EOS goes around every text. Refuses directories that have only SentencePiece's own file.
+Knows what the second file adds to the first: tokens, and which are special. What goes around every text (a
+BOS, an EOS) is said by tokenizer.json alone; transformers 5, too, lays the older add_bos_token and
+add_eos_token of tokenizer_config.json aside. Refuses directories that have only SentencePiece's own file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from sharp.model_config import ModelFileError, read_json
-from sharp.tokenizer_gguf import add_around
 from sharp.untrusted import check_directory
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -56,18 +56,6 @@ def describe(directory: Path) -> tuple[Backend, dict[str, Any]]:
     for token in special.values():
         if token not in known and backend.token_to_id(token) is not None:
             backend.add_special_tokens([AddedToken(token, special=True)])
-    if "add_bos_token" in config or "add_eos_token" in config:
-        around = []
-        for which in ("bos", "eos"):
-            content = special.get(f"{which}_token", "")
-            token_id = backend.token_to_id(content)
-            adds = config.get(f"add_{which}_token", False)
-            if not isinstance(adds, bool | None):
-                raise ModelFileError(
-                    f"{config_path}: add_{which}_token must be true or false, not {adds!r:.80}"
-                )
-            around.append([(content, token_id)] if adds and token_id is not None else [])
-        backend.post_processor = add_around("$A", *around)
     bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
     return backend, {
         "bos_token_id": bos,

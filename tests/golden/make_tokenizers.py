@@ -71,6 +71,19 @@ EXTRA_TEXTS = [
     "\u13a0\u13a1\u13a2 \u1e900 \U0001f9ff\U00010348\U0001d11e",
 ]
 ALL_TEXTS = [*TEXTS, *EXTRA_TEXTS]
+# What tokenizer_config.json adds to or takes from tokenizer.json.
+_EXTRA = {"content": "<extra>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"add_bos_token": False}),
+    ("llama", {"add_bos_token": True, "add_eos_token": True}),
+    ("llama-bpe", {"add_eos_token": True}),
+    ("qwen2", {"add_bos_token": False, "added_tokens_decoder": {"707": _EXTRA | {"special": True}}}),
+    ("qwen2", {"added_tokens_decoder": {"707": _EXTRA | {"special": False, "lstrip": True}}}),
+    ("qwen2", {"added_tokens_decoder": {"704": _EXTRA | {"content": "<think>", "special": True}}}),
+    ("gpt2", {"pad_token": "!", "unk_token": {"__type": "AddedToken", **_EXTRA, "content": "?"}}),
+    ("smollm", {"add_bos_token": True}),
+]
+VARIANT_TEXTS = ["", "hi! what?", "a <extra>b<extra> c", "<think>hm</think> x<|im_end|>", "</s>!"]
 
 
 def corpus() -> list[str]:
@@ -279,6 +292,16 @@ def main() -> None:
         "kinds": kinds,
         "texts": ALL_TEXTS,
     }
+    value["variants"] = []
+    for kind, config in VARIANTS:
+        tokenizer = load(kinds[kind]["tokenizer"], kinds[kind]["config"] | config)
+        rows = []
+        for text in VARIANT_TEXTS:
+            ids = tokenizer(text)["input_ids"]
+            rows.append(
+                {"text": text, "ids": ids, "decoded": tokenizer.decode(ids, skip_special_tokens=True)}
+            )
+        value["variants"].append({"kind": kind, "config": config, "rows": rows})
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     (HERE / "tokenizers.json").write_text(text.replace('},{"', '},\n{"') + "\n", encoding="utf-8")
 
