@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from typing import Protocol
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -96,11 +96,11 @@ def check_id(token_id: int) -> int:
     return int(token_id)
 
 
-def byte_level_table(vocabulary: Mapping[str, int], size: int) -> list[bytes]:
+def byte_level_table(tokens: Iterable[tuple[str, int]], size: int) -> list[bytes]:
     """The bytes of every id, as the library's ByteLevel decoder sees them; holes in the ids are empty."""
     byte_of = {char: byte for byte, char in enumerate(_byte_alphabet())}
     table = [b""] * size
-    for token, token_id in vocabulary.items():
+    for token, token_id in tokens:
         try:
             table[token_id] = bytes([byte_of[char] for char in token])
         except KeyError:  # an added token with characters outside the alphabet stands for itself
@@ -108,10 +108,10 @@ def byte_level_table(vocabulary: Mapping[str, int], size: int) -> list[bytes]:
     return table
 
 
-def byte_fallback_table(vocabulary: Mapping[str, int], size: int) -> list[str | int | None]:
+def byte_fallback_table(tokens: Iterable[tuple[str, int]], size: int) -> list[str | int | None]:
     """By id: text with blanks for U+2581, a byte's value for "<0x..>", None for holes in the ids."""
     table: list[str | int | None] = [None] * size
-    for token, token_id in vocabulary.items():
+    for token, token_id in tokens:
         byte = _BYTE_TOKEN.fullmatch(token)
         table[token_id] = int(byte[1], 16) if byte else token.replace("\u2581", " ")
     return table

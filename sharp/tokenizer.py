@@ -146,6 +146,10 @@ class Tokenizer:
         Raises ValueError for an id outside [0, 2**31).
         """
         checked = [check_id(token_id) for token_id in ids]
+        if (
+            skip_special_tokens
+        ):  # the library misses those that its normalizer changes (Llama 2's older files)
+            checked = [token_id for token_id in checked if token_id not in self._special_ids]
         with library_errors():
             text: str = self._backend.decode(checked, skip_special_tokens=skip_special_tokens)
         return text
@@ -172,7 +176,10 @@ class Tokenizer:
     def _token_table(self) -> list[Any]:
         if self._table is None:
             make = byte_level_table if self._num_stripped is None else byte_fallback_table
-            self._table = [*make(self._vocabulary, self.vocab_size)]
+            # Added tokens as the library decodes them, which is after its normalizer.
+            decoder = self._backend.get_added_tokens_decoder()
+            added = [(self._backend.id_to_token(i) or token.content, i) for i, token in decoder.items()]
+            self._table = [*make([*self._vocabulary.items(), *added], self.vocab_size)]
         return self._table
 
 

@@ -280,6 +280,21 @@ def test_vocabularies_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         Tokenizer.from_gguf(metadata("gpt2"), Path("m.gguf"), ())
 
 
+def test_special_tokens_that_a_normalizer_changes(tmp_path: Path) -> None:
+    """Found by fuzzing; older files of Llama 2 are like that, and the library does not skip such tokens."""
+    definition = json.loads(json.dumps(GOLDEN["kinds"]["llama"]["tokenizer"]))
+    for token in definition["added_tokens"]:
+        token["normalized"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    tokenizer = Tokenizer.from_hf(tmp_path, ())
+    ids = tokenizer.encode("The <s> The </s>")
+    assert ids.count(1) == 2
+    assert ids.count(2) == 1
+    assert not {"<", ">"} & set(tokenizer.decode(ids))
+    check_incremental(tokenizer, ids, True)
+    check_incremental(tokenizer, ids, False)
+
+
 def test_two_tokens_of_one_id(tmp_path: Path) -> None:
     """Found by fuzzing: the library decodes such an id one way or the other."""
     definition = json.loads(json.dumps(GOLDEN["kinds"]["gpt2"]["tokenizer"]))
