@@ -22,9 +22,9 @@ setup *options: _venv
 demo *options: setup
     @{{python}} -m sharp demo {{options}}
 
-# fetch a model of weights/MANIFEST.toml
-pull name=model: setup
-    @{{python}} -m sharp pull {{name}}
+# fetch a model of weights/MANIFEST.toml, or ORG/NAME of the Hugging Face Hub
+pull name=model *options: setup
+    @{{python}} -m sharp pull {{name}} {{options}}
 
 # One BLAS thread a worker: two workers with two threads each on two cores take several times as long.
 # all tests that need no GPU

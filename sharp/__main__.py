@@ -27,7 +27,7 @@ app = typer.Typer(
 
 Model = Annotated[
     str,
-    typer.Option(metavar="MODEL", help="A GGUF file, an HF directory, or a name that `sharp pull` fetched."),
+    typer.Option(metavar="MODEL", help="A GGUF file, an HF directory, or what `sharp pull` fetched."),
 ]
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to generate for a request.")]
 Temperature = Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token, else samples.")]
@@ -125,11 +125,28 @@ def info(
 
 
 @app.command()
-def pull(name: Annotated[str, typer.Argument(help="A model of weights/MANIFEST.toml.")]) -> None:
+def pull(
+    name: Annotated[
+        str, typer.Argument(help="ORG/NAME on the Hugging Face Hub, or of weights/MANIFEST.toml.")
+    ],
+    revision: Annotated[str | None, typer.Option(metavar="R", help="A branch, tag or commit.")] = None,
+    token: Annotated[str | None, typer.Option(metavar="T", help="For private and gated models.")] = None,
+    file: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="These files alone, for example '*Q4_K_M.gguf'.")
+    ] = None,
+) -> None:
     """Fetch a model, verify it, and print where it is."""
+    progress = sys.stderr.isatty()
+    if "/" in name:
+        from sharp.hub import pull_from_hub
+
+        print(pull_from_hub(name, revision=revision, token=token, pattern=file, progress=progress))
+        return
     from sharp.pull import pull as fetch
 
-    print(fetch(name, progress=sys.stderr.isatty()))
+    if revision or token or file:
+        raise CommandError(f"--revision, --token and --file go with ORG/NAME, not with {name!r}", 2)
+    print(fetch(name, progress=progress))
 
 
 @app.command()

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from sharp.families import FAMILIES
 from sharp.hf_config import config_from_hf
 from sharp.model_config import ModelConfig, ModelFileError, read_json
+from sharp.safetensors_header import DTYPE_BYTES, read_header
+from sharp.untrusted import check_directory, file_inside
 
 FloatArray = npt.NDArray[np.float32]
-_DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 _INDEX = "model.safetensors.index.json"
 
 
@@ -32,16 +33,17 @@ class HFDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        check_directory(path)
         self.config: ModelConfig = config_from_hf(path)
         self._names = FAMILIES[self.config.architecture].hf_names
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.num_bytes = 0
-        self._files: dict[str, Any] = {}  # tensor name -> open file (memory-mapped by the library)
+        self._files: dict[str, Any] = {}  # file name -> open file (memory-mapped by the library)
         self._file_names: dict[str, str] = {}
         index = self._read_index()
         self._listing = _INDEX if index else "model.safetensors"
         for file_name in sorted(set(index.values())) if index else ["model.safetensors"]:
-            self._open(path / file_name, file_name)
+            self._open(file_inside(path, file_name), file_name)
         for stored, file_name in index.items():
             if self._file_names.get(self._names.ours(stored)) != file_name:
                 raise ModelFileError(
@@ -66,32 +68,27 @@ class HFDirectory:
         for name, file_name in index.items():
             if not isinstance(file_name, str) or Path(file_name).name != file_name:
                 raise ModelFileError(
-                    f"{path}: tensor {name} is in {file_name!r}, which is not a plain file name"
+                    f"{path}: tensor {name} is in {file_name!r:.80}, which is not a plain file name"
                 )
         return index
 
     def _open(self, path: Path, file_name: str) -> None:
+        for stored, info in read_header(path).items():
+            name = self._names.ours(stored)
+            if info.dtype not in DTYPE_BYTES:
+                raise ModelFileError(
+                    f"{path}: tensor {stored} has dtype {info.dtype}, which is not supported; "
+                    f"supported: {', '.join(DTYPE_BYTES)}"
+                )
+            if name in self.shapes:
+                raise ModelFileError(f"{path}: tensor {stored} is also in {self._file_names[name]}")
+            self.shapes[name], self._file_names[name] = tuple(info.shape), file_name
+            self.num_bytes += info.data_offsets[1] - info.data_offsets[0]
         try:
             file: Any = safe_open(path, framework="numpy")
-            for stored in file.keys():  # noqa: SIM118  (the file is not a mapping)
-                name, part = self._names.ours(stored), file.get_slice(stored)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                if dtype not in _DTYPES:
-                    raise ModelFileError(
-                        f"{path}: tensor {stored} has dtype {dtype}, which is not supported; "
-                        f"supported: {', '.join(_DTYPES)}"
-                    )
-                if name in self.shapes:
-                    raise ModelFileError(f"{path}: tensor {stored} is also in {self._file_names[name]}")
-                self.shapes[name], self._files[name], self._file_names[name] = shape, file, file_name
-                size = 1
-                for dim in shape:
-                    size *= dim
-                self.num_bytes += size * _DTYPES[dtype]
-        except FileNotFoundError:
-            raise ModelFileError(f"{path} does not exist") from None
         except (SafetensorError, OSError) as error:
             raise ModelFileError(f"{path} is not a readable safetensors file: {error}") from None
+        self._files[file_name] = file
 
     def where(self, name: str) -> str:
         """A tensor for a message: its file (one that is in none: the file that should know it) and name."""
@@ -101,7 +98,7 @@ class HFDirectory:
     def read(self, name: str) -> FloatArray:
         """The tensor `name`: float32, contiguous."""
         try:
-            tensor = self._files[name].get_tensor(self._names.stored(name))
+            tensor = self._files[self._file_names[name]].get_tensor(self._names.stored(name))
         except SafetensorError as error:
             raise ModelFileError(f"{self.where(name)}: {error}") from None
         return np.ascontiguousarray(tensor, dtype=np.float32)

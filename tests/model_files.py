@@ -114,13 +114,14 @@ def write_gguf(
     metadata: Callable[[GGUFWriter], Any] = lambda writer: None,
     pre: str = "gpt2",
     add_bos: bool = False,
+    inner: int = 64,
 ) -> Path:
     """The tiny model as a GGUF file: matrices stored as `kind`, norms as F32."""
     writer = GGUFWriter(path, "llama")
     writer.add_block_count(2)
     writer.add_context_length(2048)
     writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(Q_HEADS)
     writer.add_head_count_kv(KV_HEADS)
     writer.add_key_length(HEAD_DIM)

@@ -292,8 +292,15 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entry: Entry) 
     path.write_bytes(CONTENT[:-1])
     with pytest.raises(ModelFileError, match=r"has \d+ bytes, not \d+: run `sharp pull fake`"):
         resolve("fake")
+    path.write_bytes(CONTENT[:-1] + b"?")
+    with pytest.raises(ModelFileError, match=r"sha256 is \w{64}, the manifest says \w{64}: run"):
+        resolve("fake")
     path.write_bytes(CONTENT)
     assert resolve("fake") == path
+    path.write_bytes(CONTENT[:-1] + b"?")  # also where it was right before: the stamp tells
+    with pytest.raises(ModelFileError, match="sha256 is"):
+        resolve("fake")
+    path.write_bytes(CONTENT)
     assert resolve(tmp_path) == tmp_path
     assert resolve(str(path)) == path
     with pytest.raises(ModelFileError, match="'other' is neither a file or directory nor a known model"):

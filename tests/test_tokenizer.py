@@ -154,14 +154,14 @@ def test_incremental_equals_text(tiny: Tokenizer, text: str, skip: bool) -> None
 @example(raw=b"\xe3\x81\xe3\x81\x82\xc0\x80a")
 def test_incremental_on_invalid_bytes(tiny: Tokenizer, raw: bytes) -> None:
     """Every byte as its own token: U+FFFD where, and as soon as, no continuation can help."""
-    table = tiny._all_token_bytes()
+    table = tiny._token_table()
     ids = [table.index(bytes([byte])) for byte in raw]
     check_incremental(tiny, ids, True)
     assert tiny.decode(ids) == raw.decode("utf-8", errors="replace")
 
 
 def test_half_characters_wait_and_lost_ones_do_not(tiny: Tokenizer) -> None:
-    table = tiny._all_token_bytes()
+    table = tiny._token_table()
     first, second, third = (table.index(bytes([byte])) for byte in "あ".encode())
     detokenizer = tiny.detokenizer()
     assert [detokenizer.push(i) for i in (first, second, third)] == ["", "", "あ"]
@@ -297,9 +297,14 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("model", "llama", "tokenizer.ggml.model 'llama' is not supported; supported: gpt2"),
+        ("model", "bert", "tokenizer.ggml.model 'bert' is not supported; supported: gpt2, llama"),
         ("model", None, "tokenizer.ggml.model None"),
-        ("pre", "llama-bpe", "tokenizer.ggml.pre 'llama-bpe' is not supported; supported: smollm, gpt2"),
+        (
+            "pre",
+            "tekken",
+            "tokenizer.ggml.pre 'tekken' is not supported; supported: llama-bpe, .*, qwen2, smoll",
+        ),
+        ("pre", ["gpt2"], "tokenizer.ggml.pre|cannot be built"),
         ("tokens", None, "tokenizer.ggml.tokens is missing"),
         ("tokens", [1, 2], "tokenizer.ggml.tokens is missing or not a list of strings"),
         ("tokens", ["a", "b", "a"], "duplicates"),
@@ -309,7 +314,10 @@ GOOD: dict[str, Any] = {
         ("merges", ["a z"], "cannot be built"),
         ("bos_token_id", 3, "bos_token_id 3 is not a token"),
         ("add_bos_token", True, "no bos_token_id"),
-        ("add_eos_token", True, "add_eos_token is not supported"),
+        ("add_eos_token", True, "no eos_token_id"),
+        ("add_bos_token", 7, "add_bos_token must be true or false, not 7"),
+        ("bos_token_id", "x", "bos_token_id 'x' is not a token; there are 3"),
+        ("bos_token_id", True, "bos_token_id True is not a token"),
     ],
 )
 def test_wrong_gguf_tokenizer(key: str, value: Any, message: str) -> None:
@@ -344,5 +352,7 @@ def test_other_decoders_are_refused(tmp_path: Path) -> None:
     backend = Backend(models.BPE(vocab={"a": 0}, merges=[]))
     backend.decoder = decoders.Metaspace()
     backend.save(str(folder / "tokenizer.json"))
-    with pytest.raises(ModelFileError, match="decoder Metaspace is not supported; supported: ByteLevel"):
+    with pytest.raises(
+        ModelFileError, match=r"decoder Metaspace is not supported; supported: ByteLevel, Replace \+ ByteF"
+    ):
         open_checkpoint(folder).tokenizer()

@@ -316,6 +316,7 @@ def test_damaged_safetensors(tmp_path: Path, damage: Any) -> None:
         ("[1]", "holds a JSON list, not an object"),
         ("\udcff", "cannot be read as JSON"),
         ("[" * 100_000, "cannot be read as JSON"),
+        ('{"vocab_size": ' + "1" * 5000 + "}", "cannot be read as JSON"),
         (None, "does not exist"),
     ],
 )
@@ -337,8 +338,9 @@ def test_broken_config_json(tmp_path: Path, text: str | None, message: str) -> N
         (["a"], "weight_map must be a non-empty object"),
         ({"model.norm.weight": "../tiny/model.safetensors"}, "is not a plain file name"),
         ({"model.norm.weight": "/etc/passwd"}, "is not a plain file name"),
-        ({"model.norm.weight": ".."}, "not a readable safetensors file"),
+        ({"model.norm.weight": ".."}, "is not a plain file name"),
         ({"model.norm.weight": 3}, "is not a plain file name"),
+        ({"model.norm.weight": {"a": "b" * 9000}}, r"in \{.{79}, which is not a plain file name"),
         ({"model.norm.weight": "gone.safetensors"}, "gone.safetensors does not exist"),
         (
             {"extra": "part.safetensors"},
@@ -439,8 +441,9 @@ def test_wrong_gguf_tensors(tmp_path: Path, change: Any, message: str) -> None:
 
 
 def test_unsupported_gguf_types_and_architectures(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "m.gguf", Kind.Q5_0)
-    with pytest.raises(ModelFileError, match=r"tensor \S+ has type Q5_0.*supported: F32, Q4_1, Q8_0"):
+    path = write_gguf(tmp_path / "m.gguf", Kind.MXFP4)
+    types = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K"
+    with pytest.raises(ModelFileError, match=rf"tensor \S+ has type MXFP4.*supported: {types}$"):
         open_checkpoint(path)
     data = write_gguf(tmp_path / "n.gguf").read_bytes()
     (tmp_path / "n.gguf").write_bytes(data.replace(b"llama", b"gptxx"))

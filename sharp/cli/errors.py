@@ -36,17 +36,26 @@ def bad_input() -> Iterator[None]:
 
 def explain(error: Exception) -> CommandError:
     """Any error as one to show: as it is where our own code worded it for people, else named as a bug."""
+    from sharp.hub import HubError
     from sharp.model_config import ModelFileError
     from sharp.pull import PullError
 
     if isinstance(error, CommandError):
         return error
-    if isinstance(error, (ModelFileError, PullError, OSError, MemoryError)):
+    if isinstance(error, ModelFileError):
+        return CommandError(printable(str(error)), 1)
+    if isinstance(error, (PullError, HubError, OSError, MemoryError)):
         return CommandError(str(error) or type(error).__name__, 1)
     if isinstance(error, RuntimeError):  # no such device, an engine that died: worded where it was raised
         return CommandError(str(error), 1)
     what = f"{type(error).__name__}: {error}"
     return CommandError(f"{what} (unexpected; `sharp --traceback ...` shows where)", 1)
+
+
+def printable(text: str) -> str:
+    """One line, not endless, without control characters: a name in a model file could move the cursor."""
+    text = text if len(text) <= 2000 else text[:2000] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str) -> None:
