@@ -362,8 +362,8 @@ for place, rung in enumerate(RUNGS):
     if rung in measured:
         value, share, where = measured[rung]
         axis.plot(value, place, "D", color="#2b6cb0", markersize=8)
-        text = f"{value:.3g} TFLOP/s" + ("" if share is None else f", {share:.1%} of the roofline")
-        note, color = f"{text} ({where.partition(',')[0]})", "#2b6cb0"
+        note = f"{value:.3g} TFLOP/s" + ("" if share is None else f", {share:.1%} of the roofline")
+        color = "#2b6cb0"
     else:
         note, color = "no record yet", "#718096"
     if low > 100:
@@ -374,11 +374,14 @@ for place, rung in enumerate(RUNGS):
         note, (end, place), textcoords="offset points", va="center", fontsize=8, color=color, **side
     )
 axis.set_xscale("log")
-axis.set_xlim(0.5, 1500)
+axis.set_xlim(0.2, 2000)
 axis.set_yticks(range(len(RUNGS)), RUNGS)
 axis.invert_yaxis()
 axis.set_xlabel("TFLOP/s at M = N = K = 4096")
-axis.legend(loc="upper right")
+axis.legend(loc="lower left")
+axis.set_title(
+    "; ".join(dict.fromkeys(where.partition(", M=")[0] for *_, where in measured.values())), fontsize=9
+)
 figure.tight_layout()
 
 # %% [markdown]
