@@ -229,9 +229,11 @@ def make_rows(
     return rows
 
 
-def describe(row: dict[str, Any], measured: Any, l2: str, rounds: int) -> str:
-    """The printed line: the row, its spread, and what the caches held."""
+def describe(row: dict[str, Any], measured: Any, baseline: Any, l2: str, rounds: int) -> str:
+    """The printed line: the row, its spread and the baseline's, and what the caches held."""
     spread = f"{measured.low:.1f}..{measured.high:.1f} us, {rounds} rounds of {measured.calls} calls"
+    if baseline is not None:
+        spread += f"; baseline {baseline.low:.1f}..{baseline.high:.1f} us;"
     return f"{results.format_row(row)} ({spread} over {measured.sets} sets of operands, {l2})"
 
 
@@ -273,7 +275,8 @@ def run(
                         fail(f"{item.op} {name} {rung}: {reason}")
                     rows = make_rows(item, rung, outcome, workload.cost, options, gpu)
                     for row, measured in zip(rows, (outcome.measured, outcome.sustained), strict=False):
-                        write(describe(row, measured[rung], outcome.l2, options.rounds))
+                        other = measured.get(contest.BASELINE)
+                        write(describe(row, measured[rung], other, outcome.l2, options.rounds))
                     if rows:
                         file.add(rows)
                     advance(1)

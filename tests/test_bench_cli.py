@@ -205,6 +205,7 @@ def test_rows_and_lines_of_a_measurement(capsys, gpu, tmp_path):
         "of roofline",
         "1.50x torch.matmul",
         "19.0..25.0 us",
+        "; baseline ",
         "cold L2",
     ):
         assert part in line
