@@ -13,6 +13,7 @@ from sharp.cli.errors import INTERRUPTED, CommandError, bad_input, explain, say
 from sharp.demo import DEMO_MODEL, PROMPT_CHUNK
 
 if TYPE_CHECKING:
+    from sharp.config import EngineConfig
     from sharp.llm import LLM
     from sharp.request import SamplingParams
 
@@ -125,6 +126,27 @@ def info(
 
 
 @app.command()
+def probe(
+    model: Annotated[str, typer.Argument(help="As --model elsewhere.")],
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    target_itl_ms: Annotated[
+        float | None, typer.Option(metavar="X", help="Milliseconds that no step may exceed.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure even if a kept probe is true.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Measure a model's memory and step times on this device, and propose options."""
+    from sharp.cli.probe import probe_command
+
+    if target_itl_ms is not None and not 0 < target_itl_ms < float("inf"):
+        raise CommandError(f"--target-itl-ms is {target_itl_ms}; it must be over 0", 2)
+    found = probe_command(model, checked_config(device, dtype), target_itl_ms, fresh, json)
+    if found is not None:
+        write_json(found)
+
+
+@app.command()
 def pull(
     name: Annotated[
         str, typer.Argument(help="ORG/NAME on the Hugging Face Hub, or of weights/MANIFEST.toml.")
@@ -197,16 +219,23 @@ def sampling(max_tokens: int, temperature: float, seed: int | None) -> SamplingP
 
 def load(model: str, device: str, dtype: str, rung: list[str] | None, **options: Any) -> LLM:
     """The model on its device; says on stderr which one that is."""
-    from sharp.config import DEVICES, DTYPES
     from sharp.llm import LLM
 
-    for name, value, known in (("--device", device, DEVICES), ("--dtype", dtype, DTYPES)):
-        if value not in known:
-            raise CommandError(f"{name} is {value!r}; it must be one of {', '.join(known)}", 2)
+    checked_config(device, dtype)
     rungs = parse_rungs(rung or [])
     llm = LLM(model, device=device, dtype=dtype, rungs=rungs, progress=sys.stderr.isatty(), **options)
     say(f"sharp: on {llm.device_name}")
     return llm
+
+
+def checked_config(device: str, dtype: str) -> EngineConfig:
+    """These options, refused by the names that the command line gives them."""
+    from sharp.config import DEVICES, DTYPES, EngineConfig
+
+    for name, value, known in (("--device", device, DEVICES), ("--dtype", dtype, DTYPES)):
+        if value not in known:
+            raise CommandError(f"{name} is {value!r}; it must be one of {', '.join(known)}", 2)
+    return EngineConfig(device=device, dtype=dtype)
 
 
 def parse_rungs(pairs: list[str]) -> dict[str, str]:

@@ -28,7 +28,7 @@ class EngineConfig:
     max_model_len: int | None = None  # prompt plus answer, in tokens; None: the model's own limit
     block_size: int = 64  # tokens of a KV page
     num_blocks: int | None = None  # KV pages; None: what memory allows
-    memory_limit: int | None = None  # bytes for the KV pages; None: what memory allows
+    memory_limit: int | None = None  # bytes of a smaller device, for all of it; None: what is free
     long_prefill_token_threshold: int | None = None  # longest chunk of one prompt in a step; None: no limit
     max_queue_len: int = 1024  # requests waiting; one more raises QueueFull
     seed: int = 0  # of requests that bring none

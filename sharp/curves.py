@@ -21,8 +21,8 @@ class StepCurve:
 
     tokens: of the step: a chunk of a prompt, or the sequences of a decode batch. context: keys that are in
     the pages before the step, for each sequence. points: as measured, at least one, in any order; not every
-    pair needs to be there. More work cannot take less time, so a point under a smaller one is noise and is
-    raised to it. Raises ValueError for no points or for one that no step can have.
+    pair needs to be there. More work cannot take less time, and what disturbs a clock only adds to it, so a
+    point over a larger one is noise and is lowered to it. Raises ValueError for no points or for one that no step can have.
     """
 
     points: tuple[Point, ...]
@@ -120,7 +120,7 @@ def _grid(points: tuple[Point, ...]) -> _Grid:
     for context in contexts:
         line = [(t, s) for t, c, s in points if c == context]
         known, seconds = np.array([t for t, _ in line], float), np.array([s for _, s in line])
-        seconds = np.maximum.accumulate(seconds)
+        seconds = np.minimum.accumulate(seconds[::-1])[::-1]
         row = np.interp(tokens, known, seconds)
         # A line that stops early (too slow, too few pages) goes on at its last slope, never flat.
         if len(known) > 1:
@@ -128,7 +128,7 @@ def _grid(points: tuple[Point, ...]) -> _Grid:
         else:
             slope = seconds[-1] / known[-1]
         rows.append(row + np.maximum(0.0, tokens - known[-1]) * slope)
-    grid = np.maximum.accumulate(np.array(rows), axis=0)
+    grid = np.minimum.accumulate(np.array(rows)[::-1], axis=0)[::-1]
     # Slopes are made to grow along the other axis: otherwise two extrapolated lines could cross.
     context_slopes = np.zeros(len(tokens))
     if len(tokens) > 1:

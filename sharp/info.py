@@ -96,13 +96,14 @@ def _gpus() -> list[tuple[str, str]]:
     if version is None:
         rows = [("driver", "no NVIDIA driver")]
     else:
-        rows = [("driver", f"{_driver_release()}, CUDA {version // 1000}.{version % 1000 // 10}")]
+        rows = [("driver", f"{driver_release()}, CUDA {version // 1000}.{version % 1000 // 10}")]
         rows += [(f"device {i}", text) for i, text in enumerate(_devices())]
     problem = "numba's simulator stands in for CUDA" if compiler.SIMULATOR else cuda_problem()
     return [*rows, ("usable", "yes" if problem is None else f"no: {problem}")]
 
 
-def _driver_release() -> str:
+def driver_release() -> str:
+    """Of the NVIDIA driver, as its kernel module says."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -23,6 +23,7 @@ from inputs as stored, and rounds once where its result is stored:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,7 @@ from kernels_numba.ops.gemm.door import best_rung, refusal
 from sharp.budget import Budget, plan_memory
 from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
-from sharp.model_config import DTYPE_BYTES
+from sharp.fits import refuse_if_too_large
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.rope import rope_table
 from sharp.sampling import sample
@@ -151,8 +152,15 @@ class Model:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: EngineConfig, device: Device, *, progress: bool = False
+        self,
+        checkpoint: Checkpoint,
+        config: EngineConfig,
+        device: Device,
+        *,
+        progress: bool = False,
+        observe: Callable[[str], object] = lambda mark: None,
     ) -> None:
+        """Load the weights and allocate the rest. observe: called with "weights" when they are there."""
         self.config = checkpoint.config
         self.device = device
         self.block_size = config.block_size
@@ -177,14 +185,18 @@ class Model:
         why_not = refusal(self.rungs["gemm"], device.capability, device.dtype, sizes)
         if why_not:
             raise ValueError(f"rung {self.rungs['gemm']!r} of gemm does not run this model: {why_not}")
-        needed = self.config.num_parameters * (4 if device.kind == "cpu" else DTYPE_BYTES[device.dtype])
-        if needed > device.free_bytes():
-            raise MemoryError(
-                f"{checkpoint.path}: the weights need {needed:,} bytes as {device.dtype}, "
-                f"but {device.free_bytes():,} are free on {device.name}"
-            )
+        refuse_if_too_large(
+            self.config,
+            config,
+            where=str(checkpoint.path),
+            free=device.free_bytes(),
+            dtype=device.dtype,
+            kind=device.kind,
+            max_model_len=self.max_model_len,
+        )
         self.tokenizer = checkpoint.tokenizer()
         self.weights = load_weights(checkpoint, device.upload_float, progress=progress)
+        observe("weights")
         self.budget: Budget = plan_memory(
             self.config,
             config,

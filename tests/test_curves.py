@@ -26,10 +26,10 @@ def test_between_and_beyond() -> None:
     assert CURVE.predict(0, 50) == 0.0
 
 
-def test_noise_is_raised_to_what_less_work_took() -> None:
+def test_noise_is_lowered_to_what_more_work_took() -> None:
     curve = StepCurve.of([(1, 0, 2.0), (2, 0, 1.0), (1, 10, 1.5)])
-    assert curve.predict(2) == 2.0
-    assert curve.predict(1, 10) == 2.0
+    assert curve.predict(1) == curve.predict(2) == 1.0
+    assert curve.predict(1, 10) == 1.5
 
 
 def test_a_line_that_stopped_early_goes_on() -> None:

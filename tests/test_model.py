@@ -11,7 +11,7 @@ from engine_checks import TINY, check_same_bits, decode, load
 from model_files import MemorySource
 
 from kernels_numba import compiler
-from sharp.budget import activation_columns, plan_memory
+from sharp.budget import activation_columns
 from sharp.config import EngineConfig
 from sharp.rope import RopeScaling, rope_table
 from sharp.weights import Checkpoint, open_checkpoint
@@ -157,13 +157,3 @@ def test_the_budgets_terms_add_up():
     assert budget.rope_table == model.cos_sin.nbytes
     assert budget.kv_pages == sum(cache.k.nbytes + cache.v.nbytes for cache in model.kv)
     assert sum(v for k, v in budget.terms().items() if k != "free") <= budget.free
-
-
-def test_memory_limit_bounds_the_pages():
-    model, _ = load(TINY, "cpu", "float32", num_blocks=4)
-    page = model.budget.page_bytes
-    config = EngineConfig(memory_limit=10 * page + 1)
-    budget = plan_memory(
-        model.config, config, free=1 << 30, dtype="float32", kind="cpu", max_model_len=model.max_model_len
-    )
-    assert budget.num_blocks == 10

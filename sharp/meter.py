@@ -1,0 +1,208 @@
+"""Readings of a device for the probe: bytes taken, the peak of a call, and copy bandwidth.
+
+Knows /proc, the CUDA driver through numba, and NVML through ctypes. Refuses to know models and budgets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sharp.device import Device
+
+COPY_BYTES = (1 << 16, 1 << 20, 1 << 24, 1 << 26)  # 64 KiB is a step's indices, 64 MiB a layer of weights
+ROUNDS = 5
+
+
+class Meter(Protocol):
+    """How many bytes of a device are taken."""
+
+    def free(self) -> int: ...
+    def total(self) -> int: ...
+    def used(self) -> int: ...
+    def start_peak(self) -> None: ...
+    def look(self) -> None: ...
+    def peak(self) -> int: ...
+
+
+class HostMeter:
+    """Host memory: what this process holds resident, without mapped files (they are the system's to drop)."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._before = 0
+
+    def free(self) -> int:
+        return self._device.free_bytes()
+
+    def total(self) -> int:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def used(self) -> int:
+        """Bytes of anonymous memory of this process (where /proc is absent: its largest size so far)."""
+        return _status("RssAnon") or _largest()
+
+    def start_peak(self) -> None:
+        """From here on peak() counts. Linux forgets its old high-water mark when asked; others do not."""
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = _status("VmRSS") or _largest()
+
+    def look(self) -> None:
+        """Nothing to do: the kernel keeps the high-water mark."""
+
+    def peak(self) -> int:
+        """Most bytes beyond those at start_peak() that were resident at any moment since."""
+        return max(0, (_status("VmHWM") or _largest()) - self._before)
+
+
+def _status(name: str) -> int:
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return 0
+    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def _largest() -> int:
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return size if sys.platform == "darwin" else size * 1024  # macOS counts bytes, the others KiB
+
+
+class CudaMeter:
+    """Device memory as the driver reports it: of all processes, as what another holds is not free here."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._before = self._least = 0
+
+    def free(self) -> int:
+        return self._device.free_bytes()
+
+    def total(self) -> int:
+        from kernels_numba import compiler
+
+        if compiler.SIMULATOR:
+            return self._device.free_bytes()
+        return int(compiler.cuda.current_context().get_memory_info().total)
+
+    def used(self) -> int:
+        return self.total() - self.free()
+
+    def start_peak(self) -> None:
+        self._before = self._least = self.free()
+
+    def look(self) -> None:
+        """Read the free memory while a step is queued: what its launches allocated is held now."""
+        self._least = min(self._least, self.free())
+
+    def peak(self) -> int:
+        self.look()
+        return max(0, self._before - self._least)
+
+
+def open_meter(device: Device) -> Meter:
+    return HostMeter(device) if device.kind == "cpu" else CudaMeter(device)
+
+
+def free_before_context() -> int | None:
+    """Free bytes of the first visible CUDA device, read without making a context; None if nothing tells.
+
+    What a context takes shows only from outside of it, so this asks NVML, by the PCI address of the device
+    that the driver lists first (CUDA_VISIBLE_DEVICES counts for one and not for the other).
+    """
+    try:
+        cuda, nvml = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    device, address = ctypes.c_int(0), ctypes.create_string_buffer(32)
+    handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    if cuda.cuDeviceGetPCIBusId(address, len(address), device) or nvml.nvmlInit_v2():
+        return None
+    try:
+        if nvml.nvmlDeviceGetHandleByPciBusId_v2(address, ctypes.byref(handle)):
+            return None
+        return None if nvml.nvmlDeviceGetMemoryInfo(handle, memory) else int(memory[1])
+    finally:
+        nvml.nvmlShutdown()
+
+
+def copy_bandwidth(device: Device) -> list[dict[str, Any]]:
+    """Bytes per second of copies, a row for each way and size: {"way", "bytes", "bytes_per_s"}.
+
+    CUDA: to the device, from it, and both at once (bytes of both counted), from pinned and from pageable
+    memory. Host: memory to memory, the bytes counted once. Median of 5, after one that does not count.
+    """
+    from kernels_numba import compiler
+
+    if device.kind == "cuda" and not compiler.SIMULATOR:
+        return _cuda_copies(compiler.cuda)
+    rows = []
+    for size in COPY_BYTES:
+        source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+
+        def copy(target: Any = target, source: Any = source) -> None:
+            np.copyto(target, source)
+
+        rows.append(_row("memory to memory", size, _median(copy)))
+    return rows
+
+
+def _cuda_copies(cuda: Any) -> list[dict[str, Any]]:
+    up, down = cuda.stream(), cuda.stream()
+    rows = []
+    for size in COPY_BYTES:
+        there, back = cuda.device_array(size, np.uint8), cuda.device_array(size, np.uint8)
+        for memory in ("pinned", "pageable"):
+            make = cuda.pinned_array if memory == "pinned" else np.empty
+            source, target = make(size, np.uint8), make(size, np.uint8)
+            source[:], target[:] = 1, 1
+
+            def to_device(there: Any = there, source: Any = source) -> None:
+                there.copy_to_device(source, stream=up)
+                up.synchronize()
+
+            def from_device(back: Any = back, target: Any = target) -> None:
+                back.copy_to_host(target, stream=down)
+                down.synchronize()
+
+            def both(
+                there: Any = there, source: Any = source, back: Any = back, target: Any = target
+            ) -> None:
+                there.copy_to_device(source, stream=up)
+                back.copy_to_host(target, stream=down)
+                up.synchronize()
+                down.synchronize()
+
+            rows.append(_row(f"to the device, {memory}", size, _median(to_device)))
+            rows.append(_row(f"from the device, {memory}", size, _median(from_device)))
+            rows.append(_row(f"both at once, {memory}", 2 * size, _median(both)))
+    return rows
+
+
+def _median(call: Callable[[], None]) -> float:
+    call()
+    seconds = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def _row(way: str, size: int, seconds: float) -> dict[str, Any]:
+    return {"way": way, "bytes": size, "bytes_per_s": size / seconds}
