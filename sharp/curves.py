@@ -22,7 +22,8 @@ class StepCurve:
     tokens: of the step: a chunk of a prompt, or the sequences of a decode batch. context: keys that are in
     the pages before the step, for each sequence. points: as measured, at least one, in any order; not every
     pair needs to be there. More work cannot take less time, and what disturbs a clock only adds to it, so a
-    point over a larger one is noise and is lowered to it. Raises ValueError for no points or for one that no step can have.
+    point over a larger one is noise and is lowered to it. Raises ValueError for no points or for one that
+    no step can have.
     """
 
     points: tuple[Point, ...]

@@ -119,8 +119,8 @@ class Probe:
         if not (tokens and seqs):
             floor = max(self.prefill.predict(1, chunk_context), self.decode.predict(1, decode_context)) * 1e3
             raise ValueError(
-                f"target_itl_ms {target_itl_ms:g} cannot be met: a step of one token takes {floor:.3g} ms here "
-                f"at a context of {max(chunk_context, decode_context)}"
+                f"target_itl_ms {target_itl_ms:g} cannot be met: a step of one token takes {floor:.3g} ms "
+                f"here at a context of {max(chunk_context, decode_context)}"
             )
         took = self.prefill.predict(tokens, chunk_context) * 1e3
         why = (
@@ -141,7 +141,7 @@ class Probe:
 def uniform_step(
     num_seqs: int, tokens: int, context: int, block_size: int, vocab_size: int, step: int = 0
 ) -> BatchPlan:
-    """A step of num_seqs sequences with `tokens` new tokens each behind `context` keys, in pages of their own.
+    """A step of num_seqs sequences, `tokens` new tokens each behind `context` keys, in pages of their own.
 
     Ids are random; each sequence wants the logits of its last row, drawn greedily.
     """
@@ -241,7 +241,7 @@ def _sizes(limit: int) -> list[int]:
 
 
 def _guess(line: list[tuple[int, float]], size: int) -> float:
-    """Seconds of the next step of a line: on as the last two went, at most in proportion; 0 before the first."""
+    """Seconds of the next step of a line: as the last two went, at most in proportion; 0 for the first."""
     if not line:
         return 0.0
     known, seconds = line[-1]

@@ -55,7 +55,7 @@ def test_terms_by_hand() -> None:
 
 @pytest.mark.parametrize("card", [8, 24])
 def test_memory_limit_is_all_of_a_smaller_card(card: int) -> None:
-    """On a card of 80 GB, the pages are those of a card of 8 or 24 whose free memory lost context and weights."""
+    """On a card of 80 GB: the pages of a card of 8 or 24 whose free memory lost context and weights."""
     limit = card * GIB
     budget = plan(free=76 * GIB, memory_limit=limit)
     taken = budget.weights + CUDA_CONTEXT + sum(v for k, v in budget.terms().items() if k != "free")
@@ -144,7 +144,7 @@ def test_known_models_are_judged_by_their_own_shapes(monkeypatch: pytest.MonkeyP
     assert fit(20 * GIB) == ["small", "large"]
     assert fit(3 * GIB) == ["small"]
     assert fit(1 * GIB) == []
-    with pytest.raises(MemoryError, match="known models that would fit: small$"):
+    with pytest.raises(MemoryError, match=r"known models that would fit: small$"):
         refuse(LLAMA_1B, free=3 * GIB)
 
 

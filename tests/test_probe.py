@@ -1,0 +1,345 @@
+"""The probe on a device whose times and peaks are known, its cache, and the command on the tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_model import model_config
+
+from sharp.__main__ import main
+from sharp.budget import Term
+from sharp.config import EngineConfig
+from sharp.device import HostDevice
+from sharp.meter import COPY_BYTES, HostMeter, copy_bandwidth
+from sharp.plan import BatchPlan
+from sharp.probe import CHEAP_ROUNDS, ROUNDS, Curves, Probe, measure_curves, uniform_step
+from sharp.probe_cache import fingerprint, get_probe, probe_path, read_probe, write_probe
+
+TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
+CONFIG = EngineConfig(device="cpu", max_num_batched_tokens=256, max_num_seqs=16, block_size=16)
+
+
+def floor_then_linear(tokens: int, keys: int) -> float:
+    """10 ms up to 64 tokens, then in proportion; and 1 us for every pair of a token and a key."""
+    return 0.010 * max(1.0, tokens / 64) + 1e-6 * tokens * keys
+
+
+class TimedModel:
+    """Takes known times on a clock of its own; every step is checked."""
+
+    def __init__(self, seconds: Callable[[int, int], float], num_blocks: int = 4096) -> None:
+        self.config, self.num_blocks, self.block_size = model_config(), num_blocks, 16
+        self.seconds, self.now, self.plans = seconds, 0.0, list[BatchPlan]()
+
+    def clock(self) -> float:
+        return self.now
+
+    def stage(self, plan: BatchPlan) -> BatchPlan:
+        plan.check(self.block_size)
+        assert plan.block_table.max() < self.num_blocks
+        assert plan.token_ids.max() < self.config.vocab_size
+        self.plans.append(plan)
+        return plan
+
+    def forward(self, plan: BatchPlan) -> BatchPlan:
+        self.now += self.seconds(plan.num_tokens, int(plan.context_lens[0]))
+        return plan
+
+    def sample(self, logits: Any, plan: BatchPlan) -> Any:
+        return None
+
+    def close(self) -> None: ...
+
+
+class FakeMeter:
+    """Memory that is 1000 bytes higher while a step is queued."""
+
+    looks = 0
+
+    def look(self) -> None:
+        self.looks += 1
+
+
+def curves(model: TimedModel, **options: Any) -> Curves:
+    meter: Any = FakeMeter()
+    found = measure_curves(model, CONFIG, meter, clock=model.clock, max_model_len=2048, **options)
+    assert meter.looks == len(model.plans)
+    return found
+
+
+def probe(**changes: Any) -> Probe:
+    found = Probe(
+        model="m",
+        device="d",
+        kind="cpu",
+        dtype="float32",
+        free=800,
+        total=1000,
+        memory=(Term("weights", 100, 90, "w"), Term("logits", 5, None, "l")),
+        kv_bytes_per_token=4,
+        block_size=16,
+        num_blocks=7,
+        max_num_seqs=16,
+        curves=curves(TimedModel(floor_then_linear)),
+        copies=({"way": "memory to memory", "bytes": 1, "bytes_per_s": 2.5},),
+        seconds=1.5,
+        date="2026-01-01T00:00:00+00:00",
+        fingerprint={"device": "d"},
+    )
+    return replace(found, **changes)
+
+
+def test_the_points_are_the_devices_times() -> None:
+    found = curves(TimedModel(floor_then_linear))
+    assert found.skipped == ()
+    assert {c for _, c, _ in found.prefill} == {0, 1024}
+    assert [t for t, c, _ in found.prefill if c == 0] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert [t for t, c, _ in found.decode if c == 64] == [1, 2, 4, 8, 16]
+    for tokens, context, seconds in found.prefill:
+        assert seconds == pytest.approx(floor_then_linear(tokens, context + tokens))
+    for tokens, context, seconds in found.decode:
+        assert seconds == pytest.approx(floor_then_linear(tokens, context + 1))
+
+
+def test_a_disturbed_round_does_not_count() -> None:
+    model = TimedModel(floor_then_linear)
+    calls = iter(range(10**6))
+    model.seconds = lambda t, k: floor_then_linear(t, k) * (50 if next(calls) % 4 == 0 else 1)
+    for tokens, context, seconds in curves(model, limit_s=1e6).prefill:
+        assert seconds == pytest.approx(floor_then_linear(tokens, context + tokens))
+
+
+def test_less_time_means_fewer_points_and_never_fewer_rounds() -> None:
+    slow = TimedModel(lambda tokens, keys: 0.3 * tokens)
+    found = curves(slow, limit_s=20.0)
+    assert slow.now < 30
+    assert found.skipped
+    assert "too long" in found.skipped[0]
+    sizes = {c: [t for t, context, _ in found.prefill if context == c] for c in (0, 1024)}
+    assert all(line and line[0] == 1 for line in sizes.values())
+    rounds = [p.num_tokens for p in slow.plans if p.num_decodes == 0 and p.context_lens[0] < 1024]
+    assert all(ROUNDS <= rounds.count(size) <= CHEAP_ROUNDS + 1 for size in set(rounds))
+
+
+def test_few_pages_end_a_line() -> None:
+    found = curves(TimedModel(floor_then_linear, num_blocks=66))
+    assert any("over the 66 pages" in why for why in found.skipped)
+    assert max(t for t, c, _ in found.prefill if c == 1024) == 32
+    assert max(t for t, _, _ in found.decode) == 16  # at a context that the largest batch can have
+
+
+@pytest.mark.parametrize(("num_seqs", "tokens", "context"), [(1, 1, 0), (1, 37, 5), (5, 1, 16), (3, 4, 30)])
+def test_uniform_steps_are_right_plans(num_seqs: int, tokens: int, context: int) -> None:
+    plan = uniform_step(num_seqs, tokens, context, 16, 300)
+    plan.check(16)
+    assert (plan.num_seqs, plan.num_tokens) == (num_seqs, num_seqs * tokens)
+    assert (plan.context_lens == context + tokens).all()
+    assert len(np.unique(plan.block_table)) == plan.block_table.size  # pages of its own
+
+
+def test_the_knee_is_proposed() -> None:
+    found = probe().propose()
+    assert found.max_num_batched_tokens == 64
+    assert found.max_num_seqs == 16
+    assert "knee" in found.why
+    assert probe(max_num_seqs=100).propose().max_num_batched_tokens == 100
+
+
+def test_a_latency_target_is_kept_at_the_longest_context() -> None:
+    found = probe().propose(150)
+    tokens = found.max_num_batched_tokens
+    curve = probe().prefill
+    assert curve.predict(tokens, 1024) <= 0.150 < curve.predict(tokens + 1, 1024)
+    assert 64 < tokens < 128  # 10 ms a 64 tokens, and more than 1 ms a token for the context
+    assert found.max_num_seqs == 16
+    assert probe().propose(20).max_num_seqs == 9  # 10 ms, and 1.025 ms a sequence
+
+
+@pytest.mark.parametrize("target", [0, -1, float("nan"), float("inf"), True, 5])
+def test_targets_that_cannot_be_met(target: float) -> None:
+    with pytest.raises(ValueError, match="target_itl_ms"):
+        probe().propose(target)
+
+
+def test_json_keeps_every_number() -> None:
+    found = probe()
+    assert Probe.from_json(found.to_json()) == found
+    assert json.loads(found.to_json())["memory"][0]["predicted"] == 100
+
+
+def test_cache_hit_miss_stale_and_damaged(tmp_path: Path) -> None:
+    found, key = probe(), {"device": "d"}
+    path = probe_path(key, tmp_path / "probes")
+    assert read_probe(path, key, 800) == (None, "nothing kept for this device, model and version")
+    write_probe(path, found)
+    kept, why = read_probe(path, key, 801)
+    assert kept == replace(found, from_cache=True)
+    assert "still true" in why
+    assert read_probe(path, key, 900)[0] is not None
+    stale, why = read_probe(path, key, 699)  # another process holds memory
+    assert stale is None
+    assert "800" in why
+    assert "699" in why
+    assert read_probe(path, {"device": "e"}, 800)[0] is None
+    whole = path.read_bytes()
+    for damaged in (
+        b"",
+        b"{",
+        whole[: len(whole) // 2],
+        b"\xff\xfe",
+        b"[]",
+        whole.replace(b"[1,0,", b"[0,0,"),
+    ):
+        path.write_bytes(damaged)
+        kept, why = read_probe(path, key, 800)
+        assert kept is None
+        assert "damaged" in why
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_get_probe_measures_once(tmp_path: Path) -> None:
+    calls, said = [], []
+
+    def measure(checkpoint: Any, config: Any, device: Any, key: dict[str, str], **options: Any) -> Probe:
+        calls.append(key)
+        return probe(fingerprint=key, free=device.free_bytes(), total=1 << 40)
+
+    def get(**options: Any) -> Probe:
+        return get_probe(
+            TINY, EngineConfig(device="cpu"), directory=tmp_path, measure=measure, say=said.append, **options
+        )
+
+    assert not get().from_cache
+    assert get().from_cache
+    assert len(calls) == 1
+    assert not get(fresh=True).from_cache
+    assert len(calls) == 2
+    assert ["nothing kept" in said[0], "still true" in said[1], "anew" in said[2]] == [True] * 3
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("no directory")  # a cache that cannot be written costs the next start, nothing else
+    assert not get().from_cache
+    assert "could not be kept" in said[-1]
+
+
+def test_the_fingerprint_changes_with_what_it_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "tiny"
+    shutil.copytree(TINY, model)
+
+    def key(dtype: str = "float32", **options: Any) -> str:
+        return json.dumps(fingerprint(HostDevice(dtype), model, EngineConfig(**options)))
+
+    first = key()
+    assert key() == first
+    assert key(device="cpu", dtype="float32") == first  # what auto came to, said outright
+    others = {key("bfloat16"), key(block_size=32), key(max_model_len=64), key(rungs={"gemm": "reference"})}
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    others.add(key())
+    (model / "model.safetensors").write_bytes(b"shorter")
+    others.add(key())
+    monkeypatch.setattr("kernels_numba.cubins.SOURCES", "edited")
+    others.add(key())
+    monkeypatch.setattr("sharp.__version__", "9.9")
+    others.add(key())
+    monkeypatch.setattr("numpy.__version__", "9.9")
+    others.add(key())
+    assert len(others | {first}) == 10
+
+
+def test_host_readings_follow_what_is_allocated() -> None:
+    meter = HostMeter(HostDevice("float32"))
+    size = 64 << 20
+    before = meter.used()
+    held = np.ones(size, np.uint8)
+    assert 0.9 * size < meter.used() - before < 1.5 * size
+    meter.start_peak()
+    np.ones(size, np.uint8).sum()  # taken and given back at once
+    meter.look()
+    assert 0.9 * size < meter.peak() < 1.5 * size
+    assert 0 < meter.free() <= meter.total()
+    del held
+
+
+def test_host_copies() -> None:
+    rows = copy_bandwidth(HostDevice("float32"))
+    assert [row["bytes"] for row in rows] == list(COPY_BYTES)
+    assert all(1e7 < row["bytes_per_s"] < 1e13 for row in rows)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("sharp.probe.SECONDS", 1.0)
+    monkeypatch.setattr("sharp.probe.STEP_LIMIT", {"cpu": 64})
+    monkeypatch.setattr("sharp.probe.SEQS_LIMIT", {"cpu": 4})
+    return tmp_path
+
+
+def test_the_command(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["probe", str(TINY), "--device", "cpu"]
+    assert main([*words, "--json", "--target-itl-ms", "10000"]) == 0
+    shown = capsys.readouterr()
+    assert "nothing kept" in shown.err
+    found = json.loads(shown.out)
+    assert found["from_cache"] is False
+    assert found["proposal"]["max_num_batched_tokens"] == 64
+    terms = {term["name"]: term for term in found["budget"]}
+    assert abs(terms["buffers"]["error"]) < 0.1
+    assert terms["reserve"]["measured"] >= 0
+    assert found["kv_bytes_per_token"] * 64 * found["num_blocks"] == terms["kv_pages"]["predicted"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert "still true" in shown.err
+    assert "max_num_batched_tokens" in shown.out
+    assert "memory to memory" in shown.out
+    assert "kv_pages" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "named"),
+    [
+        (["--target-itl-ms", "0"], 2, "0"),
+        (["--target-itl-ms", "nan"], 2, "nan"),
+        (["--target-itl-ms", "soon"], 2, "soon"),
+        (["--device", "tpu"], 2, "tpu"),
+        (["--dtype", "int8"], 2, "int8"),
+    ],
+)
+def test_wrong_options(words: list[str], code: int, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", str(TINY), *words]) == code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert named in shown.err
+    assert len(shown.err.splitlines()) == 1
+
+
+def test_no_model_and_a_target_out_of_reach(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", "no/such.gguf", "--device", "cpu"]) == 1
+    assert main(["probe", str(TINY), "--device", "cpu", "--target-itl-ms", "1e-9"]) == 2
+    assert "cannot be met: a step of one token takes" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_the_probe_on_a_gpu(on_gpu: bool, tmp_path: Path) -> None:
+    """Free memory, peaks and copies as the driver gives them; a second call is from the cache."""
+    if not on_gpu:
+        pytest.skip("run with --device=cuda")
+    found = get_probe(TINY, EngineConfig(device="cuda"), directory=tmp_path)
+    assert 0 < found.free <= found.total
+    terms = {term.name: term for term in found.memory}
+    assert terms["buffers"].error is not None
+    assert abs(terms["buffers"].error) < 0.1
+    assert terms["reserve"].measured is not None
+    assert terms["reserve"].measured <= terms["reserve"].predicted
+    ways = {row["way"]: row["bytes_per_s"] for row in found.copies if row["bytes"] in (1 << 26, 1 << 27)}
+    assert len(ways) == 6
+    assert all(1e8 < rate < 1e12 for rate in ways.values())
+    assert found.propose().max_num_batched_tokens >= 1
+    assert get_probe(TINY, EngineConfig(device="cuda"), directory=tmp_path).from_cache
