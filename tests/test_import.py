@@ -35,6 +35,8 @@ PURE = (
     "interrupts",
     "live",
     "trace",
+    "budget",
+    "curves",
     "engine",
 )
 
