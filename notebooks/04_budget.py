@@ -11,8 +11,7 @@
 #
 # An engine that promises answers must know two things before the first request: how many tokens of keys
 # and values fit, and how many tokens a step may have. Both are measured here, on this machine, by the
-# function that `sharp probe MODEL` calls. The demo model is taken if it was pulled (`sharp pull smollm2-135m-instruct`),
-# else the tiny random one.
+# function that `sharp probe MODEL` calls. The demo model is taken if it was pulled, else the tiny random one.
 
 # %%
 from pathlib import Path
@@ -66,9 +65,9 @@ figure.tight_layout()
 # %% [markdown]
 # ## A step's time against its tokens
 # Points are measured (medians); lines are `StepCurve.predict`, piecewise linear and never falling, which a
-# scheduler can ask before it plans a step. Small steps cost nearly the same whatever they hold: the weights are
-# read once for all tokens. The knee is the smallest step whose throughput is within 10 % of the best: smaller
-# ones waste the machine, larger ones only add latency.
+# scheduler can ask before it plans a step. Small steps cost nearly the same whatever they hold: the weights
+# are read once for all tokens. The knee is the smallest step whose throughput is within 10 % of the best:
+# smaller ones waste the machine, larger ones only add latency.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
@@ -112,8 +111,8 @@ for factor in (1.5, 3, 6):
 
 # %% [markdown]
 # ## What another card would hold
-# `memory_limit` is the memory of a smaller device: `LLM(model, memory_limit=8 << 30)` behaves on any card as on
-# one of 8 GiB, the CUDA context and the weights included. The same arithmetic says it without a card, in
+# `memory_limit` is the memory of a smaller device: `LLM(model, memory_limit=8 << 30)` behaves on any card as
+# on one of 8 GiB, the CUDA context and the weights included. The same arithmetic says it without a card, in
 # bfloat16: for this model, and for the shapes of Llama-3.2-1B (from its `config.json`).
 
 # %%
@@ -144,13 +143,13 @@ for name, shapes in ((checkpoint.path.stem[:12], model), ("Llama-3.2-1B", llama_
         assert left <= card
 axis.set_yticks(range(len(labels)), labels)
 axis.invert_yaxis()
-axis.margins(x=0.25)
+axis.margins(x=0.45)
 axis.set_xlabel("GiB")
 figure.legend(*axis.get_legend_handles_labels(), fontsize=8, ncol=7, loc="upper center", frameon=False)
 figure.tight_layout(rect=(0, 0, 1, 0.92))
 
 # %% [markdown]
-# A model that cannot fit is refused before it is loaded, with the figures and the known models that would fit.
+# A model that cannot fit is refused before it is loaded, with the figures and the known models that fit.
 
 # %%
 from sharp.fits import refuse_if_too_large

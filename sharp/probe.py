@@ -32,6 +32,9 @@ STEP_LIMIT = {"cpu": 1024, "cuda": 16384}  # tokens of the largest step that is 
 SEQS_LIMIT = {"cpu": 64, "cuda": 512}  # sequences of the largest decode batch
 CONTEXTS = (0, 1024)  # keys in the pages before a chunk
 DECODE_CONTEXTS = (64, 1024)  # and of each sequence before a decode
+FIRST_JUMP = (
+    4  # how much longer the second point may be guessed to take: weights are read once for all tokens
+)
 WARMUP_BELOW = 0.25  # seconds: a slower step needs no round that does not count, the median drops the first
 SECONDS = 16.0  # for the curves: with loading and copies this stays under 20 s for a model of 1 B parameters
 
@@ -181,8 +184,8 @@ def measure_curves(
 ) -> Curves:
     """Time steps of doubling size, through the model, until the time or the pages are used up.
 
-    limit_s: seconds for all of it, each line (prefill or decode, one context) a share. A line ends where the
-    rounds of its next point, guessed from the last, would not end in time: fewer points, never fewer rounds.
+    limit_s: seconds for all of it, each line (prefill or decode, one context) a share. A point is
+    left out where its rounds, guessed from others, would not end in time: fewer points, never fewer rounds.
     The smallest step of a line is always timed.
     """
     steps = iter(range(1, 1 << 30))
@@ -200,15 +203,16 @@ def measure_curves(
 
     def sweep(what: str, sizes: list[int], context: int, deadline: float) -> None:
         line: list[tuple[int, float]] = []
+        left_out: dict[str, list[int]] = {}
         for size in sizes:
             num_seqs, tokens = (size, 1) if what == "decode" else (1, size)
             length = context + tokens
             pages = num_seqs * -(-length // config.block_size)
-            guess = _guess(line, size)
+            guess = _guess(sorted(line), size)
             if length > max_model_len or pages > model.num_blocks:
                 why = f"over the {model.num_blocks} pages or {max_model_len} positions"
             elif line and clock() + ROUNDS * guess > deadline:
-                why = f"{ROUNDS} rounds of about {guess:.2g} s would take too long"
+                why = f"{ROUNDS} rounds would take too long"
             else:
                 if guess < WARMUP_BELOW:
                     once(num_seqs, tokens, context)
@@ -218,8 +222,9 @@ def measure_curves(
                 line.append((size, statistics.median(taken)))
                 points[what].append((size, context, line[-1][1]))
                 continue
-            skipped.append(f"{what} of {size} tokens and more at context {context}: {why}")
-            return
+            left_out.setdefault(why, []).append(size)
+        for why, sizes in left_out.items():
+            skipped.append(f"{what} of {', '.join(map(str, sorted(sizes)))} at context {context}: {why}")
 
     skipped: list[str] = []
     points: dict[str, list[Point]] = {"prefill": [], "decode": []}
@@ -236,19 +241,20 @@ def measure_curves(
 
 
 def _sizes(limit: int) -> list[int]:
-    """Powers of two up to the limit, and the limit itself."""
-    return sorted({1 << i for i in range(limit.bit_length()) if 1 << i <= limit} | {limit})
+    """Powers of two up to the limit, and the limit itself: every third first, so that a slow device is seen far
+    before it is seen closely."""
+    powers = range(limit.bit_length())
+    coarse = [1 << i for i in powers if i % 3 == 0]
+    return list(dict.fromkeys([*coarse, limit, *(1 << i for i in powers)]))
 
 
 def _guess(line: list[tuple[int, float]], size: int) -> float:
-    """Seconds of the next step of a line: as the last two went, at most in proportion; 0 for the first."""
+    """Seconds of a step from those measured: as the last two went, at most in proportion; 0 for the first."""
     if not line:
         return 0.0
-    known, seconds = line[-1]
-    slope = seconds / known
     if len(line) > 1:
-        slope = min(slope, max(0.0, (seconds - line[-2][1]) / (known - line[-2][0])))
-    return seconds + slope * (size - known)
+        return StepCurve.of((t, 0, s) for t, s in line).predict(size)
+    return line[0][1] * min(size / line[0][0], FIRST_JUMP)
 
 
 def probe_options(kind: str, max_positions: int, config: EngineConfig) -> EngineConfig:

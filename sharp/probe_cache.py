@@ -28,6 +28,8 @@ FREE_TOLERANCE = 0.1  # of all memory: by more than this the free bytes may not 
 FORM = "1"  # of the file; a new one makes old files misses
 PACKAGES = ("ml-dtypes", "numba-cuda", "cuda-bindings")
 
+BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
 Say = Callable[[str], None]
 
 
@@ -44,6 +46,7 @@ def fingerprint(device: Device, path: Path, config: EngineConfig) -> dict[str, s
         "device": device.name,
         "driver": driver_release() if device.kind == "cuda" else "",
         "threads": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "blas": json.dumps([os.environ.get(name, "") for name in BLAS_THREADS]),
         "dtype": device.dtype,
         "model": str(path.resolve()),
         "files": json.dumps(stats),
