@@ -111,6 +111,8 @@ class Probe:
             why = (
                 f"the knee: from {knee} tokens a step on, prefill is within 10 % of its best ({rate:,.0f}/s)"
             )
+            if knee == self.prefill.tokens[-1]:
+                why += "; it is the largest step that was timed, and larger ones may be faster still"
             if tokens > knee:
                 why += f"; raised to max_num_seqs, as each of {tokens} sequences decodes a token a step"
             return Proposal(tokens, self.max_num_seqs, why)
@@ -235,13 +237,16 @@ def measure_curves(
     room = min(model.num_blocks // config.max_num_seqs * config.block_size, max_model_len) - 1
     decode_contexts = sorted({max(0, min(context, room)) for context in DECODE_CONTEXTS})
     lines = [("prefill", chunks, c) for c in contexts] + [("decode", batches, c) for c in decode_contexts]
-    for index, (what, sizes, context) in enumerate(lines):  # what one line leaves of its time, the next have
-        sweep(what, sizes, context, start + limit_s * (index + 1) / len(lines))
+    shares = (0.4, 0.28, 0.16, 0.16) if len(lines) == 4 else (1 / len(lines),) * len(lines)
+    deadline = start
+    for (what, sizes, context), share in zip(lines, shares, strict=True):
+        deadline += share * limit_s  # what one line leaves of its time, the next ones have
+        sweep(what, sizes, context, deadline)
     return Curves(tuple(points["prefill"]), tuple(points["decode"]), tuple(skipped))
 
 
 def _sizes(limit: int) -> list[int]:
-    """Powers of two up to the limit, and the limit itself: every third first, so that a slow device is seen far
+    """Powers of two up to the limit, and the limit itself: every third first, so a slow device is seen far out
     before it is seen closely."""
     powers = range(limit.bit_length())
     coarse = [1 << i for i in powers if i % 3 == 0]
