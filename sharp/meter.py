@@ -117,16 +117,19 @@ def open_meter(device: Device) -> Meter:
     return HostMeter(device) if device.kind == "cpu" else CudaMeter(device)
 
 
-def free_before_context() -> int | None:
-    """Free bytes of the first visible CUDA device, read without making a context; None if nothing tells.
+def free_before_context() -> tuple[int, int] | None:
+    """(free, total) bytes of the first visible CUDA device, without making a context; None if nothing tells.
 
     What a context takes shows only from outside of it, so this asks NVML, by the PCI address of the device
     that the driver lists first (CUDA_VISIBLE_DEVICES counts for one and not for the other).
     """
     try:
-        cuda, nvml = ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
+        return _ask_nvml(ctypes.CDLL("libcuda.so.1"), ctypes.CDLL("libnvidia-ml.so.1"))
+    except (OSError, AttributeError):  # no such library, or one without these functions
         return None
+
+
+def _ask_nvml(cuda: Any, nvml: Any) -> tuple[int, int] | None:
     device, address = ctypes.c_int(0), ctypes.create_string_buffer(32)
     handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()  # nvmlMemory_t: total, free, used
     if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
@@ -136,7 +139,8 @@ def free_before_context() -> int | None:
     try:
         if nvml.nvmlDeviceGetHandleByPciBusId_v2(address, ctypes.byref(handle)):
             return None
-        return None if nvml.nvmlDeviceGetMemoryInfo(handle, memory) else int(memory[1])
+        failed = nvml.nvmlDeviceGetMemoryInfo(handle, memory)
+        return None if failed else (int(memory[1]), int(memory[0]))
     finally:
         nvml.nvmlShutdown()
 

@@ -1,14 +1,12 @@
 """Phase 0: what a model's steps take on this device, in time and in memory, before anything is promised.
 
-Knows how to make steps of a chosen size and to time them through the model's own stage, forward and sample.
-Refuses to decide memory (budget.py) and to know requests; what the times mean is curves.py.
+Knows in which order a model is loaded, read and timed, and which options follow. The steps are step_times.py,
+the readings meter.py, the meaning of times curves.py; refuses to divide memory (budget.py).
 """
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -18,25 +16,16 @@ import numpy as np
 
 from sharp.budget import BudgetReport, Term
 from sharp.config import EngineConfig
-from sharp.curves import Point, StepCurve
-from sharp.meter import Meter, copy_bandwidth, open_meter
-from sharp.plan import BatchPlan, StepModel
+from sharp.curves import StepCurve
+from sharp.meter import copy_bandwidth, open_meter
+from sharp.step_times import SECONDS, Curves, measure_curves
 
 if TYPE_CHECKING:
     from sharp.device import Device
     from sharp.weights import Checkpoint
 
-ROUNDS = 3  # timed steps of a point, at least; the median counts
-CHEAP_S, CHEAP_ROUNDS = 0.1, 9  # so many steps where they fit in so many seconds: short ones are noisier
 STEP_LIMIT = {"cpu": 1024, "cuda": 16384}  # tokens of the largest step that is tried
 SEQS_LIMIT = {"cpu": 64, "cuda": 512}  # sequences of the largest decode batch
-CONTEXTS = (0, 1024)  # keys in the pages before a chunk
-DECODE_CONTEXTS = (64, 1024)  # and of each sequence before a decode
-FIRST_JUMP = (
-    4  # how much longer the second point may be guessed to take: weights are read once for all tokens
-)
-WARMUP_BELOW = 0.25  # seconds: a slower step needs no round that does not count, the median drops the first
-SECONDS = 16.0  # for the curves: with loading and copies this stays under 20 s for a model of 1 B parameters
 
 
 @dataclass(frozen=True)
@@ -46,15 +35,6 @@ class Proposal:
     max_num_batched_tokens: int
     max_num_seqs: int
     why: str
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Timed points (tokens, context, median seconds) and what time or pages left out."""
-
-    prefill: tuple[Point, ...]
-    decode: tuple[Point, ...]
-    skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -143,125 +123,6 @@ class Probe:
         return msgspec.json.decode(data, type=cls)
 
 
-def uniform_step(
-    num_seqs: int, tokens: int, context: int, block_size: int, vocab_size: int, step: int = 0
-) -> BatchPlan:
-    """A step of num_seqs sequences, `tokens` new tokens each behind `context` keys, in pages of their own.
-
-    Ids are random; each sequence wants the logits of its last row, drawn greedily.
-    """
-    count, length = num_seqs * tokens, context + tokens
-    pages = -(-length // block_size)
-    table = np.arange(num_seqs * pages, dtype=np.int32).reshape(num_seqs, pages)
-    positions = np.arange(context, length, dtype=np.int32)
-    slots = table[:, positions // block_size] * block_size + positions % block_size
-    ends = np.arange(1, num_seqs + 1, dtype=np.int32) * tokens
-    return BatchPlan(
-        step=step,
-        request_ids=tuple(f"probe-{i}" for i in range(num_seqs)),
-        num_decodes=num_seqs if tokens == 1 else 0,
-        token_ids=np.random.default_rng(step).integers(0, vocab_size, count, dtype=np.int32),
-        positions=np.tile(positions, num_seqs),
-        cu_seqlens_q=np.concatenate([np.zeros(1, np.int32), ends]),
-        context_lens=np.full(num_seqs, length, np.int32),
-        block_table=table,
-        slot_mapping=slots.reshape(count).astype(np.int32),
-        logits_rows=ends - 1,
-        temperatures=np.zeros(num_seqs, np.float32),
-        seeds=np.zeros(num_seqs, np.uint64),
-        output_indices=np.zeros(num_seqs, np.int32),
-        num_logprobs=np.full(num_seqs, -1, np.int32),
-        token_budget=count,
-    )
-
-
-def measure_curves(
-    model: StepModel,
-    config: EngineConfig,
-    meter: Meter,
-    *,
-    max_model_len: int,
-    limit_s: float = SECONDS,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Curves:
-    """Time steps of doubling size, through the model, until the time or the pages are used up.
-
-    limit_s: seconds for all of it, each line (prefill or decode, one context) a share. A point is
-    left out where its rounds, guessed from others, would not end in time: fewer points, never fewer rounds.
-    The smallest step of a line is always timed.
-    """
-    steps = iter(range(1, 1 << 30))
-
-    def once(num_seqs: int, tokens: int, context: int) -> float:
-        plan = uniform_step(
-            num_seqs, tokens, context, config.block_size, model.config.vocab_size, step=next(steps)
-        )
-        start = clock()
-        batch = model.stage(plan)
-        logits = model.forward(batch)
-        meter.look()
-        model.sample(logits, batch)  # waits for the step, as the engine does
-        return clock() - start
-
-    def sweep(what: str, sizes: list[int], context: int, deadline: float) -> None:
-        line: list[tuple[int, float]] = []
-        left_out: dict[str, list[int]] = {}
-        for size in sizes:
-            num_seqs, tokens = (size, 1) if what == "decode" else (1, size)
-            length = context + tokens
-            pages = num_seqs * -(-length // config.block_size)
-            guess = _guess(sorted(line), size)
-            if length > max_model_len or pages > model.num_blocks:
-                why = f"over the {model.num_blocks} pages or {max_model_len} positions"
-            elif line and clock() + ROUNDS * guess > deadline:
-                why = f"{ROUNDS} rounds would take too long"
-            else:
-                if guess < WARMUP_BELOW:
-                    once(num_seqs, tokens, context)
-                taken = [once(num_seqs, tokens, context) for _ in range(ROUNDS)]
-                while len(taken) < CHEAP_ROUNDS and sum(taken) < CHEAP_S:
-                    taken.append(once(num_seqs, tokens, context))
-                line.append((size, statistics.median(taken)))
-                points[what].append((size, context, line[-1][1]))
-                continue
-            left_out.setdefault(why, []).append(size)
-        for why, sizes in left_out.items():
-            skipped.append(f"{what} of {', '.join(map(str, sorted(sizes)))} at context {context}: {why}")
-
-    skipped: list[str] = []
-    points: dict[str, list[Point]] = {"prefill": [], "decode": []}
-    chunks, batches = _sizes(config.max_num_batched_tokens), _sizes(config.max_num_seqs)
-    start, room = clock(), max_model_len - config.max_num_batched_tokens
-    contexts = sorted({min(context, room) for context in CONTEXTS})
-    # Keys that every sequence of the largest batch can have in these pages.
-    room = min(model.num_blocks // config.max_num_seqs * config.block_size, max_model_len) - 1
-    decode_contexts = sorted({max(0, min(context, room)) for context in DECODE_CONTEXTS})
-    lines = [("prefill", chunks, c) for c in contexts] + [("decode", batches, c) for c in decode_contexts]
-    shares = (0.4, 0.28, 0.16, 0.16) if len(lines) == 4 else (1 / len(lines),) * len(lines)
-    deadline = start
-    for (what, sizes, context), share in zip(lines, shares, strict=True):
-        deadline += share * limit_s  # what one line leaves of its time, the next ones have
-        sweep(what, sizes, context, deadline)
-    return Curves(tuple(points["prefill"]), tuple(points["decode"]), tuple(skipped))
-
-
-def _sizes(limit: int) -> list[int]:
-    """Powers of two up to the limit, and the limit itself: every third first, so a slow device is seen far out
-    before it is seen closely."""
-    powers = range(limit.bit_length())
-    coarse = [1 << i for i in powers if i % 3 == 0]
-    return list(dict.fromkeys([*coarse, limit, *(1 << i for i in powers)]))
-
-
-def _guess(line: list[tuple[int, float]], size: int) -> float:
-    """Seconds of a step from those measured: as the last two went, at most in proportion; 0 for the first."""
-    if not line:
-        return 0.0
-    if len(line) > 1:
-        return StepCurve.of((t, 0, s) for t, s in line).predict(size)
-    return line[0][1] * min(size / line[0][0], FIRST_JUMP)
-
-
 def probe_options(kind: str, max_positions: int, config: EngineConfig) -> EngineConfig:
     """`config` with the largest step and decode batch that a probe of such a device tries."""
     tokens = max(1, min(STEP_LIMIT[kind], max_positions // 2))
@@ -274,13 +135,13 @@ def run_probe(
     device: Device,
     fingerprint: dict[str, str],
     *,
-    outside: int | None = None,
+    outside: tuple[int, int] | None = None,
     limit_s: float = SECONDS,
     progress: bool = False,
 ) -> Probe:
     """Load the model on the device, measure all of it, close it. Raises what Model raises.
 
-    outside: free bytes before the device's context was made (meter.free_before_context).
+    outside: (free, total) bytes before the device's context was made (meter.free_before_context).
     """
     from sharp.model import Model
 
@@ -302,8 +163,9 @@ def run_probe(
             "buffers": at["buffers"] - at["weights"],
             "reserve": meter.peak(),
         }
-        if device.kind == "cuda" and outside is not None:
-            measured["context"] = max(0, outside - free)
+        # NVML speaks of the whole card: of a MIG slice, say, it tells nothing.
+        if device.kind == "cuda" and outside and abs(outside[1] - meter.total()) < 0.05 * outside[1]:
+            measured["context"] = max(0, outside[0] - free)
         return Probe(
             model=str(checkpoint.path),
             device=device.name,

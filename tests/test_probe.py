@@ -18,10 +18,11 @@ from sharp.__main__ import main
 from sharp.budget import Term
 from sharp.config import EngineConfig
 from sharp.device import HostDevice
-from sharp.meter import COPY_BYTES, HostMeter, copy_bandwidth
+from sharp.meter import COPY_BYTES, HostMeter, copy_bandwidth, free_before_context
 from sharp.plan import BatchPlan
-from sharp.probe import CHEAP_ROUNDS, ROUNDS, Curves, Probe, measure_curves, uniform_step
+from sharp.probe import Probe
 from sharp.probe_cache import fingerprint, get_probe, probe_path, read_probe, write_probe
+from sharp.step_times import CHEAP_ROUNDS, ROUNDS, Curves, measure_curves, uniform_step
 
 TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 CONFIG = EngineConfig(device="cpu", max_num_batched_tokens=256, max_num_seqs=16, block_size=16)
@@ -249,6 +250,7 @@ def test_the_fingerprint_changes_with_what_it_must(tmp_path: Path, monkeypatch: 
     assert len(others | {first}) == 11
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere only a maximum can be read")
 def test_host_readings_follow_what_is_allocated() -> None:
     meter = HostMeter(HostDevice("float32"))
     size = 64 << 20
@@ -263,6 +265,42 @@ def test_host_readings_follow_what_is_allocated() -> None:
     del held
 
 
+class FakeDriver:
+    """libcuda and libnvidia-ml in one: a card with 7 of 10 bytes free, unless `broken` says no."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.broken, self.shut = broken, 0
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            if name == self.broken:
+                return 1
+            if name == "nvmlDeviceGetMemoryInfo":
+                arguments[1][0], arguments[1][1], arguments[1][2] = 10, 7, 3
+            self.shut += name == "nvmlShutdown"
+            return 0
+
+        return call
+
+
+def test_free_memory_before_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only that the answers are put together rightly: whether NVML gives them, a GPU has to show."""
+    driver = FakeDriver()
+    monkeypatch.setattr("ctypes.CDLL", lambda name: driver)
+    assert free_before_context() == (7, 10)
+    assert driver.shut == 1
+    for name in ("cuInit", "cuDeviceGet", "cuDeviceGetPCIBusId", "nvmlInit_v2", "nvmlDeviceGetMemoryInfo"):
+        driver = FakeDriver(name)
+        assert free_before_context() is None
+    assert driver.shut == 1
+
+    def absent(name: str) -> Any:
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", absent)
+    assert free_before_context() is None
+
+
 def test_host_copies() -> None:
     rows = copy_bandwidth(HostDevice("float32"))
     assert [row["bytes"] for row in rows] == list(COPY_BYTES)
@@ -272,7 +310,6 @@ def test_host_copies() -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("sharp.probe.SECONDS", 1.0)
     monkeypatch.setattr("sharp.probe.STEP_LIMIT", {"cpu": 64})
     monkeypatch.setattr("sharp.probe.SEQS_LIMIT", {"cpu": 4})
     return tmp_path
