@@ -159,8 +159,8 @@ def run_probe(
         curves = measure_curves(model, config, meter, max_model_len=model.max_model_len, limit_s=limit_s)
         at = dict(readings)
         measured = {
-            "weights": at["weights"] - at["start"],
-            "buffers": at["buffers"] - at["weights"],
+            "weights": max(0, at["weights"] - at["start"]),  # a host may reuse memory that it held before
+            "buffers": max(0, at["buffers"] - at["weights"]),
             "reserve": meter.peak(),
         }
         # NVML speaks of the whole card: of a MIG slice, say, it tells nothing.

@@ -107,6 +107,11 @@ def test_ops_on_gpu(group, rung_options):
 
 
 @pytest.mark.gpu
+def test_probe_on_gpu():
+    check_group(["tests/test_probe.py", "--device=cuda", "-m", "gpu"], limit_s=180)
+
+
+@pytest.mark.gpu
 def test_engine_on_gpu(rung_options):
     path = ROOT / "tests" / "test_engine_gpu.py"
     if not path.exists():

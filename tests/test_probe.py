@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -315,16 +317,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+SMALL = "import sys, sharp.probe as p; p.STEP_LIMIT, p.SEQS_LIMIT = {'cpu': 64}, {'cpu': 4}\n"
+
+
 def test_the_command(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a process of its own: in this one, buffers may get memory that earlier tests gave back."""
     words = ["probe", str(TINY), "--device", "cpu"]
-    assert main([*words, "--json", "--target-itl-ms", "10000"]) == 0
-    shown = capsys.readouterr()
-    assert "nothing kept" in shown.err
-    found = json.loads(shown.out)
+    code = SMALL + "from sharp.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *words, "--json", "--target-itl-ms", "10000"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TINY.parent.parent, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "nothing kept" in done.stderr
+    found = json.loads(done.stdout)
     assert found["from_cache"] is False
     assert found["proposal"]["max_num_batched_tokens"] == 64
     terms = {term["name"]: term for term in found["budget"]}
-    assert abs(terms["buffers"]["error"]) < 0.1
+    if Path("/proc/self/status").exists():
+        assert abs(terms["buffers"]["error"]) < 0.1
     assert terms["reserve"]["measured"] >= 0
     assert found["kv_bytes_per_token"] * 64 * found["num_blocks"] == terms["kv_pages"]["predicted"]
     assert main(words) == 0
