@@ -107,13 +107,17 @@ class Status(Enum):
 @dataclass(eq=False)
 class Request:
     """One request. `num_computed_tokens` counts tokens planned into steps: their K and V are, or are about to
-    be, in the pages `block_ids`, which book the request's worst case."""
+    be, in the pages `block_ids`. A preempted request is WAITING again, without pages, its answer kept."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    priority: int = 0  # lower goes first, as in vLLM
+    arrival: int = -1  # its number in the order of arrival, given by the scheduler
+    num_preemptions: int = 0
+    num_passed: int = 0  # times that others were admitted past it since it was queued
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
     num_computed_tokens: int = 0
