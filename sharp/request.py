@@ -24,11 +24,16 @@ class EngineClosed(RuntimeError):
 
 
 class QueueFull(RuntimeError):
-    """The waiting queue is at its limit; try again when some requests have finished."""
+    """The waiting queue is at its limit; try again when some requests have finished.
 
-    def __init__(self, length: int, limit: int) -> None:
-        super().__init__(f"{length} requests are waiting; the limit is max_queue_len {limit}")
-        self.length, self.limit = length, limit
+    estimated_wait_s: seconds until all that is queued and running now has ended at the latest steps' pace, if
+    every answer took its max_tokens; None before any step was measured.
+    """
+
+    def __init__(self, length: int, limit: int, estimated_wait_s: float | None = None) -> None:
+        wait = "" if estimated_wait_s is None else f"; all of them end in about {estimated_wait_s:.1f} s"
+        super().__init__(f"{length} requests are waiting; the limit is max_queue_len {limit}{wait}")
+        self.length, self.limit, self.estimated_wait_s = length, limit, estimated_wait_s
 
 
 class RequestTooLarge(ValueError):

@@ -307,6 +307,10 @@ class Scheduler:
         else:
             self.finish(request, "stop", stop)
 
+    def tokens_ahead(self) -> int:
+        """Tokens still to compute for all that has not finished, if every answer takes its max_tokens."""
+        return sum(self.worst_case_tokens(r) - 1 - r.num_computed_tokens for r in self.requests())
+
     def requests(self) -> Iterable[Request]:
         """Everything that has not finished: running first, then waiting."""
         return [*self.running, *self.waiting]

@@ -1,4 +1,4 @@
-"""Random workloads over admission modes and policies: a state machine that may cancel and preempt at any point."""
+"""Random workloads over admission modes and policies: cancel and preempt at any point."""
 
 from __future__ import annotations
 
