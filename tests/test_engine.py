@@ -227,6 +227,27 @@ def test_priorities_by_hand() -> None:
             engine.add_request([4], GREEDY, priority=bad)  # type: ignore[arg-type]
 
 
+def test_priorities_of_prompts() -> None:
+    with LLM(
+        FakeModel(delay=0.002),
+        tokenizer=TOKENIZER,
+        block_size=4,
+        max_num_seqs=1,
+        scheduling_policy="priority",
+    ) as llm:
+        params = SamplingParams(max_tokens=9, ignore_eos=True)
+        done = [
+            prompt_index(output)
+            for output in llm.stream([[4]] * 4, params, priority=[0, 3, 1, 2])
+            if output.finished
+        ]
+        assert done == [0, 2, 3, 1]  # the first runs before the others are queued, and is first anyway
+        with pytest.raises(ValueError, match="2 priorities for 1 prompts"):
+            llm.generate([[4]], params, priority=[1, 2])
+        with pytest.raises(TypeError, match=r"prompt 1: priority must be a whole number, not 1\.5"):
+            llm.generate([[4]] * 2, params, priority=[1, 1.5])  # type: ignore[list-item]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_preempted_answers_are_given_once(policy: str) -> None:
     """Under page pressure every output extends the last one by a token, text and log-probabilities too."""
