@@ -20,19 +20,26 @@ def build_plan(step: int, work: Sequence[tuple[Request, int]], config: EngineCon
     cu_seqlens_q = np.zeros(len(work) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens_q[1:])
     context_lens = starts + counts
-    num_pages = (-(-context_lens // block_size)).tolist()
-    block_table = np.full((len(work), max(num_pages)), -1, np.int32)
+    page_counts = -(-context_lens // block_size)
+    num_pages = page_counts.tolist()
+    pages: list[int] = []
     token_ids: list[int] = []
     rows: list[int] = []
     sampled: list[Request] = []
     for seq, (request, count) in enumerate(work):
         first = request.num_computed_tokens
-        block_table[seq, : num_pages[seq]] = request.block_ids[: num_pages[seq]]
-        token_ids += request.known_tokens(first, first + count)
-        if first + count == request.num_tokens:
+        pages += request.block_ids[: num_pages[seq]]
+        last = first + count == request.num_tokens
+        if last and count == 1 and request.output_token_ids:  # a decode: no slices
+            token_ids.append(request.output_token_ids[-1])
+        else:
+            token_ids += request.known_tokens(first, first + count)
+        if last:
             rows.append(len(token_ids) - 1)
             sampled.append(request)
-    # For all tokens at once: a decode has one token, and a call of numpy costs microseconds.
+    # For all at once: a decode has one token and few pages, and a call of numpy costs microseconds.
+    block_table = np.full((len(work), max(num_pages)), -1, np.int32)
+    block_table[np.arange(block_table.shape[1]) < page_counts[:, None]] = pages
     owner = np.repeat(np.arange(len(work), dtype=np.int32), counts)
     positions = np.arange(len(token_ids), dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
     slot_mapping = block_table[owner, positions // block_size] * block_size + positions % block_size
