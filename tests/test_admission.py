@@ -234,6 +234,16 @@ def test_a_preempted_request_stays_behind_higher_priorities() -> None:
     bench.finish()
 
 
+def test_a_preempted_request_goes_before_all_that_never_ran() -> None:
+    bench = Bench(max_num_seqs=1, scheduling_policy="shortest-prompt-first")
+    item = bench.add("long", 20)
+    bench.step()
+    bench.add("short", 1)  # ranks before it: 1 + 16 against 20
+    bench.scheduler.preempt(item)
+    assert bench.waiting() == ["long", "short"]
+    bench.finish()
+
+
 def test_shortest_prompt_first_ages() -> None:
     """Prompts of 3 pass one of 23 twice at 8 tokens a place, and no more."""
     policy = ShortestPromptFirst(tokens_per_arrival=8)
@@ -248,13 +258,10 @@ def test_shortest_prompt_first_ages() -> None:
 
 
 def test_shortest_prompt_first_shares_a_step() -> None:
-    bench = Bench(num_blocks=20, scheduling_policy="shortest-prompt-first", max_num_batched_tokens=10)
-    bench.add("long", 30, max_tokens=1)
-    bench.step()
-    bench.scheduler.preempt(bench.seen[0])
-    bench.add("short", 4, max_tokens=1)
-    bench.add("answer", 40, max_tokens=1)
-    bench.finish()
+    long, short = request("long", prompt_of(30)), request("short", prompt_of(4))
+    long.arrival, short.arrival = 0, 1
+    assert SchedulingPolicy().share([(long, 30), (short, 4)], 10) == [10, 0]
+    assert ShortestPromptFirst().share([(long, 30), (short, 4)], 10) == [6, 4]
 
 
 def test_blocking_stalls_decodes_and_others_do_not() -> None:
