@@ -21,8 +21,8 @@ class Workload(RuleBasedStateMachine):
         policy=st.sampled_from(sorted(POLICIES)),
         budget=st.sampled_from([1, 3, 16, 40]),
         seqs=st.integers(1, 6),
-        blocks=st.sampled_from([3, 5, 12]),
-        block_size=st.sampled_from([1, 4, 16]),
+        blocks=st.sampled_from([3, 8, 24]),
+        block_size=st.sampled_from([1, 2, 4]),
         bypass=st.sampled_from([0, 1, 8]),
         threshold=st.sampled_from([None, 2]),
     )
@@ -51,7 +51,7 @@ class Workload(RuleBasedStateMachine):
             max_queue_len=6,
         )
 
-    @rule(size=st.integers(1, 40), tokens=st.integers(1, 14), priority=st.integers(-1, 1), hot=st.booleans())
+    @rule(size=st.integers(1, 12), tokens=st.integers(1, 24), priority=st.integers(-1, 1), hot=st.booleans())
     def add(self, size: int, tokens: int, priority: int, hot: bool) -> None:
         self.added += 1
         model = self.bench.model
@@ -78,7 +78,7 @@ class Workload(RuleBasedStateMachine):
             self.bench.model.forward(plan)
             self.bench.scheduler.rollback(plan)
 
-    @rule(count=st.integers(1, 5))
+    @rule(count=st.integers(1, 12))
     def steps(self, count: int) -> None:
         self.end(True)
         for _ in range(count):
