@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sharp.model_config import ModelConfig
+from sharp.policies import SchedulingPolicy, make_policy
 
 __all__ = ["EngineConfig", "ModelConfig"]
 
 DEVICES = ("auto", "cuda", "cpu")
+ADMISSIONS = ("reserve", "optimistic")
 DTYPES = ("auto", "float32", "bfloat16")
 MAX_INT32 = 2**31 - 1
 
@@ -31,13 +33,18 @@ class EngineConfig:
     memory_limit: int | None = None  # bytes of a smaller device, for all of it; None: what is free
     long_prefill_token_threshold: int | None = None  # longest chunk of one prompt in a step; None: no limit
     max_queue_len: int = 1024  # requests waiting; one more raises QueueFull
+    admission: str = (
+        "reserve"  # book a request's worst case in pages; "optimistic": what is known, preempting
+    )
+    scheduling_policy: str | SchedulingPolicy = "fcfs"  # a name of sharp.policies.POLICIES, or an instance
+    max_bypass: int = 8  # times that others may be admitted past a request whose pages are not free
     seed: int = 0  # of requests that bring none
     device: str = "auto"
     dtype: str = "auto"
     rungs: Mapping[str, str] = field(default_factory=dict)  # op name -> rung name, e.g. {"gemm": "plain"}
 
     def __post_init__(self) -> None:
-        required = ("max_num_batched_tokens", "max_num_seqs", "block_size", "max_queue_len")
+        required = ("max_num_batched_tokens", "max_num_seqs", "block_size", "max_queue_len", "max_bypass")
         optional = ("max_model_len", "num_blocks", "memory_limit", "long_prefill_token_threshold")
         for name in required + optional:
             value = getattr(self, name)
@@ -45,7 +52,7 @@ class EngineConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be a whole number, not {value!r}")
-            low = 2 if name == "max_model_len" else 1  # one token of prompt and one of answer
+            low = {"max_model_len": 2, "max_bypass": 0}.get(name, 1)  # a token of prompt and one of answer
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, not {value}")
             if value > MAX_INT32 and name != "memory_limit":
@@ -56,6 +63,9 @@ class EngineConfig:
                 f"max_num_seqs {self.max_num_seqs} is over max_num_batched_tokens "
                 f"{self.max_num_batched_tokens}: every running sequence decodes one token in every step"
             )
+        if self.admission not in ADMISSIONS:
+            raise ValueError(f"admission must be one of {', '.join(ADMISSIONS)}, not {self.admission!r}")
+        make_policy(self.scheduling_policy)
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         if self.dtype not in DTYPES:

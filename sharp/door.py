@@ -48,6 +48,14 @@ def check_request_id(request_id: Any) -> str | None:
     return request_id
 
 
+def check_priority(priority: Any) -> None:
+    """Raise TypeError or ValueError unless it is a whole number that fits 32 bits."""
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise TypeError(f"priority must be a whole number, not {priority!r}")
+    if not -(2**31) <= priority < 2**31:
+        raise ValueError(f"priority must be in [-2**31, 2**31), not {priority}")
+
+
 def derive_seed(seed: int, order: int) -> int:
     """A 64-bit seed for the engine's `order`-th request, well mixed (numpy's SeedSequence)."""
     return int(np.random.SeedSequence([seed, order]).generate_state(1, np.uint64)[0])

@@ -16,13 +16,14 @@ from typing import Any
 
 from sharp.answer import AnswerText
 from sharp.config import EngineConfig
-from sharp.door import check_params, check_prompt, check_request_id, derive_seed
+from sharp.door import check_params, check_priority, check_prompt, check_request_id, derive_seed
 from sharp.interrupts import uninterrupted
 from sharp.live import LiveRequest, Sink
 from sharp.plan import BatchPlan, SampleOutput, StepModel
 from sharp.request import (
     EngineClosed,
     EngineDead,
+    QueueFull,
     Request,
     RequestOutput,
     SamplingParams,
@@ -64,14 +65,21 @@ class Engine:
     # Requests --------------------------------------------------------------------------------
 
     def make_request(
-        self, prompt: str | list[int], params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> Request:
         """Check a prompt and its parameters at the door, and give them a Request that is not yet queued.
 
+        priority: a lower number goes first, as in vLLM, under scheduling_policy "priority"; under every
+        policy the highest numbers are preempted first.
         Raises TypeError or ValueError naming the value and the limit; RequestTooLarge if it could never fit.
         """
         params = check_params(params)
         request_id = check_request_id(request_id)
+        check_priority(priority)
         token_ids = check_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
         order = next(self._order)  # only now: what is refused does not shift the seeds of the others
         request = Request(
@@ -80,6 +88,7 @@ class Engine:
             prompt_token_ids=token_ids,
             params=params,
             seed=derive_seed(self.config.seed, order) if params.seed is None else params.seed,
+            priority=priority,
         )
         self.scheduler.refuse_if_too_large(request)
         return request
@@ -94,18 +103,26 @@ class Engine:
             if request.request_id in self._live:
                 raise ValueError(f"request id {request.request_id!r} is in use")
             text = AnswerText(self.tokenizer.detokenizer(), request.params.stop_strings)
-            self.scheduler.add(request)
+            try:
+                self.scheduler.add(request)
+            except QueueFull as full:
+                wait = self.stats.estimate_seconds(self.scheduler.tokens_ahead())
+                raise QueueFull(full.length, full.limit, wait) from None
             self._live[request.request_id] = LiveRequest(request, text, sink, final_only)
             self._work.notify_all()
         return request.request_id
 
     def add_request(
-        self, prompt: str | list[int], params: SamplingParams | None = None, request_id: str | None = None
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
     ) -> str:
-        """Check and queue a request; returns its id. Raises what make_request and submit raise."""
+        """Check and queue a request and return its id. Raises what make_request and submit raise."""
         with self._lock:
             self._raise_if_over()
-        return self.submit(self.make_request(prompt, params, request_id))
+        return self.submit(self.make_request(prompt, params, request_id, priority))
 
     def abort(self, request_id: str) -> bool:
         """End a request and free its pages; False if there is no such unfinished request."""

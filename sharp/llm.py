@@ -84,15 +84,17 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers to all prompts, in their order. A prompt is text (as it is, no template) or token ids.
 
-        One SamplingParams for all or one a prompt. Raises at the door, naming the prompt's index, before
+        One SamplingParams and one priority (lower goes first, see Engine.make_request) for all or one a
+        prompt. Raises at the door, naming the prompt's index, before
         anything is queued; raises the engine's error if it dies; Ctrl-C ends these requests and leaves the
         engine usable.
         """
-        requests = self._requests(prompts, sampling_params)
+        requests = self._requests(prompts, sampling_params, priority)
         finished: dict[str, RequestOutput] = {}
         with _progress_bar(len(requests), use_tqdm) as bar:
             for output in self._run(requests, final_only=True):
@@ -104,13 +106,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> Iterator[RequestOutput]:
         """The growing answers of all prompts as they come: each output holds the whole text so far.
 
         request_id is "…-0" for the first prompt, "…-1" for the second and so on (see `prompt_index`). The
         prompts are checked and queued at once; closing the iterator ends what is unfinished.
         """
-        requests = self._requests(prompts, sampling_params)
+        requests = self._requests(prompts, sampling_params, priority)
         return self._run(requests, final_only=False)
 
     def chat(
@@ -149,7 +153,7 @@ class LLM:
             for talk in talks
         ]
 
-    def _requests(self, prompts: Any, params: Any) -> list[Request]:
+    def _requests(self, prompts: Any, params: Any, priority: Any = 0) -> list[Request]:
         self.engine.raise_if_over()
         if isinstance(prompts, (str, bytes)):
             prompts = [prompts]
@@ -169,11 +173,14 @@ class LLM:
             )
         if len(per_prompt) != len(prompts):
             raise ValueError(f"{len(per_prompt)} sampling parameters for {len(prompts)} prompts")
+        priorities = list(priority) if isinstance(priority, (list, tuple)) else [priority] * len(prompts)
+        if len(priorities) != len(prompts):
+            raise ValueError(f"{len(priorities)} priorities for {len(prompts)} prompts")
         group = f"{threading.get_ident():x}-{next(_GROUPS)}"
         requests = []
-        for index, (prompt, own) in enumerate(zip(prompts, per_prompt, strict=True)):
+        for index, (prompt, own, rank) in enumerate(zip(prompts, per_prompt, priorities, strict=True)):
             try:
-                requests.append(self.engine.make_request(prompt, own, f"{group}-{index}"))
+                requests.append(self.engine.make_request(prompt, own, f"{group}-{index}", rank))
             except (ValueError, TypeError) as error:
                 if len(prompts) == 1:
                     raise

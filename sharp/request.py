@@ -24,11 +24,16 @@ class EngineClosed(RuntimeError):
 
 
 class QueueFull(RuntimeError):
-    """The waiting queue is at its limit; try again when some requests have finished."""
+    """The waiting queue is at its limit; try again when some requests have finished.
 
-    def __init__(self, length: int, limit: int) -> None:
-        super().__init__(f"{length} requests are waiting; the limit is max_queue_len {limit}")
-        self.length, self.limit = length, limit
+    estimated_wait_s: seconds until all that is queued and running now has ended at the latest steps' pace, if
+    every answer took its max_tokens; None before any step was measured.
+    """
+
+    def __init__(self, length: int, limit: int, estimated_wait_s: float | None = None) -> None:
+        wait = "" if estimated_wait_s is None else f"; all of them end in about {estimated_wait_s:.1f} s"
+        super().__init__(f"{length} requests are waiting; the limit is max_queue_len {limit}{wait}")
+        self.length, self.limit, self.estimated_wait_s = length, limit, estimated_wait_s
 
 
 class RequestTooLarge(ValueError):
@@ -107,13 +112,17 @@ class Status(Enum):
 @dataclass(eq=False)
 class Request:
     """One request. `num_computed_tokens` counts tokens planned into steps: their K and V are, or are about to
-    be, in the pages `block_ids`, which book the request's worst case."""
+    be, in the pages `block_ids`. A preempted request is WAITING again, without pages, its answer kept."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     seed: int
+    priority: int = 0  # lower goes first, as in vLLM
+    arrival: int = -1  # its number in the order of arrival, given by the scheduler
+    num_preemptions: int = 0
+    num_passed: int = 0  # times that others were admitted past it since it was queued
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
     num_computed_tokens: int = 0

@@ -1,39 +1,59 @@
 """The scheduler: which tokens of which requests make up the next step. plan() and commit(), pure Python.
 
 A step is a list of (request, number of tokens) under one token budget: first one token for every sequence
-that is decoding, so that no prompt ever stalls an answer, then chunks of prompts in the order of arrival in
-what remains. Admission books a request's worst case in pages, so nothing running can lack one. Nobody but
-this class changes a Request: plan() reserves and advances lengths, commit() appends token values, rollback()
-undoes a plan that did not run. Refuses to know text, devices, and what a model computes.
+that is decoding, so that no prompt ever stalls an answer, then chunks of prompts in what remains. Who goes
+first and who gives way is a SchedulingPolicy's to say (policies.py); that budgets and pages hold is settled
+here. Admission "reserve" books a request's worst case in pages, so nothing running can lack one; "optimistic"
+books what is known of it, and when a page is missing a running request gives all of its own back, waits, and
+reads prompt and answer so far again. Nobody but this class changes a Request: plan() reserves and advances
+lengths, commit() appends token values, rollback() undoes a plan that did not run. Refuses to know text,
+devices, and what a model computes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterable
+from bisect import insort
+from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
+from typing import Any
 
-import numpy as np
-
+from sharp.batching import build_plan
 from sharp.blocks import BlockAllocator
 from sharp.config import EngineConfig
 from sharp.plan import BatchPlan, SampleOutput
+from sharp.policies import make_policy, share_out
 from sharp.request import QueueFull, Request, RequestTooLarge, Status
+
+# Optimistic admission leaves 1 % of the pages free, at least one: those that run grow by a page every
+# block_size steps, and a newcomer that took the last page would be preempted as soon as it had been read.
+WATERMARK = 0.01
+# Waiting requests that are looked at in a step for one that fits. It bounds the time of plan() under a long
+# queue; a head may be passed max_bypass times anyway, so looking much further would find little.
+LOOK_AHEAD = 32
 
 
 class Scheduler:
-    """FCFS continuous batching with chunked prompts over `num_blocks` KV pages."""
+    """Continuous batching with chunked prompts over `num_blocks` KV pages."""
 
     def __init__(
         self, config: EngineConfig, num_blocks: int, max_model_len: int, eos_token_ids: Collection[int] = ()
     ) -> None:
         self.config = config
+        self.policy = make_policy(config.scheduling_policy)
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.blocks = BlockAllocator(num_blocks)
-        self.waiting: deque[Request] = deque()
+        self.watermark = max(1, int(WATERMARK * num_blocks))  # pages
+        self.waiting: list[Request] = []  # in the order that the policy gives
         self.running: list[Request] = []  # in order of admission
         self.step = 0
+        self.arrivals = 0
+        self.preemptions = 0
         self.in_flight: BatchPlan | None = None  # planned, neither committed nor rolled back
+        # Of the latest plan(), for people: why a running or preempted request got no token, by id, and what
+        # the waiting ones wait for ("pages", "token budget", "max_num_seqs", "preemption").
+        self.not_scheduled: dict[str, str] = {}
+        self.waiting_for: str | None = None
 
     # Admission ------------------------------------------------------------------------------------
 
@@ -67,18 +87,65 @@ class Scheduler:
         self.refuse_if_too_large(request)
         if len(self.waiting) >= self.config.max_queue_len:
             raise QueueFull(len(self.waiting), self.config.max_queue_len)
-        self.waiting.append(request)
+        request.arrival, self.arrivals = self.arrivals, self.arrivals + 1
+        insort(self.waiting, request, key=self._place)
 
-    def _admit(self) -> bool:
-        """Move the head of the queue to the running ones if its pages can be booked."""
-        request = self.waiting[0]
-        needed = self.pages_needed(request)
-        if len(self.running) >= self.config.max_num_seqs or needed > self.blocks.num_free:
-            return False
-        request.block_ids = self.blocks.allocate(needed)
-        request.status = Status.RUNNING
-        self.running.append(self.waiting.popleft())
-        return True
+    def _place(self, request: Request) -> tuple[Any, ...]:
+        """The sort key of the queue. What was preempted goes first in its part: it was let in before."""
+        fresh = request.num_preemptions == 0
+        return (self.policy.part(request), fresh, self.policy.rank(request), request.arrival)
+
+    def _fits(self, request: Request) -> bool:
+        """Whether its pages can be booked now. The watermark is hysteresis too: what was preempted does not
+        come back to the very page that it was preempted for."""
+        if self.config.admission == "reserve":
+            return self.pages_needed(request) <= self.blocks.num_free
+        spare = self.watermark if self.running else 0  # alone, everything is free and it always fits
+        return self._pages(request.num_tokens) + spare <= self.blocks.num_free
+
+    def _pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def _admit(self) -> Request | None:
+        """Move the first of the queue whose pages can be booked to the running ones.
+
+        What does not fit may be passed by others max_bypass times; then all behind it wait for it.
+        """
+        if len(self.running) >= self.config.max_num_seqs:
+            self.waiting_for = "max_num_seqs"
+            return None
+        self.waiting_for = "pages"
+        for place, request in enumerate(islice(self.waiting, LOOK_AHEAD)):
+            if self._fits(request):
+                for passed in self.waiting[:place]:
+                    passed.num_passed += 1
+                del self.waiting[place]
+                worst = self.config.admission == "reserve"
+                pages = self.pages_needed(request) if worst else self._pages(request.num_tokens)
+                request.block_ids = self.blocks.allocate(pages)
+                request.status, request.num_passed = Status.RUNNING, 0
+                self.running.append(request)
+                return request
+            if request.num_passed >= self.config.max_bypass:
+                break
+        return None
+
+    def preempt(self, request: Request) -> None:
+        """Take all pages from a running request and put it back in the queue; its answer so far is kept.
+
+        When it is admitted again, prompt and answer so far are read again, in chunks. If its step is in
+        flight, the token sampled there is dropped (and will be sampled again, the same). Raises ValueError
+        for what does not run.
+        """
+        if request.status is not Status.RUNNING:
+            raise ValueError(f"request {request.request_id} is {request.status.value}, not running")
+        self.running.remove(request)
+        self.blocks.free(request.block_ids)
+        request.block_ids, request.num_computed_tokens = [], 0
+        request.status = Status.WAITING
+        request.num_preemptions += 1
+        self.preemptions += 1
+        insort(self.waiting, request, key=self._place)
 
     # A step ---------------------------------------------------------------------------------------
 
@@ -86,81 +153,84 @@ class Scheduler:
         """The next step, or None if there is nothing to compute. Advances `num_computed_tokens` of its
         requests.
 
-        Raises RuntimeError while a plan is in flight.
+        Raises RuntimeError while a plan is in flight, and ValueError or RuntimeError for a policy that shares
+        out what there is not, or nothing.
         """
         if self.in_flight is not None:
             raise RuntimeError(f"the plan of step {self.in_flight.step} is neither committed nor rolled back")
-        budget = self.config.max_num_batched_tokens
-        work: list[tuple[Request, int]] = []
+        self.not_scheduled, self.waiting_for = {}, None
+        decodes: list[Request] = []
         prompts: list[Request] = []
         for request in self.running:
-            left = request.num_tokens - request.num_computed_tokens
-            if request.num_computed_tokens >= len(request.prompt_token_ids) and left == 1:
-                work.append((request, 1))
-                budget -= 1
-            elif left > 0:
-                prompts.append(request)
-        longest = self.config.long_prefill_token_threshold or budget
-        while budget > 0:
-            if not prompts:
-                if not self.waiting or not self._admit():
-                    break
-                prompts.append(self.running[-1])
-            request = prompts.pop(0)
-            count = min(request.num_tokens - request.num_computed_tokens, longest, budget)
-            work.append((request, count))
-            budget -= count
+            computed = request.num_computed_tokens
+            is_decode = computed >= len(request.prompt_token_ids) and request.num_tokens - computed == 1
+            (decodes if is_decode else prompts).append(request)
+        budget = self.config.max_num_batched_tokens
+        work: list[tuple[Request, int]] = []
+        if self.policy.prompts_first:
+            work = self._read(prompts, budget)
+            if work:
+                self.not_scheduled.update((request.request_id, "prompts first") for request in decodes)
         if not work:
+            if self._grow(decodes):  # pages are short: admitting in the same step would ask for more
+                prompts = [request for request in prompts if request.status is Status.RUNNING]
+                decodes = [request for request in decodes if request.status is Status.RUNNING]
+                self.waiting_for = "preemption"
+            work = [(request, 1) for request in decodes]
+            work += self._read(prompts, budget - len(work))
+        if not work:
+            if self.running:
+                raise RuntimeError(f"scheduling policy {self.policy.name!r} gives no prompt any token")
             return None
         self.step += 1
         work.sort(key=lambda item: item[1] > 1)  # stable: one-token sequences first, see BatchPlan
-        plan = self._build(work)
+        plan = build_plan(self.step, work, self.config)
         for request, count in work:
             request.num_computed_tokens += count
         self.in_flight = plan
         return plan
 
-    def _build(self, work: list[tuple[Request, int]]) -> BatchPlan:
-        block_size = self.config.block_size
-        counts = np.array([count for _, count in work], np.int32)
-        starts = np.array([request.num_computed_tokens for request, _ in work], np.int32)
-        cu_seqlens_q = np.zeros(len(work) + 1, np.int32)
-        np.cumsum(counts, out=cu_seqlens_q[1:])
-        context_lens = starts + counts
-        num_pages = (-(-context_lens // block_size)).tolist()
-        block_table = np.full((len(work), max(num_pages)), -1, np.int32)
-        token_ids: list[int] = []
-        rows: list[int] = []
-        sampled: list[Request] = []
-        for seq, (request, count) in enumerate(work):
-            first = request.num_computed_tokens
-            block_table[seq, : num_pages[seq]] = request.block_ids[: num_pages[seq]]
-            token_ids += request.known_tokens(first, first + count)
-            if first + count == request.num_tokens:
-                rows.append(len(token_ids) - 1)
-                sampled.append(request)
-        # For all tokens at once: a decode has one token, and a call of numpy costs microseconds.
-        owner = np.repeat(np.arange(len(work), dtype=np.int32), counts)
-        positions = np.arange(len(token_ids), dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
-        slot_mapping = block_table[owner, positions // block_size] * block_size + positions % block_size
-        return BatchPlan(
-            step=self.step,
-            request_ids=tuple(request.request_id for request, _ in work),
-            num_decodes=int((counts == 1).sum()),
-            token_ids=np.array(token_ids, np.int32),
-            positions=positions,
-            cu_seqlens_q=cu_seqlens_q,
-            context_lens=context_lens,
-            block_table=block_table,
-            slot_mapping=slot_mapping,
-            logits_rows=np.array(rows, np.int32),
-            temperatures=np.array([r.params.temperature for r in sampled], np.float32),
-            seeds=np.array([r.seed for r in sampled], np.uint64),
-            output_indices=np.array([len(r.output_token_ids) for r in sampled], np.int32),
-            num_logprobs=np.array(
-                [-1 if r.params.logprobs is None else r.params.logprobs for r in sampled], np.int32
-            ),
-            token_budget=self.config.max_num_batched_tokens,
+    def _grow(self, decodes: Sequence[Request]) -> bool:
+        """A page for every decode whose next token has none; True if somebody was preempted for it."""
+        preemptions = self.preemptions
+        for request in decodes:
+            while request.status is Status.RUNNING and (
+                len(request.block_ids) * self.config.block_size <= request.num_computed_tokens
+            ):
+                if self.blocks.num_free:
+                    request.block_ids += self.blocks.allocate(1)
+                    continue
+                victim = self.policy.victim(self.running)
+                self.preempt(victim)
+                self.not_scheduled[victim.request_id] = "preempted"
+        return self.preemptions > preemptions
+
+    def _read(self, prompts: Sequence[Request], budget: int) -> list[tuple[Request, int]]:
+        """Chunks of the prompts that run, then of what can be admitted while some of the budget remains."""
+        work = self._share(prompts, budget)
+        budget -= sum(count for _, count in work)
+        if len(work) < len(prompts):
+            served = {request.request_id for request, _ in work}
+            left = (request.request_id for request in prompts if request.request_id not in served)
+            self.not_scheduled.update((name, "token budget") for name in left)
+        while budget > 0 and self.waiting and self.waiting_for != "preemption":
+            request = self._admit()
+            if request is None:
+                return work
+            chunk = self._share([request], budget)
+            if not chunk:
+                self.not_scheduled[request.request_id] = "token budget"
+                break
+            work += chunk
+            budget -= chunk[0][1]
+        if self.waiting and self.waiting_for != "preemption":
+            self.waiting_for = "token budget"
+        return work
+
+    def _share(self, prompts: Sequence[Request], budget: int) -> list[tuple[Request, int]]:
+        longest = self.config.long_prefill_token_threshold or budget
+        return share_out(
+            self.policy, [(r, min(r.num_tokens - r.num_computed_tokens, longest)) for r in prompts], budget
         )
 
     def commit(self, plan: BatchPlan, sampled: SampleOutput) -> list[Request]:
@@ -210,10 +280,10 @@ class Scheduler:
         """
         self._land(plan)
         by_id = {request.request_id: request for request in self.running}
-        counts = np.diff(plan.cu_seqlens_q)
-        for seq, request_id in enumerate(plan.request_ids):
+        counts = (plan.cu_seqlens_q[1:] - plan.cu_seqlens_q[:-1]).tolist()
+        for request_id, count in zip(plan.request_ids, counts, strict=True):
             if request_id in by_id:
-                by_id[request_id].num_computed_tokens -= int(counts[seq])
+                by_id[request_id].num_computed_tokens -= count
 
     # The end of a request -------------------------------------------------------------------------
 
@@ -237,6 +307,10 @@ class Scheduler:
         else:
             self.finish(request, "stop", stop)
 
+    def tokens_ahead(self) -> int:
+        """Tokens still to compute for all that has not finished, if every answer takes its max_tokens."""
+        return sum(self.worst_case_tokens(r) - 1 - r.num_computed_tokens for r in self.requests())
+
     def requests(self) -> Iterable[Request]:
         """Everything that has not finished: running first, then waiting."""
         return [*self.running, *self.waiting]
@@ -254,3 +328,8 @@ class Scheduler:
                 "pages too few"
             )
         assert len(self.running) <= self.config.max_num_seqs, "too many sequences run"
+        assert self.waiting == sorted(self.waiting, key=self._place), "the queue is out of order"
+        for request in self.waiting:
+            assert not request.block_ids, f"{request.request_id} waits, but holds pages"
+            assert request.num_computed_tokens == 0, f"{request.request_id} waits, but has been computed"
+            assert request.num_passed <= self.config.max_bypass, f"{request.request_id} was passed too often"

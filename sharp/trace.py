@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
+
+import numpy as np
 
 from sharp.plan import BatchPlan
 from sharp.scheduler import Scheduler
 
 HISTORY = 4096  # steps kept
+RECENT = 64  # steps that an estimate looks back on: seconds of a busy engine
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,12 @@ class StepRecord:
     blocks_used: int
     blocks_total: int
     running: int
-    waiting: int
+    waiting: int  # the queue's depth
+    scheduled: tuple[tuple[str, int], ...]  # who: request id and tokens
+    not_scheduled: dict[str, str]  # why not: running or preempted requests without a token, by id
+    waiting_for: str | None  # what the queue waits for: "pages", "token budget", "max_num_seqs", "preemption"
+    free_blocks: int
+    preemptions: int  # since the start
 
     @classmethod
     def of(cls, plan: BatchPlan, clock: list[float], scheduler: Scheduler, blocks_used: int) -> StepRecord:
@@ -57,6 +65,11 @@ class StepRecord:
             blocks_total=scheduler.blocks.num_blocks,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
+            scheduled=tuple(zip(plan.request_ids, np.diff(plan.cu_seqlens_q).tolist(), strict=True)),
+            not_scheduled=dict(scheduler.not_scheduled),
+            waiting_for=scheduler.waiting_for,
+            free_blocks=scheduler.blocks.num_free,
+            preemptions=scheduler.preemptions,
         )
 
     @property
@@ -69,13 +82,14 @@ class StepRecord:
 
 def records_table(records: Iterable[StepRecord]) -> str:
     """An HTML table, a row a step."""
-    head = "step|tokens|sequences|decodes|sampled|rectangle|pages|running|waiting|"
-    head += "plan ms|stage|forward|sample|commit"
+    head = "step|tokens|sequences|decodes|sampled|rectangle|pages|running|waiting|for|"
+    head += "preemptions|plan ms|stage|forward|sample|commit"
     rows = []
     for r in records:
         cells: list[object] = [
             r.step, r.num_tokens, r.num_seqs, r.num_decodes, r.num_sampled, r.padded_tokens,
             f"{r.blocks_used} / {r.blocks_total}", r.running, r.waiting,
+            r.waiting_for or "", r.preemptions,
             *(f"{1e3 * t:.2f}" for t in (r.plan_s, r.stage_s, r.forward_s, r.sample_s, r.commit_s)),
         ]  # fmt: skip
         rows.append("<tr>" + "".join(f"<td style='text-align:right'>{cell}</td>" for cell in cells) + "</tr>")
@@ -109,6 +123,12 @@ class RunStats:
     def reset(self) -> None:
         """Start counting anew."""
         self.__init__()  # type: ignore[misc]
+
+    def estimate_seconds(self, tokens: int) -> float | None:
+        """How long `tokens` take at the pace of the latest RECENT steps; None before any step."""
+        recent = list(islice(reversed(self.history), RECENT))
+        done = sum(record.num_tokens for record in recent)
+        return tokens * sum(record.seconds for record in recent) / done if done else None
 
     @property
     def padding_saved(self) -> int:

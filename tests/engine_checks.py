@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ def load(path, device, dtype, **options):
     return Model.load(path, config), config
 
 
-def decode(model, config, prompts, new_tokens):
+def decode(model, config, prompts, new_tokens, preempt_at=()):
     """Greedy ids and the logits that chose them, prompt by prompt, all prompts through one scheduler.
 
+    preempt_at: lengths of its answer at which each request is preempted, to be read again later.
     Every unused page is NaN before the first step, so that reading one shows in the logits.
     """
     scheduler = Scheduler(config, model.num_blocks, model.max_model_len)
@@ -42,7 +44,9 @@ def decode(model, config, prompts, new_tokens):
         host = np.array(model.device.download(logits), copy=True)
         for row, seq in enumerate(plan.logits_seqs):
             seen[plan.request_ids[seq]].append(host[row])
-        scheduler.commit(plan, sampled)
+        for request in scheduler.commit(plan, sampled):
+            if len(request.output_token_ids) in preempt_at and request in scheduler.running:
+                scheduler.preempt(request)
         scheduler.check()
     return [r.output_token_ids for r in requests], [np.stack(seen[r.request_id]) for r in requests]
 
@@ -86,3 +90,22 @@ def check_same_bits(device, dtype, prompts, new_tokens, cuts, exact, path=TINY):
                 np.testing.assert_allclose(logits[0], packed_logits[index], atol=2e-4, rtol=1e-4)
     model.close()
     return packed_ids, packed_logits
+
+
+def check_preempted(path, device, dtype, prompts, new_tokens, preempt_at, exact, **options):
+    """Preempted after some of the answer and resumed, by hand and for want of pages: same ids, and where
+    `exact` the same logits bits."""
+    model, config = load(path, device, dtype, **options)
+    poison(model)
+    wanted, logits = decode(model, config, prompts, new_tokens)
+    for admission in ("reserve", "optimistic"):
+        poison(model)
+        resumed = replace(config, admission=admission, long_prefill_token_threshold=7)
+        ids, again = decode(model, resumed, prompts, new_tokens, preempt_at)
+        assert ids == wanted, admission
+        for ours, theirs in zip(again, logits, strict=True):
+            if exact:
+                assert (ours.view(np.uint32) == theirs.view(np.uint32)).all(), admission
+            else:
+                np.testing.assert_allclose(ours, theirs, atol=2e-3, rtol=1e-3)
+    model.close()

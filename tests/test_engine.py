@@ -28,6 +28,7 @@ from sharp.answer import AnswerText
 from sharp.door import derive_seed
 from sharp.engine import Engine
 from sharp.llm import LLM, prompt_index
+from sharp.policies import POLICIES
 from sharp.request import QueueFull, RequestOutput, RequestTooLarge, SamplingParams
 
 TOKENIZER = FakeTokenizer()
@@ -193,6 +194,84 @@ def test_bad_requests() -> None:
         make_engine(max_model_len=5000)
     with pytest.raises(ValueError, match="block_size is 8"):
         Engine(FakeModel(), TOKENIZER, engine_config(block_size=8))
+
+
+def test_queue_full_tells_the_wait() -> None:
+    engine = make_engine(FakeModel(num_blocks=4), max_queue_len=2, max_num_seqs=1)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    for _ in range(2):
+        engine.add_request([4], params)
+    with pytest.raises(QueueFull) as caught:
+        engine.add_request([4], params)
+    assert (caught.value.length, caught.value.limit, caught.value.estimated_wait_s) == (2, 2, None)
+    engine.step()  # one token of 8: its request runs, the other waits
+    engine.add_request([4], params)
+    with pytest.raises(QueueFull, match=r"all of them end in about .* s") as caught:
+        engine.add_request([4], params)
+    assert engine.scheduler.tokens_ahead() == 7 + 8 + 8
+    assert engine.last_step is not None
+    assert caught.value.estimated_wait_s == pytest.approx(23 * engine.last_step.seconds)
+    drain(engine)
+
+
+def test_priorities_by_hand() -> None:
+    engine = make_engine(max_num_seqs=1, scheduling_policy="priority")
+    for name, priority in (("late", 3), ("urgent", -1), ("normal", 0)):
+        engine.add_request([4], GREEDY, name, priority=priority)
+    done: list[str] = []
+    while engine.has_unfinished:
+        done += [output.request_id for output in engine.step() if output.finished]
+    assert done == ["urgent", "normal", "late"]
+    for bad, error in ((1.5, TypeError), (True, TypeError), (2**31, ValueError)):
+        with pytest.raises(error, match=f"priority.*{bad}"):
+            engine.add_request([4], GREEDY, priority=bad)  # type: ignore[arg-type]
+
+
+def test_priorities_of_prompts() -> None:
+    with LLM(
+        FakeModel(delay=0.002),
+        tokenizer=TOKENIZER,
+        block_size=4,
+        max_num_seqs=1,
+        scheduling_policy="priority",
+    ) as llm:
+        params = SamplingParams(max_tokens=9, ignore_eos=True)
+        done = [
+            prompt_index(output)
+            for output in llm.stream([[4]] * 4, params, priority=[0, 3, 1, 2])
+            if output.finished
+        ]
+        assert done == [0, 2, 3, 1]  # the first runs before the others are queued, and is first anyway
+        with pytest.raises(ValueError, match="2 priorities for 1 prompts"):
+            llm.generate([[4]], params, priority=[1, 2])
+        with pytest.raises(TypeError, match=r"prompt 1: priority must be a whole number, not 1\.5"):
+            llm.generate([[4]] * 2, params, priority=[1, 1.5])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_preempted_answers_are_given_once(policy: str) -> None:
+    """Under page pressure every output extends the last one by a token, text and log-probabilities too."""
+    engine = make_engine(FakeModel(num_blocks=9), admission="optimistic", scheduling_policy=policy)
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True, logprobs=1)
+    prompts = {f"r{i}": [4 + i, 7, 9] for i in range(6)}
+    for name, prompt in prompts.items():
+        engine.add_request(prompt, params, name)
+    got: dict[str, tuple[int, ...]] = dict.fromkeys(prompts, ())
+    while engine.has_unfinished:
+        for output in engine.step():
+            answer = output.outputs[0]
+            assert answer.token_ids[:-1] == got[output.request_id]
+            assert answer.logprobs is not None
+            assert len(answer.logprobs) == len(answer.token_ids)
+            got[output.request_id] = answer.token_ids
+    assert engine.scheduler.preemptions > 0
+    records = list(engine.stats.history)
+    assert sum(record.num_tokens for record in records) == sum(n for r in records for _, n in r.scheduled)
+    assert "preempted" in {why for record in records for why in record.not_scheduled.values()}
+    assert {"pages", "preemption"} & {record.waiting_for for record in records}
+    assert records[-1].preemptions == engine.scheduler.preemptions
+    assert records[-1].free_blocks == 9
+    assert {n: list(ids) for n, ids in got.items()} == {n: expected(p, params) for n, p in prompts.items()}
 
 
 def test_abort_by_hand() -> None:

@@ -29,6 +29,8 @@ PURE = (
     "request",
     "plan",
     "blocks",
+    "batching",
+    "policies",
     "scheduler",
     "answer",
     "door",

@@ -88,6 +88,12 @@ BAD_CONFIG: list[tuple[str, Any, type[Exception], str]] = [
     ("seed", 2**64, ValueError, "2\\*\\*64"),
     ("dtype", "float16", ValueError, "bfloat16"),
     ("device", "tpu", ValueError, "cuda"),
+    ("admission", "greedy", ValueError, "reserve, optimistic, not 'greedy'"),
+    ("admission", None, ValueError, "None"),
+    ("scheduling_policy", "lifo", ValueError, "fcfs, priority, shortest-prompt-first, blocking, not 'lifo'"),
+    ("scheduling_policy", 3, TypeError, "3"),
+    ("max_bypass", -1, ValueError, "at least 0"),
+    ("max_bypass", 1.5, TypeError, "1.5"),
     ("rungs", [("gemm", "plain")], TypeError, "gemm"),
     ("rungs", {"gemm": 1}, TypeError, "1"),
 ]
