@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kernels_numba import compiler, launch
-from kernels_numba.disassemble import disassemble
+from kernels_numba.disassemble import disassemble, read_resources
 from kernels_numba.prebuild import fitting, kernel_modules
 from kernels_numba.smem import block_limit
 from kernels_numba.tools import ToolsMissing as ToolsMissing
@@ -126,19 +126,9 @@ def assemble(variant: Variant, arch: str) -> Report:
 
 
 def _resources(words: str, ptx: str) -> tuple[int, int, int, int, int]:
-    """Registers, bytes spilled, of stack and of shared memory as `ptxas -v` says; float64 instructions of the
-    PTX."""
-
-    def number(pattern: str) -> int:
-        return sum(int(match) for match in re.findall(pattern, words))
-
-    return (
-        number(r"Used (\d+) registers"),
-        number(r"(\d+) bytes spill (?:stores|loads)"),
-        number(r"(\d+) bytes stack frame"),
-        number(r"(\d+) bytes smem"),
-        len(re.findall(r"^\s*(?:@\S+\s+)?[a-z][\w.]*\.f64\b", ptx, flags=re.MULTILINE)),
-    )
+    """read_resources of the assembler's words, and how many float64 instructions the PTX has."""
+    float64 = re.findall(r"^\s*(?:@\S+\s+)?[a-z][\w.]*\.f64\b", ptx, flags=re.MULTILINE)
+    return *read_resources(words), len(float64)
 
 
 def assemble_kernel(kernel: launch.Kernel, arch: str) -> Report:

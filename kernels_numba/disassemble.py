@@ -54,6 +54,20 @@ def _instructions(lines: list[str]) -> list[str]:
     return [match.group(1) for match in found if match]
 
 
+def read_resources(words: str) -> tuple[int, int, int, int]:
+    """Registers a thread, bytes spilled, of stack and of static shared memory, as `ptxas -v` says."""
+
+    def number(pattern: str) -> int:
+        return sum(int(match) for match in re.findall(pattern, words))
+
+    return (
+        number(r"Used (\d+) registers"),
+        number(r"(\d+) bytes spill (?:stores|loads)"),
+        number(r"(\d+) bytes stack frame"),
+        number(r"(\d+) bytes smem"),
+    )
+
+
 def disassemble(kernel: Kernel, arch: str) -> Code:
     """Compile and assemble for `arch` ("sm_80", "sm_90a", ...), past the cache. ValueError for a target that
     the kernel is not for, ToolsMissing without ptxas or nvdisasm, RuntimeError with the assembler's words
@@ -69,11 +83,5 @@ def disassemble(kernel: Kernel, arch: str) -> Code:
         path.write_bytes(cubin)
         command = [str(nvdisasm), "-c", str(path)]
         sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    def number(pattern: str) -> int:
-        return sum(int(match) for match in re.findall(pattern, words))
-
-    return Code(
-        arch, ptx, sass, number(r"Used (\d+) registers"),
-        number(r"(\d+) bytes spill (?:stores|loads)"), number(r"(\d+) bytes stack frame"), words,
-    )  # fmt: skip
+    registers, spill_bytes, stack_bytes, _ = read_resources(words)
+    return Code(arch, ptx, sass, registers, spill_bytes, stack_bytes, words)

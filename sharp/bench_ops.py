@@ -114,6 +114,11 @@ def plan(
     return items, left_out
 
 
+def _name(row: dict[str, Any]) -> tuple[str, ...]:
+    """(op, case, rung): a file's rows are of one GPU."""
+    return results.key_of(row)[1:]
+
+
 class RowFile:
     """The rows measured so far; with a path, on disk whole after each one. Rows of `resume` count as done."""
 
@@ -169,12 +174,8 @@ class RowFile:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """All of them or none; each takes the place of an earlier one of the same op, case and rung."""
-
-        def name(row: dict[str, Any]) -> tuple[Any, ...]:
-            return row["op"], row["case"], row["rung"]
-
-        new = {name(row) for row in rows}
-        self.rows[:] = [row for row in self.rows if name(row) not in new] + rows
+        new = {_name(row) for row in rows}
+        self.rows[:] = [row for row in self.rows if _name(row) not in new] + rows
         if self.path is not None:
             self._write(json.dumps(self.rows, indent=1) + "\n")
 
@@ -199,9 +200,11 @@ def lacks_sustained(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     """Whether a burst row of `rows` has no sustained one beside it, though its calls are short."""
     from kernels_numba.bench.timing import STEADY_US
 
-    there = {(other["op"], other["case"], other["rung"]) for other in rows}
-    other = (row["op"], row["case"] + SUSTAINED, row["rung"])
-    return row["us"] < STEADY_US and not row["case"].endswith(SUSTAINED) and other not in there
+    op, case, rung = _name(row)
+    there = {_name(other) for other in rows}
+    return (
+        row["us"] < STEADY_US and not case.endswith(SUSTAINED) and (op, case + SUSTAINED, rung) not in there
+    )
 
 
 def make_rows(
@@ -249,11 +252,7 @@ def run(
     from kernels_numba.ops import OPS
 
     open_workload = open_workload or contest.Workload
-    done = {
-        (row["op"], row["case"], row["rung"])
-        for row in file.rows
-        if not (options.sustained and lacks_sustained(row, file.rows))
-    }
+    done = {_name(row) for row in file.rows if not (options.sustained and lacks_sustained(row, file.rows))}
     failures: list[str] = []
 
     def fail(what: str) -> None:

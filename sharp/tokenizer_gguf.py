@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from sharp.model_config import ModelFileError
+from sharp.tokenizer import MAX_TOKENS
 
 # token_type of a GGUF vocabulary: llama.cpp's enum llama_token_type.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -35,7 +36,6 @@ _PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
 }
 # SentencePiece itself makes none over 16 characters; pieces are cut at every place, which costs their square.
 _MAX_PIECE, _MAX_CHARS = 256, 1 << 23
-_MAX_TOKENS = 1 << 20  # the largest known vocabulary has 2**18
 
 
 def describe(metadata: Mapping[str, Any], path: Path) -> tuple[Backend, dict[str, Any]]:
@@ -95,8 +95,8 @@ class _Vocabulary:
     def __init__(self, metadata: Mapping[str, Any], path: Path) -> None:
         self._metadata, self._path = metadata, path
         self.tokens: list[str] = self.strings("tokens")
-        if len(self.tokens) > _MAX_TOKENS:
-            raise self.wrong(f"tokens has {len(self.tokens)} entries, over the limit of {_MAX_TOKENS}")
+        if len(self.tokens) > MAX_TOKENS:
+            raise self.wrong(f"tokens has {len(self.tokens)} entries, over the limit of {MAX_TOKENS}")
         if len(set(self.tokens)) != len(self.tokens):
             raise self.wrong("tokens has duplicates")
         types = self.get("token_type", [_NORMAL] * len(self.tokens))

@@ -275,7 +275,7 @@ def test_vocabularies_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("sharp.tokenizer_gguf._MAX_CHARS", 700)
     with pytest.raises(ModelFileError, match=r"tokens has \d+ characters, over the limit of 700"):
         Tokenizer.from_gguf(metadata("llama"), Path("m.gguf"), ())
-    monkeypatch.setattr("sharp.tokenizer_gguf._MAX_TOKENS", 700)
+    monkeypatch.setattr("sharp.tokenizer_gguf.MAX_TOKENS", 700)
     with pytest.raises(ModelFileError, match="tokens has 702 entries, over the limit of 700"):
         Tokenizer.from_gguf(metadata("gpt2"), Path("m.gguf"), ())
 

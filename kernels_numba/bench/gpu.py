@@ -12,6 +12,7 @@ from typing import Any
 from kernels_numba.bench.timing import cold_bytes
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import stream_handle
+from kernels_numba.ops.gemm.door import refusal
 
 
 def _check(result: Any, what: str) -> Any:
@@ -70,10 +71,9 @@ class DriverLane:
 
 
 def runs_on(rung: str, capability: tuple[int, int]) -> bool:
-    """Whether a rung of this name is meant for a device: Hopper's instructions exist on 9.0 alone."""
-    if rung in ("hopper", "wgmma"):
-        return capability == (9, 0)
-    return capability >= ((8, 0) if rung.startswith("mma") else (7, 5))
+    """Whether a rung of this name is meant for a device: numba-cuda's oldest is 7.5, tensor-core rungs have
+    needs of their own."""
+    return capability >= (7, 5) and not refusal(rung, capability, "bfloat16", ())
 
 
 def capability() -> tuple[int, int]:
