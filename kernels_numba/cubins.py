@@ -11,14 +11,13 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 
+from kernels_numba.files import UNFINISHED, write_whole
 from kernels_numba.tools import assembler
 
 PACKAGE = Path(__file__).resolve().parent
-UNFINISHED = ".part"  # a file that its writer has not renamed yet
 
 
 def _sources() -> list[Path]:
@@ -96,31 +95,21 @@ def read_cubin(path: Path) -> tuple[str, bytes] | None:
     return None
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=UNFINISHED)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
 def write_cubin(path: Path, entry: str, code: bytes) -> None:
     """Write a cache file whole or not at all; a cache that cannot be written costs a compilation, nothing
     else."""
     head = json.dumps({"entry": entry, "sha256": hashlib.sha256(code).hexdigest()}).encode()
     with contextlib.suppress(OSError):
-        _write(path, head + b"\n" + code)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, head + b"\n" + code)
 
 
 def writable(directory: Path) -> bool:
     """Whether cubins written there would stay: found out by writing a file."""
     probe = directory / f"probe-{os.getpid()}{UNFINISHED}"
     try:
-        _write(probe, b"")
+        directory.mkdir(parents=True, exist_ok=True)
+        write_whole(probe, b"")
         probe.unlink()
     except OSError:
         return False

@@ -7,10 +7,8 @@ done with the file (results.py). A row is on disk before the next case begins.
 from __future__ import annotations
 
 import json
-import os
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
@@ -18,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from kernels_numba.files import write_whole
 from sharp import results
 
 # The plain rungs are for reading: on the largest shapes one call takes seconds. Unless asked for by name:
@@ -154,17 +153,7 @@ class RowFile:
     def _write(self, text: str) -> None:
         """The whole file or none of it: an interrupted or full disk keeps what was there."""
         assert self.path is not None
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, self.path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(self.path, text.encode(), sync=True)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> int:
         """Drop the rows that are not wanted; says how many."""

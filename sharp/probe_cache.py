@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 
+from kernels_numba.files import write_whole
 from sharp.config import EngineConfig
 from sharp.device import Device, open_device
 from sharp.meter import free_before_context
@@ -96,14 +96,7 @@ def read_probe(path: Path, key: dict[str, str], free: int) -> tuple[Probe | None
 def write_probe(path: Path, probe: Probe) -> None:
     """Keep a probe, whole or not at all. Raises OSError where that cannot be done."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(probe.to_json())
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    write_whole(path, probe.to_json())
 
 
 def get_probe(

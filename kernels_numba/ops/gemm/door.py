@@ -91,6 +91,11 @@ NEEDS = {  # compute capability, whether only of that major, types of x
 }
 
 
+def _runs_on(rung: str, capability: tuple[int, int]) -> bool:
+    lowest, only_major, _ = NEEDS[rung]
+    return capability >= lowest and (not only_major or capability[0] == lowest[0])
+
+
 def refusal(rung: str, capability: tuple[int, int] | None, dtype: str, sizes: Iterable[int]) -> str:
     """Why a rung cannot run products of these N and K in `dtype`, or "" if it can.
 
@@ -99,7 +104,7 @@ def refusal(rung: str, capability: tuple[int, int] | None, dtype: str, sizes: It
     if rung not in NEEDS:
         return ""
     (major, minor), only_major, dtypes = NEEDS[rung]
-    if capability is None or capability < (major, minor) or (only_major and capability[0] != major):
+    if capability is None or not _runs_on(rung, capability):
         have = "no GPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
         return (
             f"it needs compute capability {major}.{minor}{'' if only_major else ' or newer'}, here is {have}"
@@ -115,16 +120,16 @@ def best_rung(default: str, capability: tuple[int, int] | None, dtype: str, size
     return default if refusal("hopper", capability, dtype, sizes) else "hopper"
 
 
-def require_capability(rung: str, lowest: tuple[int, int], only_major: bool = False) -> None:
-    """ValueError unless the current GPU has at least this compute capability (only_major: of this major
-    alone)."""
+def require_capability(rung: str) -> None:
+    """ValueError unless the current GPU has the compute capability that the rung needs; KernelsUnavailable in
+    numba's simulator."""
     if compiler.SIMULATOR:
         raise compiler.KernelsUnavailable(
             f"rung {rung} is made of PTX instructions: it needs numba.cuda's compiler, not its simulator"
         )
     have = tuple(compiler.cuda.get_current_device().compute_capability)
-    if have < lowest or (only_major and have[0] != lowest[0]):
-        wanted = f"{lowest[0]}.{lowest[1]}" + (
-            f" (instructions of sm_{lowest[0]}{lowest[1]}a)" if only_major else " or newer"
-        )
-        fail("gemm", f"rung {rung}", f"was called on compute capability {have[0]}.{have[1]}", wanted)
+    if not _runs_on(rung, have):
+        (major, minor), only_major, _ = NEEDS[rung]
+        more = f" (instructions of sm_{major}{minor}a)" if only_major else " or newer"
+        called = f"was called on compute capability {have[0]}.{have[1]}"
+        fail("gemm", f"rung {rung}", called, f"{major}.{minor}{more}")

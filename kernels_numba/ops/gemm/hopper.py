@@ -312,7 +312,7 @@ def prepared(
     A map says where a matrix lies, not what is in it: it stays true however often the memory is reused. Who
     captures a launch into a graph keeps what this returns as long as the graph.
     """
-    require_capability("hopper", (9, 0), only_major=True)
+    require_capability("hopper")
     words = np.zeros((2 + len(BOX_COLUMNS), 16), np.uint64)
     words[0] = encode_tensor_map(o.x, o.dtype, (o.m, o.k), (o.x_stride,), (config.tile_m, TILE_K))
     box = (config.tile_n, TILE_K)

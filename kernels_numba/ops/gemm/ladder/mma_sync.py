@@ -154,7 +154,7 @@ def gemm_mma_sync(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: An
     x, weight, bias: bfloat16 bits as uint16; out: the same, or float32. N and K are multiples of 8.
     ValueError for wrong dtypes, shapes, strides, alignment, or an older GPU.
     """
-    require_capability("mma_sync", (8, 0))
+    require_capability("mma_sync")
     given = operands(out, x, weight, bias)
     if given.m == 0:
         return

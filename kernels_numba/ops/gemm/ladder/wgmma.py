@@ -143,7 +143,7 @@ def gemm_wgmma(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any =
     x, weight, bias: bfloat16 bits as uint16; out: the same, or float32. N and K are multiples of 8.
     ValueError for wrong dtypes, shapes, strides, alignment, or another GPU.
     """
-    require_capability("wgmma", (9, 0), only_major=True)
+    require_capability("wgmma")
     given = operands(out, x, weight, bias)
     if given.m == 0:
         return
