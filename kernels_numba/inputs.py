@@ -207,19 +207,24 @@ def _attention(
     return args, {"qkv": qkv}, (lens, table)
 
 
+def _attention_terms(c: Any) -> int:
+    """Two sums in a row lie behind an output: over head_dim to a score, over the keys to the output."""
+    return int(c["head_dim"]) + int(max([0, *c["context_lens"]]))
+
+
 def _prefill_attention(rng: np.random.Generator, c: Any) -> Call:
     args, buffers, (lens, table) = _attention(rng, c, c["query_lens"])
     cu = np.concatenate([[0], np.cumsum(c["query_lens"])]).astype(np.int32)
     args |= {"cu_seqlens_q": cu, "context_lens": lens, "block_table": table}
     kwargs = {"softmax_scale": c["head_dim"] ** -0.5, "window": c.get("window")}
-    return Call("prefill_attention", args, ("out",), kwargs, buffers, terms=int(max([1, *lens])))
+    return Call("prefill_attention", args, ("out",), kwargs, buffers, terms=_attention_terms(c))
 
 
 def _decode_attention(rng: np.random.Generator, c: Any) -> Call:
     args, buffers, (lens, table) = _attention(rng, c, [1] * len(c["context_lens"]))
     args |= {"context_lens": lens, "block_table": table}
     kwargs = {"softmax_scale": c["head_dim"] ** -0.5, "window": c.get("window")}
-    return Call("decode_attention", args, ("out",), kwargs, buffers, terms=int(max([1, *lens])))
+    return Call("decode_attention", args, ("out",), kwargs, buffers, terms=_attention_terms(c))
 
 
 def _silu_mul(rng: np.random.Generator, c: Any) -> Call:

@@ -21,6 +21,9 @@ from kernels_numba.wide import wide
 THREADS = 2 if SIMULATOR else 128
 TILE_KV = 4 if SIMULATOR else 128  # keys a step, aligned to key 0
 QUERY_CHUNK = 128  # rows of q at once in numpy: keeps the scores in cache and skips most of the masked half
+# Dimensions that BLAS sums at once into a score in numpy. It adds them one by one, and a score's error is the
+# error of its weight: in pieces of 32 it errs less, for 1 to 3 % of the time where a sequence is short.
+DOT_CHUNK = 32
 
 
 def gather(cache: Any, pages: Any, length: int) -> Any:
@@ -77,7 +80,10 @@ def attention_numpy(
         # [rows, Hkv, group, D] -> [Hkv, group * rows, D]: the queries of a kv head become one matrix
         queries = (q[start:stop] * np.float32(softmax_scale)).reshape(rows, num_kv_heads, group, head_dim)
         queries = queries.transpose(1, 2, 0, 3).reshape(num_kv_heads, group * rows, head_dim)
-        scores = np.matmul(queries, k[:, low:visible].swapaxes(1, 2))
+        keys = k[:, low:visible].swapaxes(1, 2)
+        scores = np.matmul(queries[..., :DOT_CHUNK], keys[:, :DOT_CHUNK])
+        for at in range(DOT_CHUNK, head_dim, DOT_CHUNK):
+            scores += np.matmul(queries[..., at : at + DOT_CHUNK], keys[:, at : at + DOT_CHUNK])
         by_row = scores.reshape(num_kv_heads, group, rows, visible - low)
         if rows > 1:
             key = np.arange(visible - rows + 1, visible)

@@ -25,10 +25,12 @@ def error_ratio(actual, plain, truth, dtype, terms=1):
     of all is the least: sums that cancel to nothing have no relative accuracy.) Allowed: 2 x the largest such
     error of `plain` + rounding. Rounding is one eps of the dtype, plus the random walk of a float32 sum of
     `terms` terms added one by one (BLAS, which made `plain`, adds in blocks and errs less): 0.25 sqrt(terms)
-    float32 eps. NaN or inf in one and not in the other: inf.
+    float32 eps. NaN or inf in one and not in the other: inf. `plain` may be several versions, [n, *shape]:
+    then the largest error of all counts. Where one row has nearly all the error, a single version that met it
+    with luck would allow too little.
     """
     actual, plain, truth = (np.asarray(a, np.float64) for a in (actual, plain, truth))
-    assert actual.shape == truth.shape == plain.shape, (actual.shape, plain.shape, truth.shape)
+    assert actual.shape == truth.shape == plain.shape[-truth.ndim :], (actual.shape, plain.shape, truth.shape)
     if actual.size == 0:
         return 0.0
     finite = np.isfinite(truth)
