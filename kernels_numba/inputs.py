@@ -6,6 +6,7 @@ tails hold NaN). Refuses to know: rungs, devices, tolerances.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from kernels_numba.ops import OPS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HOST_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
+LARGEST_SCORE = 4.0  # of some ten thousand standard normal ones
 FIXED = frozenset({"cos_sin", "logits", "temperatures"})  # float32 whatever the element type
 
 
@@ -208,8 +210,10 @@ def _attention(
 
 
 def _attention_terms(c: Any) -> int:
-    """Two sums in a row lie behind an output: over head_dim to a score, over the keys to the output."""
-    return int(c["head_dim"]) + int(max([0, *c["context_lens"]]))
+    """The sum that errs as attention does. Its own is over the keys; but a weight errs by its score's error,
+    and a score is a sum over head_dim, of up to about LARGEST_SCORE here: (sqrt(keys) + 4 sqrt(D))^2."""
+    keys = max([1, *c["context_lens"]])
+    return int((math.sqrt(keys) + LARGEST_SCORE * math.sqrt(c["head_dim"])) ** 2)
 
 
 def _prefill_attention(rng: np.random.Generator, c: Any) -> Call:
