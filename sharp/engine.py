@@ -210,9 +210,8 @@ class Engine:
                 self.scheduler.rollback(self.scheduler.in_flight)
 
     def _commit(self, plan: BatchPlan, sampled: SampleOutput, clock: list[float]) -> None:
-        scheduler, block_size = self.scheduler, self.config.block_size
-        # Pages with content, before those of finished requests are given back; booked ones may be empty.
-        blocks_used = sum(-(-request.num_computed_tokens // block_size) for request in scheduler.running)
+        scheduler = self.scheduler
+        blocks_used = scheduler.pages_written()  # before finished requests give theirs back
         updated = scheduler.commit(plan, sampled)
         moved = [self._live[request.request_id] for request in updated]
         for live in moved:

@@ -31,7 +31,7 @@ class BatchPlan:
     positions: Int32  # [T] position of each token in its own sequence
     cu_seqlens_q: Int32  # [B + 1] prefix sums of new tokens
     context_lens: Int32  # [B] keys visible after this step's tokens are stored
-    block_table: Int32  # [B, P] pages of each sequence, -1 padded
+    block_table: Int32  # [B, P] pages of each sequence (booked ones past its context too), -1 padded
     slot_mapping: Int32  # [T] page * block_size + offset: where each token's K and V go
     logits_rows: Int32  # [R] token rows whose next token is wanted, one per sequence at most
     temperatures: npt.NDArray[np.float32]  # [R]

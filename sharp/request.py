@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sharp.running import RunningTable
 
 MAX_LOGPROBS = 1024
 MAX_TOKENS_LIMIT = 2**31 - 1
@@ -111,8 +114,8 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One request. `num_computed_tokens` counts tokens planned into steps: their K and V are, or are about to
-    be, in the pages `block_ids`. A preempted request is WAITING again, without pages, its answer kept."""
+    """One request. While it runs, `table` and `row` say where the scheduler keeps its columns. A preempted
+    request is WAITING again, without pages, its answer kept."""
 
     request_id: str
     prompt: str | None
@@ -125,8 +128,9 @@ class Request:
     num_passed: int = 0  # times that others were admitted past it since it was queued
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
-    num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
+    table: RunningTable | None = field(default=None, repr=False)
+    row: int = -1
     status: Status = Status.WAITING
     finish_reason: str | None = None  # "stop", "length" or "abort"
     stop_reason: int | str | None = None  # the token id or string that ended it; None for eos and limits
@@ -135,6 +139,15 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens whose values are known."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def last_token(self) -> int:
+        return (self.output_token_ids or self.prompt_token_ids)[-1]
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens planned into steps: their K and V are, or are about to be, in the pages `block_ids`."""
+        return 0 if self.table is None else int(self.table.computed[self.row])
 
     def known_tokens(self, start: int, stop: int) -> list[int]:
         """Token ids of positions start to stop - 1."""

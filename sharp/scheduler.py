@@ -17,12 +17,15 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from typing import Any
 
-from sharp.batching import build_plan
+import numpy as np
+
+from sharp.batching import Rows, build_plan
 from sharp.blocks import BlockAllocator
 from sharp.config import EngineConfig
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.policies import make_policy, share_out
 from sharp.request import QueueFull, Request, RequestTooLarge, Status
+from sharp.running import RunningTable
 
 # Optimistic admission leaves 1 % of the pages free, at least one: those that run grow by a page every
 # block_size steps, and a newcomer that took the last page would be preempted as soon as it had been read.
@@ -30,6 +33,7 @@ WATERMARK = 0.01
 # Waiting requests that are looked at in a step for one that fits. It bounds the time of plan() under a long
 # queue; a head may be passed max_bypass times anyway, so looking much further would find little.
 LOOK_AHEAD = 32
+NO_ROWS = np.empty(0, np.int32)
 
 
 class Scheduler:
@@ -42,18 +46,25 @@ class Scheduler:
         self.policy = make_policy(config.scheduling_policy)
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._eos = np.array(sorted(self.eos_token_ids), np.int32)
         self.blocks = BlockAllocator(num_blocks)
         self.watermark = max(1, int(WATERMARK * num_blocks))  # pages
         self.waiting: list[Request] = []  # in the order that the policy gives
-        self.running: list[Request] = []  # in order of admission
+        self.table = RunningTable()
         self.step = 0
         self.arrivals = 0
         self.preemptions = 0
         self.in_flight: BatchPlan | None = None  # planned, neither committed nor rolled back
+        self._planned = self._sampled = NO_ROWS  # of the plan in flight: rows of its sequences, of its logits
         # Of the latest plan(), for people: why a running or preempted request got no token, by id, and what
         # the waiting ones wait for ("pages", "token budget", "max_num_seqs", "preemption").
         self.not_scheduled: dict[str, str] = {}
         self.waiting_for: str | None = None
+
+    @property
+    def running(self) -> list[Request]:
+        """What runs, in order of admission."""
+        return self.table.requests()
 
     # Admission ------------------------------------------------------------------------------------
 
@@ -100,7 +111,7 @@ class Scheduler:
         come back to the very page that it was preempted for."""
         if self.config.admission == "reserve":
             return self.pages_needed(request) <= self.blocks.num_free
-        spare = self.watermark if self.running else 0  # alone, everything is free and it always fits
+        spare = self.watermark if len(self.table) else 0  # alone, everything is free and it always fits
         return self._pages(request.num_tokens) + spare <= self.blocks.num_free
 
     def _pages(self, num_tokens: int) -> int:
@@ -111,7 +122,7 @@ class Scheduler:
 
         What does not fit may be passed by others max_bypass times; then all behind it wait for it.
         """
-        if len(self.running) >= self.config.max_num_seqs:
+        if len(self.table) >= self.config.max_num_seqs:
             self.waiting_for = "max_num_seqs"
             return None
         self.waiting_for = "pages"
@@ -124,7 +135,7 @@ class Scheduler:
                 pages = self.pages_needed(request) if worst else self._pages(request.num_tokens)
                 request.block_ids = self.blocks.allocate(pages)
                 request.status, request.num_passed = Status.RUNNING, 0
-                self.running.append(request)
+                self.table.add(request, self.worst_case_tokens(request))
                 return request
             if request.num_passed >= self.config.max_bypass:
                 break
@@ -139,9 +150,7 @@ class Scheduler:
         """
         if request.status is not Status.RUNNING:
             raise ValueError(f"request {request.request_id} is {request.status.value}, not running")
-        self.running.remove(request)
-        self.blocks.free(request.block_ids)
-        request.block_ids, request.num_computed_tokens = [], 0
+        self._release(request)
         request.status = Status.WAITING
         request.num_preemptions += 1
         self.preemptions += 1
@@ -159,46 +168,42 @@ class Scheduler:
         if self.in_flight is not None:
             raise RuntimeError(f"the plan of step {self.in_flight.step} is neither committed nor rolled back")
         self.not_scheduled, self.waiting_for = {}, None
-        decodes: list[Request] = []
-        prompts: list[Request] = []
-        for request in self.running:
-            computed = request.num_computed_tokens
-            is_decode = computed >= len(request.prompt_token_ids) and request.num_tokens - computed == 1
-            (decodes if is_decode else prompts).append(request)
+        table, rows = self.table, self.table.rows
+        computed = table.computed[rows]
+        decoding = (table.known[rows] - computed == 1) & (computed >= table.prompt[rows])
+        decodes, reading = rows[decoding], rows[~decoding]
         budget = self.config.max_num_batched_tokens
-        work: list[tuple[Request, int]] = []
+        chunks: list[tuple[Request, int]] = []
         if self.policy.prompts_first:
-            work = self._read(prompts, budget)
-            if work:
-                self.not_scheduled.update((request.request_id, "prompts first") for request in decodes)
-        if not work:
+            chunks = self._read(table.request[reading].tolist(), budget)
+            if chunks:
+                self.not_scheduled.update(dict.fromkeys(table.name[decodes].tolist(), "prompts first"))
+                decodes = NO_ROWS
+        if not chunks:
             if self._grow(decodes):  # pages are short: admitting in the same step would ask for more
-                prompts = [request for request in prompts if request.status is Status.RUNNING]
-                decodes = [request for request in decodes if request.status is Status.RUNNING]
+                decodes, reading = decodes[table.live[decodes]], reading[table.live[reading]]
                 self.waiting_for = "preemption"
-            work = [(request, 1) for request in decodes]
-            work += self._read(prompts, budget - len(work))
-        if not work:
-            if self.running:
+            chunks = self._read(table.request[reading].tolist(), budget - len(decodes))
+        if not len(decodes) and not chunks:
+            if len(table):
                 raise RuntimeError(f"scheduling policy {self.policy.name!r} gives no prompt any token")
             return None
         self.step += 1
-        work.sort(key=lambda item: item[1] > 1)  # stable: one-token sequences first, see BatchPlan
-        plan = build_plan(self.step, work, self.config)
-        for request, count in work:
-            request.num_computed_tokens += count
+        plan, self._planned, self._sampled = build_plan(self.step, table, decodes, chunks, self.config)
+        table.computed[self._planned] = plan.context_lens
         self.in_flight = plan
         return plan
 
-    def _grow(self, decodes: Sequence[Request]) -> bool:
+    def _grow(self, decodes: Rows) -> bool:
         """A page for every decode whose next token has none; True if somebody was preempted for it."""
-        preemptions = self.preemptions
-        for request in decodes:
+        preemptions, table = self.preemptions, self.table
+        short = decodes[table.num_pages[decodes] * self.config.block_size <= table.computed[decodes]]
+        for request in table.request[short].tolist():
             while request.status is Status.RUNNING and (
                 len(request.block_ids) * self.config.block_size <= request.num_computed_tokens
             ):
                 if self.blocks.num_free:
-                    request.block_ids += self.blocks.allocate(1)
+                    table.add_pages(request, self.blocks.allocate(1))
                     continue
                 victim = self.policy.victim(self.running)
                 self.preempt(victim)
@@ -244,29 +249,30 @@ class Scheduler:
             raise ValueError(
                 f"{len(sampled.token_ids)} tokens sampled for {len(plan.logits_rows)} logits rows"
             )
-        by_id = {request.request_id: request for request in self.running}
-        updated = []
-        for row, seq in enumerate(plan.logits_seqs):
-            request = by_id.get(plan.request_ids[seq])
-            if request is None:
-                continue
-            token_id = int(sampled.token_ids[row])
-            if token_id < 0:
-                raise FloatingPointError(
-                    f"request {request.request_id}: no token sampled, its logits are not finite"
-                )
-            request.output_token_ids.append(token_id)
-            logprobs = sampled.logprobs[row]
-            if logprobs is not None:
-                request.logprobs.append(logprobs)
-            updated.append(request)
-            if token_id in request.params.stop_token_ids:
-                self.finish(request, "stop", token_id)
-            elif token_id in self.eos_token_ids and not request.params.ignore_eos:
-                self.finish(request, "stop")
-            elif request.num_tokens >= self.worst_case_tokens(request):
-                self.finish(request, "length")
-        return updated
+        kept = np.flatnonzero(self.table.live[self._sampled])
+        rows, token_ids = self._sampled[kept], sampled.token_ids[kept]
+        if (token_ids < 0).any():
+            name = self.table.name[rows[token_ids < 0][0]]
+            raise FloatingPointError(f"request {name}: no token sampled, its logits are not finite")
+        updated = self.table.append_tokens(rows, token_ids)
+        for place in np.flatnonzero(plan.num_logprobs[kept] >= 0).tolist():
+            logprobs = sampled.logprobs[kept[place]]
+            assert logprobs is not None
+            updated[place][0].logprobs.append(logprobs)
+        may_end = self.table.known[rows] >= self.table.limit[rows]
+        may_end |= self.table.has_stop_ids[rows]
+        may_end |= self.table.obeys_eos[rows] & (token_ids[:, None] == self._eos).any(axis=1)
+        for place in np.flatnonzero(may_end).tolist():
+            self._end_if_over(*updated[place])
+        return [request for request, _ in updated]
+
+    def _end_if_over(self, request: Request, token_id: int) -> None:
+        if token_id in request.params.stop_token_ids:
+            self.finish(request, "stop", token_id)
+        elif token_id in self.eos_token_ids and not request.params.ignore_eos:
+            self.finish(request, "stop")
+        elif request.num_tokens >= self.worst_case_tokens(request):
+            self.finish(request, "length")
 
     def _land(self, plan: BatchPlan) -> None:
         if plan is not self.in_flight:
@@ -279,20 +285,15 @@ class Scheduler:
         K and V already written by it are written again with the same values.
         """
         self._land(plan)
-        by_id = {request.request_id: request for request in self.running}
-        counts = (plan.cu_seqlens_q[1:] - plan.cu_seqlens_q[:-1]).tolist()
-        for request_id, count in zip(plan.request_ids, counts, strict=True):
-            if request_id in by_id:
-                by_id[request_id].num_computed_tokens -= count
+        counts, live = np.diff(plan.cu_seqlens_q), self.table.live[self._planned]
+        self.table.computed[self._planned[live]] -= counts[live]
 
     # The end of a request -------------------------------------------------------------------------
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """End a running or waiting request and free its pages. Ending it twice is an error of the caller."""
         if request.status is Status.RUNNING:
-            self.running.remove(request)
-            self.blocks.free(request.block_ids)
-            request.block_ids = []
+            self._release(request)
         elif request.status is Status.WAITING:
             self.waiting.remove(request)
         else:
@@ -300,12 +301,21 @@ class Scheduler:
         request.status = Status.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
 
+    def _release(self, request: Request) -> None:
+        self.table.remove(request)
+        self.blocks.free(request.block_ids)
+        request.block_ids = []
+
     def stop_on_text(self, request: Request, stop: str) -> None:
         """End a request because its text holds a stop string, also when its last token has just ended it."""
         if request.status is Status.FINISHED:
             request.finish_reason, request.stop_reason = "stop", stop
         else:
             self.finish(request, "stop", stop)
+
+    def pages_written(self) -> int:
+        """Pages with content; booked ones may be empty."""
+        return int((-(-self.table.computed[self.table.rows] // self.config.block_size)).sum())
 
     def tokens_ahead(self) -> int:
         """Tokens still to compute for all that has not finished, if every answer takes its max_tokens."""
@@ -318,6 +328,7 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError unless pages, sequences and lengths agree."""
         self.blocks.check()
+        self.table.check()
         owned = [page for request in self.running for page in request.block_ids]
         assert len(owned) == len(set(owned)) == self.blocks.num_used, (
             "pages in use are not those of running requests"
@@ -327,7 +338,7 @@ class Scheduler:
             assert len(request.block_ids) * self.config.block_size >= request.num_computed_tokens, (
                 "pages too few"
             )
-        assert len(self.running) <= self.config.max_num_seqs, "too many sequences run"
+        assert len(self.table) <= self.config.max_num_seqs, "too many sequences run"
         assert self.waiting == sorted(self.waiting, key=self._place), "the queue is out of order"
         for request in self.waiting:
             assert not request.block_ids, f"{request.request_id} waits, but holds pages"

@@ -479,7 +479,7 @@ class SkipsAToken(Scheduler):
         plan = super().plan()
         for item in self.running:
             if item.num_computed_tokens == 6:
-                item.num_computed_tokens += 1
+                self.table.computed[item.row] += 1
         return plan
 
 
@@ -490,6 +490,8 @@ class FreesTooEarly(Scheduler):
             if len(item.block_ids) > 2:
                 self.blocks.free(item.block_ids[-1:])
                 item.block_ids.pop()
+                self.table.num_pages[item.row] -= 1
+                self.table.pages[item.row, len(item.block_ids)] = -1
         return updated
 
 
@@ -506,12 +508,7 @@ class OneTokenTooMany(Scheduler):
 
 class StallsDecodes(Scheduler):
     def plan(self) -> BatchPlan | None:
-        hidden = [r for r in self.running if r.output_token_ids]
-        if self.waiting and len(hidden) < len(self.running):
-            self.running = [r for r in self.running if not r.output_token_ids]
-            plan = super().plan()
-            self.running = hidden + self.running
-            return plan
+        self.policy.prompts_first = bool(self.waiting)
         return super().plan()
 
 
