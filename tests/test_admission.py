@@ -12,7 +12,8 @@ from test_scheduler import prompt_of, request
 from sharp.plan import BatchPlan
 from sharp.policies import POLICIES, SchedulingPolicy, ShortestPromptFirst
 from sharp.request import Request, Status
-from sharp.scheduler import LOOK_AHEAD, Scheduler
+from sharp.scheduler import Scheduler
+from sharp.waiting import LOOK_AHEAD
 
 MODES = ("reserve", "optimistic")
 
@@ -37,7 +38,8 @@ class Bench:
         scheduler, config = self.scheduler, self.scheduler.config
         plan = scheduler.plan()
         scheduler.check()
-        assert scheduler.blocks.num_free + scheduler.blocks.num_used == self.model.num_blocks
+        blocks = scheduler.blocks
+        assert blocks.num_free + blocks.num_used + blocks.num_cached == self.model.num_blocks
         if plan is None:
             assert not scheduler.requests(), "unfinished requests, but no plan"
             return None
@@ -72,7 +74,7 @@ class Bench:
         while self.step():
             steps += 1
             assert steps < limit, "no end in sight"
-        assert self.scheduler.blocks.num_free == self.model.num_blocks
+        assert self.scheduler.blocks.num_available == self.model.num_blocks
         for item in self.seen:
             assert item.status is Status.FINISHED, item.request_id
             if item.finish_reason != "abort":
@@ -109,7 +111,7 @@ def test_optimistic_admits_more_than_reserve() -> None:
 
 def test_optimistic_leaves_the_watermark_free() -> None:
     bench = Bench(num_blocks=400, admission="optimistic", max_num_batched_tokens=4096)
-    assert bench.scheduler.watermark == 4
+    assert bench.scheduler.pages.watermark == 4
     bench.add("a", 4 * 390, max_tokens=1)
     bench.add("b", 4 * 7, max_tokens=1)  # 7 + 4 pages of the 10 that are left
     bench.add("c", 4 * 6, max_tokens=1)
@@ -145,7 +147,7 @@ def test_the_lowest_priority_then_the_youngest_gives_way() -> None:
 
 
 def test_preempted_keeps_its_answer_and_goes_to_the_front() -> None:
-    bench = Bench(admission="optimistic", max_num_seqs=2)
+    bench = Bench(admission="optimistic", max_num_seqs=2, prefix_caching=False)
     first = bench.add("first", 6, max_tokens=20, logprobs=2)
     bench.add("second", 3, max_tokens=3)
     bench.add("third", 3, max_tokens=3)
