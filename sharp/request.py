@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 MAX_LOGPROBS = 1024
 MAX_TOKENS_LIMIT = 2**31 - 1
 MAX_SAMPLES = 2**16  # the engine's max_num_seqs is a lower limit as a rule
+MAX_TIMEOUT_S = 1e9
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # logits / temperature stays well inside float32
 
 
@@ -64,8 +65,8 @@ def _check_timeout(value: object) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"timeout_s must be a number of seconds or None, not {value!r}")
-    if not 0 < value < float("inf"):  # NaN fails both
-        raise ValueError(f"timeout_s must be over 0 and finite, not {value}")
+    if not 0 < value <= MAX_TIMEOUT_S:  # NaN fails both
+        raise ValueError(f"timeout_s must be over 0 and at most {MAX_TIMEOUT_S:g}, not {value}")
 
 
 def _checked_stop(value: Any) -> tuple[str, ...]:

@@ -9,9 +9,10 @@ import pytest
 from fake_model import EOS, FakeModel, engine_config, expected
 from test_scheduler import prompt_of, request
 
+from sharp.door import Door
 from sharp.plan import BatchPlan
 from sharp.policies import POLICIES, SchedulingPolicy, ShortestPromptFirst
-from sharp.request import Request, Status
+from sharp.request import Request, SamplingParams, Status
 from sharp.scheduler import Scheduler
 from sharp.waiting import LOOK_AHEAD
 
@@ -28,10 +29,14 @@ class Bench:
         self.seen: list[Request] = []
 
     def add(self, name: str, length: int, max_tokens: int = 5, priority: int = 0, **params: Any) -> Request:
-        item = request(name, prompt_of(length, len(self.seen)), max_tokens=max_tokens, **params)
-        item.priority = priority
+        return self.ask(name, prompt_of(length, len(self.seen)), priority, max_tokens=max_tokens, **params)
+
+    def ask(self, name: str, prompt: list[int], priority: int = 0, **params: Any) -> Request:
+        """Queue a prompt of one's own; the first of its samples."""
+        own = SamplingParams(**{"max_tokens": 5, "temperature": 0.0, "ignore_eos": True, **params})
+        item = Door(None, 300, 0).make_request(prompt, own, name, priority)
         self.scheduler.add(item)
-        self.seen.append(item)
+        self.seen += [item, *item.samples]
         return item
 
     def plan(self) -> BatchPlan | None:
