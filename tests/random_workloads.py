@@ -2,8 +2,8 @@
 
 Requests with shared beginnings and several samples arrive, are cancelled, time out and are preempted at any
 point, in steps that happen or are rolled back, over admission modes, policies, page sizes and the prefix
-cache on and off. After every move: free + used + cached = total, references are those of the requests, nothing is
-lost or duplicated. At the end: every answer as if its request were alone.
+cache on and off. After every move: free + used + cached = total, references are those of the requests,
+nothing is lost or duplicated. At the end: every answer as if its request were alone.
 """
 
 from __future__ import annotations
