@@ -8,7 +8,7 @@ TTFT: from a request's arrival to its first token. ITL: from one token of an ans
 from __future__ import annotations
 
 from array import array
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,16 @@ class TokenClock:
         else:
             self._gaps.append(gap)
             self._gap_counts.append(1)
+
+    def tokens_of_all(self, requests: Collection[Hashable], times: Sequence[float]) -> None:
+        """At each of these times a token of each of the requests, whose last tokens came together."""
+        last = self._last[next(iter(requests))]
+        for now in times:
+            self._gaps.append(now - last)
+            self._gap_counts.append(len(requests))
+            last = now
+        self._last.update(dict.fromkeys(requests, last))
+        self.tokens += len(requests) * len(times)
 
     def forget_gaps(self) -> None:
         """Count times between tokens from the next token on, those that reach over this moment left out."""

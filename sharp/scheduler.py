@@ -234,8 +234,8 @@ class Scheduler:
             served = {request.request_id for request, _ in work}
             left = (request.request_id for request, _ in readers if request.request_id not in served)
             self.not_scheduled.update((name, "token budget") for name in left)
-        if self.waiting and not refused and self.waiting_for != "preemption":
-            self.waiting_for = "token budget"
+        if not refused and self.waiting_for != "preemption":
+            self.waiting_for = "token budget" if self.waiting else None
         return work
 
     def commit(self, plan: BatchPlan, sampled: SampleOutput) -> list[Request]:
@@ -273,6 +273,29 @@ class Scheduler:
             self.finish(request, "stop")
         elif request.num_tokens >= self.worst_case_tokens(request):
             self.finish(request, "length")
+
+    def quiet_steps(self) -> int:
+        """How many further steps give each running sequence one token and nothing else, whatever waits: none
+        ends, so nothing that waits can come in. 0 where a step may differ, or pages be missing."""
+        table, rows = self.table, self.table.rows
+        if self.in_flight is not None or self.config.admission != "reserve" or not len(rows):
+            return 0
+        if (table.known[rows] - table.computed[rows] != 1).any():
+            return 0
+        return max(0, int((table.limit[rows] - table.known[rows]).min()) - 1)
+
+    def skip(self, steps: int, token_id: int) -> None:
+        """What `steps` plans and commits of `token_id` for each running sequence would come to; for a
+        simulator. Raises ValueError for more than quiet_steps()."""
+        if not 0 <= steps <= self.quiet_steps():
+            raise ValueError(f"{steps} steps cannot be skipped; {self.quiet_steps()} are quiet")
+        rows = self.table.rows
+        self.table.computed[rows] += steps
+        self.table.known[rows] += steps
+        self.table.last_token[rows] = token_id
+        for request in self.running:
+            request.output_token_ids.extend([token_id] * steps)
+        self.step += steps
 
     def _land(self, plan: BatchPlan) -> None:
         if plan is not self.in_flight:

@@ -7,20 +7,30 @@ devices.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 
 from sharp.config import EngineConfig
 from sharp.latencies import Spread, TokenClock
+from sharp.latency_target import LatencyTarget
 from sharp.plan import SampleOutput
-from sharp.predictor import StepPredictor, StepWork
+from sharp.policies import SchedulingPolicy
+from sharp.predictor import StepWork
 from sharp.request import QueueFull, Request, RequestTooLarge, SamplingParams
 from sharp.scheduler import Scheduler
 from sharp.workloads import Arrival
+
+
+class Predictor(Protocol):
+    """Gives a step its seconds: StepPredictor, or a device that a test makes up."""
+
+    def seconds(self, work: StepWork) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,18 @@ class Simulated:
         return self.output_tokens / self.seconds if self.seconds else 0.0
 
 
+def _quiet_times(work: StepWork, steps: int, now: float, until: float, predictor: Predictor) -> list[float]:
+    """When each of the next `steps` steps ends, if each begins before `until` and has the decodes of `work`
+    with one more key each than the step before it."""
+    times: list[float] = []
+    while len(times) < steps and now < until:
+        done = len(times) + 1
+        keys = work.keys + done * work.decodes
+        now += predictor.seconds(StepWork(work.decodes, keys, work.longest + done, (), work.rows))
+        times.append(now)
+    return times
+
+
 @cache
 def _answer(num_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
@@ -56,7 +78,7 @@ def _answer(num_tokens: int) -> SamplingParams:
 
 def simulate(
     workload: Sequence[Arrival],
-    predictor: StepPredictor,
+    predictor: Predictor,
     config: EngineConfig,
     *,
     num_blocks: int,
@@ -65,7 +87,8 @@ def simulate(
 ) -> Simulated:
     """Run a workload (by time of arrival) to its end.
 
-    look: called after each step is planned, with the virtual time at which it starts. Raises what the
+    Runs of steps that only decode are computed at once: the policy's observe() and `look` hear of the first.
+    look: called after a step is planned, with the virtual time at which it starts. Raises what the
     scheduler raises, but for requests that it refuses: those are counted.
     """
     began = time.perf_counter()
@@ -76,6 +99,8 @@ def simulate(
     now, coming, steps = 0.0, 0, 0
     start = workload[0].arrival_s if workload else 0.0
     completed = prompt_tokens = 0
+    # A policy with an observe() of its own hears of every step; others cannot tell what was skipped.
+    steps_alike = type(policy).observe is SchedulingPolicy.observe or isinstance(policy, LatencyTarget)
     prompts: dict[int, list[int]] = {}  # token values mean nothing here, and equal lists are one
     no_logprobs: tuple[None, ...] = ()
     ids = np.ones(config.max_num_batched_tokens, np.int32)
@@ -104,7 +129,8 @@ def simulate(
             now = max(now, workload[coming].arrival_s)
             continue
         look(scheduler, now)
-        seconds = predictor.seconds(StepWork.of(plan))
+        work = StepWork.of(plan)
+        seconds = predictor.seconds(work)
         waiting = len(scheduler.waiting)
         queue_area += waiting * seconds
         queue_max = max(queue_max, waiting)
@@ -113,14 +139,27 @@ def simulate(
         rows = len(plan.logits_rows)
         if len(no_logprobs) != rows:
             no_logprobs = (None,) * rows
+        ended = 0
         for request in scheduler.commit(plan, SampleOutput(ids[:rows], no_logprobs)):
             clock.token(request.request_id, now)
             if request.finish_reason is not None:
                 clock.end(request.request_id)
-                completed += 1
+                ended += 1
                 prompt_tokens += len(request.prompt_token_ids)
+        completed += ended
         running_max = max(running_max, plan.num_seqs)
         policy.observe(plan, seconds)
+        if ended or not steps_alike or plan.num_decodes < len(scheduler.table):
+            continue
+        # All that runs has decoded, and will again until somebody ends or comes: no plan is needed to know.
+        next_arrival = workload[coming].arrival_s if coming < len(workload) else math.inf
+        times = _quiet_times(work, scheduler.quiet_steps(), now, next_arrival, predictor)
+        if times:
+            scheduler.skip(len(times), 1)
+            clock.tokens_of_all(plan.request_ids, times)
+            steps += len(times)
+            queue_area += waiting * (times[-1] - now)
+            now = times[-1]
     return Simulated(
         policy=policy.name,
         requests=len(workload),
