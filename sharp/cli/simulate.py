@@ -12,7 +12,6 @@ import msgspec
 from sharp.cli.errors import CommandError, bad_input
 from sharp.config import EngineConfig
 from sharp.latency_target import LatencyTarget
-from sharp.predictor import StepPredictor
 from sharp.probe import Probe
 from sharp.simulate import Simulated, simulate
 from sharp.workloads import read_workload
@@ -44,7 +43,7 @@ def simulate_command(
         }  # fmt: skip
         target = options.pop("target_itl_ms", None)
         config = EngineConfig(**options)
-        predictor = StepPredictor(found.prefill, found.decode)
+        predictor = found.predictor
         if target is not None and "latency-target" not in policies:
             raise ValueError("--set target_itl_ms goes with --policy latency-target")
         configs = []
