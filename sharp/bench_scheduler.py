@@ -45,40 +45,33 @@ PROBE_S = 14.0
 
 
 def plan_us(running: int, waiting: int, steps: int = PLAN_STEPS) -> tuple[float, float]:
-    """Median and best microseconds of plan() with so many decoding and so many in the queue."""
+    """Median and best microseconds of plan() with so many decoding behind PLAN_CONTEXT tokens, and so many in
+    the queue for which there are no pages."""
+    answer = steps + 10
+    pages = -(-(PLAN_CONTEXT + answer - 1) // 64)
     config = EngineConfig(
-        max_num_seqs=running, max_num_batched_tokens=max(running, 8192), max_queue_len=max(1, waiting)
-    )
-    length = PLAN_CONTEXT + steps + 100
-    scheduler = Scheduler(config, num_blocks=running * (length // 64 + 2), max_model_len=length + 2)
-    params = SamplingParams(max_tokens=length - PLAN_CONTEXT, temperature=0.0, ignore_eos=True)
-    prompt = [1] * PLAN_CONTEXT
-    taken: list[float] = []
+        max_num_seqs=running + waiting, max_num_batched_tokens=running * PLAN_CONTEXT + waiting,
+        max_queue_len=max(running, waiting),
+    )  # fmt: skip
+    scheduler = Scheduler(config, running * pages + pages - 1, PLAN_CONTEXT + answer)
+    params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
 
-    def add(count: int, name: str) -> None:
-        for i in range(count):
-            scheduler.add(Request(f"{name}{i}", None, prompt, params, 0))
-
-    def step() -> int:
+    def step() -> tuple[float, int]:
         start = time.perf_counter()
         plan = scheduler.plan()
-        taken.append(time.perf_counter() - start)
+        taken = time.perf_counter() - start
         assert plan is not None
         rows = len(plan.logits_rows)
         scheduler.commit(plan, SampleOutput(np.ones(rows, np.int32), (None,) * rows))
-        return plan.num_decodes
+        return taken, plan.num_decodes
 
-    for i in range(0, running, 256):  # no queue longer than its limit
-        for request in range(i, min(running, i + 256)):
-            scheduler.add(Request(f"r{request}", None, prompt, params, 0))
-            step()
-    while step() < running:
-        pass
-    add(waiting, "w")
-    taken.clear()
-    for _ in range(steps):
-        assert step() == running
-    scheduler.check()
+    for name, count in (("r", running), ("w", waiting)):
+        for i in range(count):
+            scheduler.add(Request(f"{name}{i}", None, [1] * PLAN_CONTEXT, params, 0))
+        step()  # the first one reads all prompts that run
+    taken, decodes = zip(*(step() for _ in range(steps)), strict=True)
+    assert set(decodes) == {running}
+    assert len(scheduler.waiting) == waiting
     return statistics.median(taken) * 1e6, min(taken) * 1e6
 
 
@@ -140,15 +133,16 @@ class Bench:
         lengths = np.random.default_rng(0).permutation(lengths)
         crowd = [Arrival(0.0, int(length), 1) for length in lengths]
         device = self.model.device
-        tokens = min(PACKED_TOKENS[device.kind], self.config.max_num_batched_tokens)
+        tokens, rounds = PACKED_TOKENS[device.kind], 1 if device.kind == "cpu" else 3
         weight_bytes = self.model.budget.weights
         loads: dict[str, Load] = {}
         for name, seqs in (("packed", PROMPTS), ("one-by-one", 1)):
             config = replace(self.config, max_num_seqs=seqs, max_num_batched_tokens=tokens)
+            with_engine(self.model, config, lambda engine: run_load(engine, crowd[:4]))  # compiles
             tries = [
-                with_engine(self.model, config, lambda engine: run_load(engine, crowd)) for _ in range(4)
+                with_engine(self.model, config, lambda engine: run_load(engine, crowd)) for _ in range(rounds)
             ]
-            loads[name] = min(tries[1:], key=lambda load: load.seconds)  # the first one compiles
+            loads[name] = min(tries, key=lambda load: load.seconds)
         wrong = disagreements(load.answers for load in loads.values())
         rows = []
         for name, load in loads.items():
@@ -233,9 +227,9 @@ def open_bench(model: str, device_name: str, dtype: str, commit: str, probe_s: f
     loaded = Model(checkpoint, config, device)
     print(f"loaded in {time.perf_counter() - start:.1f} s: {loaded.device_name}", flush=True)
     start = time.perf_counter()
-    curves = measure_curves(
-        loaded, config, open_meter(device), max_model_len=loaded.max_model_len, limit_s=probe_s
-    )
+    length = loaded.max_model_len  # half of it is the longest step, so that another half can be its context
+    probed = replace(config, max_num_batched_tokens=min(tokens, length // 2))
+    curves = measure_curves(loaded, probed, open_meter(device), max_model_len=length, limit_s=probe_s)
     host = measure_host(checkpoint.config)
     predictor = StepPredictor(StepCurve(curves.prefill), StepCurve(curves.decode), host)
     print(f"curves in {time.perf_counter() - start:.1f} s", flush=True)
