@@ -7,8 +7,10 @@ on (predictor.py). A policy like any other: see policies.py.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sharp.curves import StepCurve
@@ -17,6 +19,7 @@ from sharp.predictor import StepPredictor, StepWork
 from sharp.request import Request
 
 if TYPE_CHECKING:
+    from sharp.config import EngineConfig
     from sharp.plan import BatchPlan, Int32
 
 LEAST_CHUNK = 16  # prompt tokens that a step has whatever it takes: a prompt is read in the end
@@ -111,3 +114,18 @@ def guessed_predictor() -> StepPredictor:
     """What is assumed of a device that was not probed."""
     points = [(t, 0, GUESS_FLOOR_S + t * GUESS_TOKEN_S) for t in (1, GUESS_TOKENS)]
     return StepPredictor(StepCurve.of(points), StepCurve.of(points))
+
+
+def with_step_times(config: EngineConfig, predictor: StepPredictor | None, found: str) -> EngineConfig:
+    """`config` with a policy that knows this model's step times, or warns once that it guesses (found: why).
+
+    Raises what LatencyTarget raises.
+    """
+    policy = LatencyTarget(config.target_itl_ms or 0.0, predictor)
+    if predictor is None:
+        warnings.warn(
+            "scheduling_policy 'latency-target' begins with the step times of a slow device and corrects them "
+            f"by measured steps ({found}); `sharp probe MODEL` measures them",
+            stacklevel=3,
+        )
+    return replace(config, scheduling_policy=policy, target_itl_ms=None)

@@ -1,4 +1,4 @@
-"""Workloads in real time over a model that sleeps: what is timed, what is refused, the simulator beside it."""
+"""Workloads in real time over a model that sleeps: what is timed and refused, the simulator beside it."""
 
 from __future__ import annotations
 
