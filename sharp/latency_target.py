@@ -124,8 +124,8 @@ def with_step_times(config: EngineConfig, predictor: StepPredictor | None, found
     policy = LatencyTarget(config.target_itl_ms or 0.0, predictor)
     if predictor is None:
         warnings.warn(
-            "scheduling_policy 'latency-target' begins with the step times of a slow device and corrects them "
-            f"by measured steps ({found}); `sharp probe MODEL` measures them",
+            "scheduling_policy 'latency-target' begins with the step times of a slow device and corrects "
+            f"them by measured steps ({found}); `sharp probe MODEL` measures them",
             stacklevel=3,
         )
     return replace(config, scheduling_policy=policy, target_itl_ms=None)
