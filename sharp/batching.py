@@ -16,7 +16,12 @@ Rows = npt.NDArray[np.int32]
 
 
 def build_plan(
-    step: int, table: RunningTable, decodes: Rows, chunks: Sequence[tuple[Request, int]], config: EngineConfig
+    step: int,
+    table: RunningTable,
+    decodes: Rows,
+    chunks: Sequence[tuple[Request, int]],
+    page_copies: npt.NDArray[np.int32],
+    config: EngineConfig,
 ) -> tuple[BatchPlan, Rows, Rows]:
     """The plan of a step, the table row of each of its sequences, and that of each of its logits rows.
 
@@ -60,6 +65,7 @@ def build_plan(
         seeds=table.seed[sampled],
         output_indices=table.known[sampled] - table.prompt[sampled],
         num_logprobs=table.num_logprobs[sampled],
+        page_copies=page_copies,
         token_budget=config.max_num_batched_tokens,
     )
     return plan, rows, sampled

@@ -34,8 +34,9 @@ from sharp.workloads import Arrival
 
 PARTS = ("plan", "stall", "prefill", "simulate")
 SOURCES = (
-    "sharp/scheduler.py", "sharp/running.py", "sharp/batching.py", "sharp/blocks.py", "sharp/policies.py",
-    "sharp/latency_target.py", "sharp/predictor.py", "sharp/engine.py", "sharp/simulate.py",
+    "sharp/scheduler.py", "sharp/running.py", "sharp/waiting.py", "sharp/pagebook.py", "sharp/batching.py",
+    "sharp/blocks.py", "sharp/policies.py", "sharp/latency_target.py", "sharp/predictor.py",
+    "sharp/engine.py", "sharp/simulate.py",
 )  # fmt: skip
 PLAN_STEPS, PLAN_CONTEXT = 400, 1024
 PROMPTS, SHORTEST, LONGEST = 32, 64, 512  # of the packed prefill
@@ -65,9 +66,9 @@ def plan_us(running: int, waiting: int, steps: int = PLAN_STEPS) -> tuple[float,
         scheduler.commit(plan, SampleOutput(np.ones(rows, np.int32), (None,) * rows))
         return taken, plan.num_decodes
 
-    for name, count in (("r", running), ("w", waiting)):
-        for i in range(count):
-            scheduler.add(Request(f"{name}{i}", None, [1] * PLAN_CONTEXT, params, 0))
+    for first, stop in ((0, running), (running, running + waiting)):
+        for i in range(first, stop):  # prompts with nothing in common
+            scheduler.add(Request(str(i), None, [i] * PLAN_CONTEXT, params, 0))
         step()  # the first one reads all prompts that run
     taken, decodes = zip(*(step() for _ in range(steps)), strict=True)
     assert set(decodes) == {running}

@@ -44,6 +44,8 @@ class Device(Protocol):
 
     def stage(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Array]: ...
 
+    def copy_rows(self, array: Array, pairs: npt.NDArray[np.int32]) -> None: ...
+
     def free_bytes(self) -> int: ...
 
     def synchronize(self) -> None: ...
@@ -84,6 +86,10 @@ class HostDevice:
     def stage(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Array]:
         """A step's small arrays; on the host they are used in place."""
         return dict(arrays)
+
+    def copy_rows(self, array: Array, pairs: npt.NDArray[np.int32]) -> None:
+        """array[destination] = array[source] for each (source, destination); no row is both."""
+        array[pairs[:, 1]] = array[pairs[:, 0]]
 
     def free_bytes(self) -> int:
         """Memory that can be taken without swapping, in bytes (Linux: MemAvailable, else the physical
@@ -182,6 +188,12 @@ class CudaDevice:
             else:
                 views[name] = self._cuda.device_array(array.shape, array.dtype)
         return views
+
+    def copy_rows(self, array: Array, pairs: npt.NDArray[np.int32]) -> None:
+        """array[destination] = array[source] for each (source, destination), queued on the stream; no row is
+        both. Rows are contiguous: each is one copy inside the device."""
+        for source, destination in pairs.tolist():
+            array[destination].copy_to_device(array[source], stream=self.stream)
 
     def free_bytes(self) -> int:
         """Free device memory in bytes as the driver reports it (the simulator: a notional 4 GiB)."""

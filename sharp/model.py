@@ -239,7 +239,14 @@ class Model:
         return stage(plan, self.device)
 
     def forward(self, batch: DeviceBatch) -> Array:
-        """Queue one forward pass; returns f32[R, V] on the device, valid once the stream has got there."""
+        """Queue one forward pass; returns f32[R, V] on the device, valid once the stream has got there.
+
+        Pages that the plan wants copied (samples that part) are copied first.
+        """
+        if len(batch.plan.page_copies):
+            for cache in self.kv:
+                self.device.copy_rows(cache.k, batch.plan.page_copies)
+                self.device.copy_rows(cache.v, batch.plan.page_copies)
         return forward(
             self.config, self.weights, batch, self.ops, self.kv, self.cos_sin, self.work, self.device.stream
         )

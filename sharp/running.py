@@ -22,6 +22,8 @@ COLUMNS: dict[str, Any] = {
     "limit": np.int32,  # known tokens at which the answer ends with "length"
     "last_token": np.int32,
     "num_pages": np.int32,
+    "published": np.int32,  # first pages that were shared with others or offered to the prefix cache
+    "num_samples": np.int32,  # that will fork from it
     "temperature": np.float32,
     "seed": np.uint64,
     "num_logprobs": np.int32,  # -1: none
@@ -42,6 +44,8 @@ class RunningTable:
     limit: npt.NDArray[np.int32]
     last_token: npt.NDArray[np.int32]
     num_pages: npt.NDArray[np.int32]
+    published: npt.NDArray[np.int32]
+    num_samples: npt.NDArray[np.int32]
     temperature: npt.NDArray[np.float32]
     seed: npt.NDArray[np.uint64]
     num_logprobs: npt.NDArray[np.int32]
@@ -78,8 +82,9 @@ class RunningTable:
         running: list[Request] = self.request[self.rows].tolist()
         return running
 
-    def add(self, request: Request, limit: int) -> None:
-        """Give the request a row, its `block_ids` in it. limit: known tokens at which it ends."""
+    def add(self, request: Request, limit: int, *, computed: int = 0, published: int = 0) -> None:
+        """Give the request a row, its `block_ids` in it. limit: known tokens at which it ends; computed:
+        tokens whose K and V are in its pages, or will be before its first step; published: as the column."""
         rows = self.rows  # first: the new row may be one that has just left
         if not self._free:
             self._double_rows()
@@ -87,14 +92,14 @@ class RunningTable:
         self._order[len(rows)] = row
         self._ordered += 1
         self.live[row] = True
-        self.computed[row] = 0
+        self.computed[row], self.published[row] = computed, published
         self.prompt[row], self.known[row] = len(request.prompt_token_ids), request.num_tokens
         self.limit[row], self.last_token[row] = limit, request.last_token
         self.temperature[row], self.seed[row] = params.temperature, request.seed
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.has_stop_ids[row], self.obeys_eos[row] = bool(params.stop_token_ids), not params.ignore_eos
         self.request[row], self.name[row] = request, request.request_id
-        self.num_pages[row] = 0
+        self.num_pages[row], self.num_samples[row] = 0, len(request.samples)
         self.pages[row] = -1
         request.row, request.table = row, self
         pages, request.block_ids = request.block_ids, []
@@ -152,6 +157,8 @@ class RunningTable:
             assert self.prompt[row] == len(request.prompt_token_ids), f"{name}: prompt"
             assert self.known[row] == request.num_tokens, f"{name}: known tokens"
             assert self.last_token[row] == request.last_token, f"{name}: last token"
+            assert self.num_samples[row] == len(request.samples), f"{name}: samples"
+            assert self.computed[row] <= self.known[row], f"{name}: more computed than known"
             assert self.seed[row] == request.seed, f"{name}: seed"
             pages = self.pages[row]
             assert pages[pages >= 0].tolist() == request.block_ids, f"{name}: pages"

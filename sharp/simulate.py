@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Protocol
 
@@ -92,7 +92,8 @@ def simulate(
     scheduler raises, but for requests that it refuses: those are counted.
     """
     began = time.perf_counter()
-    scheduler = Scheduler(config, num_blocks, max_model_len)
+    # A workload says nothing of what prompts have in common.
+    scheduler = Scheduler(replace(config, prefix_caching=False), num_blocks, max_model_len)
     policy, clock = scheduler.policy, TokenClock()
     refused = {"QueueFull": 0, "RequestTooLarge": 0}
     queue_area, queue_max, running_max = 0.0, 0, 0

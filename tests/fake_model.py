@@ -123,6 +123,9 @@ class FakeModel:
         if self.delay:
             time.sleep(self.delay)
         self._maybe_fail("forward")
+        for pages in (self.tokens, self.positions):
+            rows = pages.reshape(-1, self.block_size)
+            rows[plan.page_copies[:, 1]] = rows[plan.page_copies[:, 0]]
         self.tokens[plan.slot_mapping] = plan.token_ids
         self.positions[plan.slot_mapping] = plan.positions
         logits = np.empty((len(plan.logits_rows), self.config.vocab_size), np.float32)

@@ -9,10 +9,12 @@ import pytest
 from fake_model import EOS, FakeModel, engine_config, expected
 from test_scheduler import prompt_of, request
 
+from sharp.door import Door
 from sharp.plan import BatchPlan
 from sharp.policies import POLICIES, Blocking, PriorityPolicy, SchedulingPolicy, ShortestPromptFirst
-from sharp.request import Request, Status
-from sharp.scheduler import LOOK_AHEAD, Scheduler
+from sharp.request import Request, SamplingParams, Status
+from sharp.scheduler import Scheduler
+from sharp.waiting import LOOK_AHEAD
 
 MODES = ("reserve", "optimistic")
 
@@ -27,17 +29,22 @@ class Bench:
         self.seen: list[Request] = []
 
     def add(self, name: str, length: int, max_tokens: int = 5, priority: int = 0, **params: Any) -> Request:
-        item = request(name, prompt_of(length, len(self.seen)), max_tokens=max_tokens, **params)
-        item.priority = priority
+        return self.ask(name, prompt_of(length, len(self.seen)), priority, max_tokens=max_tokens, **params)
+
+    def ask(self, name: str, prompt: list[int], priority: int = 0, **params: Any) -> Request:
+        """Queue a prompt of one's own; the first of its samples."""
+        own = SamplingParams(**{"max_tokens": 5, "temperature": 0.0, "ignore_eos": True, **params})
+        item = Door(None, 300, 0).make_request(prompt, own, name, priority)
         self.scheduler.add(item)
-        self.seen.append(item)
+        self.seen += [item, *item.samples]
         return item
 
     def plan(self) -> BatchPlan | None:
         scheduler, config = self.scheduler, self.scheduler.config
         plan = scheduler.plan()
         scheduler.check()
-        assert scheduler.blocks.num_free + scheduler.blocks.num_used == self.model.num_blocks
+        blocks = scheduler.blocks
+        assert blocks.num_free + blocks.num_used + blocks.num_cached == self.model.num_blocks
         if plan is None:
             assert not scheduler.requests(), "unfinished requests, but no plan"
             return None
@@ -72,7 +79,7 @@ class Bench:
         while self.step():
             steps += 1
             assert steps < limit, "no end in sight"
-        assert self.scheduler.blocks.num_free == self.model.num_blocks
+        assert self.scheduler.blocks.num_available == self.model.num_blocks
         for item in self.seen:
             assert item.status is Status.FINISHED, item.request_id
             if item.finish_reason != "abort":
@@ -109,7 +116,7 @@ def test_optimistic_admits_more_than_reserve() -> None:
 
 def test_optimistic_leaves_the_watermark_free() -> None:
     bench = Bench(num_blocks=400, admission="optimistic", max_num_batched_tokens=4096)
-    assert bench.scheduler.watermark == 4
+    assert bench.scheduler.pages.watermark == 4
     bench.add("a", 4 * 390, max_tokens=1)
     bench.add("b", 4 * 7, max_tokens=1)  # 7 + 4 pages of the 10 that are left
     bench.add("c", 4 * 6, max_tokens=1)
@@ -145,7 +152,7 @@ def test_the_lowest_priority_then_the_youngest_gives_way() -> None:
 
 
 def test_preempted_keeps_its_answer_and_goes_to_the_front() -> None:
-    bench = Bench(admission="optimistic", max_num_seqs=2)
+    bench = Bench(admission="optimistic", max_num_seqs=2, prefix_caching=False)
     first = bench.add("first", 6, max_tokens=20, logprobs=2)
     bench.add("second", 3, max_tokens=3)
     bench.add("third", 3, max_tokens=3)

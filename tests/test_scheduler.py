@@ -76,7 +76,10 @@ class Harness:
         for seq, (name, count) in enumerate(zip(plan.request_ids, lens, strict=True)):
             own = by_id[name]
             first = int(plan.positions[plan.cu_seqlens_q[seq]])
-            assert first == self.computed.get(name, 0), "a token was skipped or computed twice"
+            start = self.computed.get(name, own.num_cached_tokens)
+            assert first == start, "a token was skipped or computed twice"
+            assert own.num_cached_tokens < len(own.prompt_token_ids)
+            assert own.num_cached_tokens % config.block_size == 0
             self.computed[name] = first + count
             assert own.num_computed_tokens == first + count
             if name in decoding:
@@ -96,7 +99,7 @@ class Harness:
         while self.step():
             steps += 1
             assert steps < limit, "no end in sight"
-        assert self.scheduler.blocks.num_free == self.model.num_blocks
+        assert self.scheduler.blocks.num_available == self.model.num_blocks
         for item in self.seen:
             assert item.status is Status.FINISHED
             if item.finish_reason != "abort":
@@ -502,8 +505,10 @@ class ForgetsPages(Scheduler):
 
 
 class OneTokenTooMany(Scheduler):
-    def worst_case_tokens(self, request: Request) -> int:
-        return super().worst_case_tokens(request) + 1
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        worst = self.sizes.worst_tokens
+        self.sizes.worst_tokens = lambda request: worst(request) + 1  # type: ignore[method-assign]
 
 
 class StallsDecodes(Scheduler):
