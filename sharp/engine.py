@@ -218,7 +218,9 @@ class Engine:
             if stop is not None:
                 scheduler.stop_on_text(sample.request, stop)
         clock.append(time.perf_counter())
-        self.stats.add(StepRecord.of(plan, clock, scheduler, blocks_used))
+        record = StepRecord.of(plan, clock, scheduler, blocks_used)
+        self.stats.add(record)
+        scheduler.policy.observe(plan, record.seconds)
         self._live.deliver(live for live, _ in moved)
 
     @property

@@ -22,7 +22,7 @@ from sharp.blocks import BlockAllocator
 from sharp.config import EngineConfig
 from sharp.pagebook import PageBook
 from sharp.plan import BatchPlan, SampleOutput
-from sharp.policies import make_policy, share_out
+from sharp.policies import make_policy, share_out, step_budget
 from sharp.request import QueueFull, Request, Status
 from sharp.running import RunningTable
 from sharp.sizes import Sizes
@@ -38,7 +38,7 @@ class Scheduler:
         self, config: EngineConfig, num_blocks: int, max_model_len: int, eos_token_ids: Collection[int] = ()
     ) -> None:
         self.config = config
-        self.policy = make_policy(config.scheduling_policy)
+        self.policy = make_policy(config.scheduling_policy, config.target_itl_ms)
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self._eos = np.array(sorted(self.eos_token_ids), np.int32)
@@ -120,7 +120,10 @@ class Scheduler:
             if self._grow(decodes):  # pages are short: admitting in the same step would ask for more
                 decodes, reading = decodes[table.live[decodes]], reading[table.live[reading]]
                 self.waiting_for = "preemption"
-            chunks = self._read(table.request[reading].tolist(), budget - len(decodes))
+            prompts, budget = table.request[reading].tolist(), budget - len(decodes)
+            if prompts or self.waiting:
+                budget = step_budget(self.policy, table.computed[decodes], prompts, budget)
+            chunks = self._read(prompts, budget)
         if not len(decodes) and not chunks:
             if len(table):
                 raise RuntimeError(f"scheduling policy {self.policy.name!r} gives no prompt any token")
@@ -149,34 +152,31 @@ class Scheduler:
         return self.preemptions > preemptions
 
     def _read(self, prompts: Sequence[Request], budget: int) -> list[tuple[Request, int]]:
-        """Chunks of the prompts that run, then of what can be admitted while some of the budget remains."""
-        work = self._share(prompts, budget)
-        budget -= sum(count for _, count in work)
-        if len(work) < len(prompts):
-            served = {request.request_id for request, _ in work}
-            left = (request.request_id for request in prompts if request.request_id not in served)
-            self.not_scheduled.update((name, "token budget") for name in left)
-        while budget > 0 and self.waiting and self.waiting_for != "preemption":
+        """Chunks of prompts: of those that run, and of new ones as long as some of the budget remains, or
+        few are being read (the policy says how many: a short one need not wait for a long one's end).
+        """
+        longest = self.config.long_prefill_token_threshold or budget
+        readers = [(r, min(r.num_tokens - r.num_computed_tokens, longest)) for r in prompts]
+        wanted, refused = sum(most for _, most in readers), False
+        while self.waiting and budget > 0 and self.waiting_for != "preemption":
+            if wanted >= budget and len(readers) >= self.policy.readers:
+                break
             full = len(self.table) >= self.config.max_num_seqs
             self.waiting_for = "max_num_seqs" if full else "pages"
             request = None if full else self.waiting.take(self.pages.start)
             if request is None:
-                return work
-            chunk = self._share([request], budget)
-            if not chunk:
-                self.not_scheduled[request.request_id] = "token budget"
+                refused = True
                 break
-            work += chunk
-            budget -= chunk[0][1]
-        if self.waiting and self.waiting_for != "preemption":
-            self.waiting_for = "token budget"
+            readers.append((request, min(request.num_tokens - request.num_computed_tokens, longest)))
+            wanted += readers[-1][1]
+        work = share_out(self.policy, readers, budget)
+        if len(work) < len(readers):
+            served = {request.request_id for request, _ in work}
+            left = (request.request_id for request, _ in readers if request.request_id not in served)
+            self.not_scheduled.update((name, "token budget") for name in left)
+        if not refused and self.waiting_for != "preemption":
+            self.waiting_for = "token budget" if self.waiting else None
         return work
-
-    def _share(self, prompts: Sequence[Request], budget: int) -> list[tuple[Request, int]]:
-        longest = self.config.long_prefill_token_threshold or budget
-        return share_out(
-            self.policy, [(r, min(r.num_tokens - r.num_computed_tokens, longest)) for r in prompts], budget
-        )
 
     def commit(self, plan: BatchPlan, sampled: SampleOutput) -> list[Request]:
         """Append the step's tokens; returns the requests that got one. Those that ended have given their
@@ -218,6 +218,31 @@ class Scheduler:
             self.finish(request, "stop")
         elif request.num_tokens >= self.sizes.worst_tokens(request):
             self.finish(request, "length")
+
+    def quiet_steps(self) -> int:
+        """How many further steps give each running sequence one token and nothing else, whatever waits: none
+        ends, so nothing that waits can come in. 0 where a step may differ, or pages be missing."""
+        table, rows = self.table, self.table.rows
+        if self.in_flight is not None or self.config.admission != "reserve" or not len(rows):
+            return 0
+        if self.config.prefix_caching or self.pages.forks.copies:  # pages are published, copied on the way
+            return 0
+        if (table.known[rows] - table.computed[rows] != 1).any():
+            return 0
+        return max(0, int((table.limit[rows] - table.known[rows]).min()) - 1)
+
+    def skip(self, steps: int, token_id: int) -> None:
+        """What `steps` plans and commits of `token_id` for each running sequence would come to; for a
+        simulator. Raises ValueError for more than quiet_steps()."""
+        if not 0 <= steps <= self.quiet_steps():
+            raise ValueError(f"{steps} steps cannot be skipped; {self.quiet_steps()} are quiet")
+        rows = self.table.rows
+        self.table.computed[rows] += steps
+        self.table.known[rows] += steps
+        self.table.last_token[rows] = token_id
+        for request in self.running:
+            request.output_token_ids.extend([token_id] * steps)
+        self.step += steps
 
     def _land(self, plan: BatchPlan) -> None:
         if plan is not self.in_flight:

@@ -192,5 +192,7 @@ class FakeDetokenizer:
 def engine_config(**options: Any) -> EngineConfig:
     """Small numbers by default, so that every limit is met in a short test; strictly in order of arrival."""
     defaults = {"block_size": 4, "max_num_batched_tokens": 32, "max_num_seqs": 8, "max_bypass": 0}
+    if options.get("scheduling_policy") == "latency-target":
+        defaults["target_itl_ms"] = 20.0
     options = {**defaults, **options}
     return EngineConfig(**options)

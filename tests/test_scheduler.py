@@ -281,7 +281,7 @@ def test_a_stream_of_prompts_never_stalls_a_decode() -> None:
 
 
 def test_abort_in_every_state() -> None:
-    harness = Harness(max_num_batched_tokens=8)
+    harness = Harness(max_num_batched_tokens=8, max_num_seqs=2)
     waiting, chunked, decoding = (
         request("w", [3]),
         request("c", prompt_of(30)),
