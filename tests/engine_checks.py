@@ -8,17 +8,21 @@ from pathlib import Path
 import numpy as np
 
 from sharp.config import EngineConfig
+from sharp.device import open_device
 from sharp.door import Door
 from sharp.model import Model
 from sharp.request import Request, SamplingParams
 from sharp.scheduler import Scheduler
+from sharp.weights import Checkpoint
 
 TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 
 
 def load(path, device, dtype, **options):
-    """A Model and the config that it was loaded with."""
+    """A Model and the config that it was loaded with. path: of a model, or a Checkpoint."""
     config = EngineConfig(device=device, dtype=dtype, **options)
+    if isinstance(path, Checkpoint):
+        return Model(path, config, open_device(device, dtype)), config
     return Model.load(path, config), config
 
 

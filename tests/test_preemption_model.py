@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from engine_checks import TINY, check_histories, check_preempted
 
+from sharp.random_model import RandomCheckpoint
 from sharp.scheduler import Scheduler
 
 PROMPTS = [[5, 9, 17, 3, 250, 44, 81], [7], list(range(20, 90))]
@@ -60,13 +61,22 @@ def test_demo_in_random_histories(demo_model):
     assert found > 0
 
 
+@pytest.fixture
+def child(on_gpu):
+    """The parent of the groups selects these tests too, but in the simulator: far too slow for them."""
+    if not on_gpu:
+        pytest.skip("runs under --device=cuda only, in the child that test_gpu.py starts")
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("child")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tiny_keeps_its_bits_on_a_gpu(dtype):
     check_preempted(TINY, "cuda", dtype, PROMPTS, 60, (1, 23, 50), exact=True, **TINY_OPTIONS)
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("child")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tiny_in_random_histories_on_a_gpu(dtype):
     """Another seed in each run."""
@@ -74,3 +84,13 @@ def test_tiny_in_random_histories_on_a_gpu(dtype):
         TINY, "cuda", dtype, SHARED, 60, 12, exact=True, **SHARED_OPTIONS
     )
     assert min(found, forked, preempted) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("child")
+def test_the_demo_models_shape_in_random_histories_on_a_gpu():
+    """Random weights, bfloat16, the rungs that this GPU takes by itself."""
+    found, _, preempted = check_histories(
+        RandomCheckpoint("smollm2-135m"), "cuda", "bfloat16", SHARED, 52, 6, exact=True, **SHARED_OPTIONS
+    )
+    assert min(found, preempted) > 0
