@@ -170,6 +170,15 @@ class Workload(RuleBasedStateMachine):
                 self.run(plan)
             self.nothing_is_lost()
 
+    @rule(seed=st.integers(0, 2**32), count=st.integers(1, 6), half=st.booleans())
+    def traffic(self, seed: int, count: int, half: bool) -> None:
+        """Arrivals, then steps of which one is interrupted."""
+        self.arrive(seed, count)
+        self.steps(count)
+        self.begin()
+        self.end("half" if half else "nothing")
+        self.steps(1)
+
     @rule(which=st.integers(0, 99), whole=st.booleans())
     def cancel(self, which: int, whole: bool) -> None:
         """One sample, or (as a timeout does) all that has not finished of its prompt."""
