@@ -18,7 +18,10 @@ from typing import Any
 from sharp import results
 
 NEAR_TIE = 0.02  # logits: under this top-2 margin of the baseline, either token is a right answer
-SOURCES = ("sharp/engine.py", "sharp/scheduler.py", "sharp/model.py", "sharp/staging.py", "sharp/sampling.py")
+SOURCES = (
+    "sharp/engine.py", "sharp/scheduler.py", "sharp/running.py", "sharp/batching.py", "sharp/pagebook.py",
+    "sharp/model.py", "sharp/staging.py", "sharp/sampling.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

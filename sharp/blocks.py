@@ -19,6 +19,7 @@ class BlockAllocator:
             raise ValueError(f"num_blocks must be at least 1, not {num_blocks}")
         self.num_blocks = num_blocks
         self.evictions = 0  # since the start
+        self.num_shared = 0  # references beyond the first of each page
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references: dict[int, int] = {}  # of pages in use
         self._cached: OrderedDict[int, None] = OrderedDict()  # without references, longest unused first
@@ -67,6 +68,7 @@ class BlockAllocator:
         for page in pages:
             if page in self._references:
                 self._references[page] += 1
+                self.num_shared += 1
             elif page in self._cached:
                 del self._cached[page]
                 self._references[page] = 1
@@ -87,6 +89,7 @@ class BlockAllocator:
         for page in reversed(pages):
             self._references[page] -= 1
             if self._references[page]:
+                self.num_shared -= 1
                 continue
             del self._references[page]
             if page in self._key_of:
@@ -132,5 +135,6 @@ class BlockAllocator:
         assert cached <= set(self._key_of), "a cached page has no key"
         assert not free & set(self._key_of), "an empty page has a key"
         assert min(self._references.values(), default=1) >= 1, "a page in use has no reference"
+        assert self.num_shared == sum(self._references.values()) - len(used), "shared references"
         if owned is not None:
             assert Counter(owned) == self._references, "references are not those of running requests"

@@ -78,6 +78,7 @@ class Engine:
         """
         request = self.door.make_request(prompt, params, request_id, priority)
         self.scheduler.sizes.refuse_if_too_large(request)
+        self.scheduler.pages.extend_keys(request)  # here, where no lock is held: long prompts take a while
         return request
 
     def submit(self, request: Request, sink: Sink | None = None, *, final_only: bool = False) -> str:
@@ -210,7 +211,7 @@ class Engine:
 
     def _commit(self, plan: BatchPlan, sampled: SampleOutput, clock: list[float]) -> None:
         scheduler = self.scheduler
-        blocks_used = scheduler.pages_written()  # before finished requests give theirs back
+        blocks_used = scheduler.pages.num_written()  # before finished requests give theirs back
         updated = scheduler.commit(plan, sampled)
         moved = self._live.of(updated)
         for _, sample in moved:

@@ -103,6 +103,11 @@ class PageBook:
                 self.blocks.publish(request.block_ids[page], request.page_keys[page])
             table.published[row] = stop
 
+    def num_written(self) -> int:
+        """Pages in use that have content, each once; booked ones may be empty."""
+        each = int((-(-self.table.computed[self.table.rows] // self.block_size)).sum())
+        return each - (self.blocks.num_shared - len(self.forks.copies))
+
     def check(self) -> None:
         """Raise AssertionError unless pages and what runs agree."""
         running = self.table.requests()

@@ -287,10 +287,6 @@ class Scheduler:
 
     # For people and tests -------------------------------------------------------------------------
 
-    def pages_written(self) -> int:
-        """Pages with content of what runs, shared ones counted for each; booked ones may be empty."""
-        return int((-(-self.table.computed[self.table.rows] // self.config.block_size)).sum())
-
     def tokens_ahead(self) -> int:
         """Tokens still to compute for all that has not finished, if every answer takes its max_tokens."""
         done = (

@@ -122,6 +122,9 @@ class Workload(RuleBasedStateMachine):
         self.reached["steps"] += 1
         self.reached["copied pages"] += len(plan.page_copies)
         assert 1 <= plan.num_tokens <= config.max_num_batched_tokens
+        content = {page for item in scheduler.running for page in item.block_ids[: self.pages_of(item)]}
+        content |= set(scheduler.pages.forks.copies.values())
+        assert scheduler.pages.num_written() == len(content)
         by_id = {item.request_id: item for item in scheduler.running}
         for seq, name in enumerate(plan.request_ids):  # pages of a plan are those of its own request
             pages = plan.block_table[seq]
@@ -137,6 +140,9 @@ class Workload(RuleBasedStateMachine):
             why = scheduler.not_scheduled.get(item.request_id)
             assert (why is None) == (item.request_id in planned), f"{item.request_id}: {why}"
         return plan
+
+    def pages_of(self, item: Request) -> int:
+        return -(-item.num_computed_tokens // self.model.block_size)
 
     def run(self, plan: BatchPlan) -> None:
         batch, forked = self.model.stage(plan), self.scheduler.pages.forks.forked

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import test_forks
+import test_prefix_cache
 from random_workloads import run_workloads
 
-from sharp import pagebook, prefix
+from sharp import blocks, pagebook, prefix
 from sharp.blocks import BlockAllocator
 from sharp.forks import Forks
 from sharp.pagebook import PageBook
@@ -215,6 +218,26 @@ def samples_lost_at_preemption(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Scheduler, "preempt", lose)
 
 
+def latest_goes_first(patch: pytest.MonkeyPatch) -> None:
+    class Reversed(OrderedDict[int, None]):
+        def popitem(self, last: bool = True) -> tuple[int, None]:
+            return super().popitem(not last)
+
+    patch.setattr(blocks, "OrderedDict", Reversed)
+
+
+def first_page_goes_first(patch: pytest.MonkeyPatch) -> None:
+    free = BlockAllocator.free
+    patch.setattr(BlockAllocator, "free", lambda self, pages: free(self, pages[::-1]))
+
+
+def ids_cut_to_a_byte(patch: pytest.MonkeyPatch) -> None:
+    def extend(keys: list[bytes], token_ids: list[int], start: int, block_size: int) -> None:
+        prefix.extend_keys(keys, [token & 255 for token in token_ids], start, block_size)
+
+    patch.setattr(test_prefix_cache, "extend_keys", extend)
+
+
 MUTANTS: tuple[Patch, ...] = (
     key_without_parent,
     key_of_the_first_token,
@@ -230,7 +253,6 @@ MUTANTS: tuple[Patch, ...] = (
     nothing_copied,
     booked_pages_leak,
     seats_not_kept,
-    samples_lost_at_preemption,
 )
 
 
@@ -238,6 +260,12 @@ RARE: dict[Patch, Callable[[], None]] = {
     copied_once_though_rolled_back: test_forks.test_a_copy_is_made_again_after_a_rollback,
     source_not_held: test_forks.test_a_copy_is_made_again_after_a_rollback,
     copies_outlive_their_samples: test_forks.test_cancelled_samples_leave_nothing,
+    samples_lost_at_preemption: partial(
+        test_forks.test_cancel_and_preempt_at_any_point, "reading", "reserve"
+    ),
+    latest_goes_first: test_prefix_cache.test_what_was_used_longest_ago_goes_first,
+    first_page_goes_first: test_prefix_cache.test_published_pages_are_kept_until_their_room_is_needed,
+    ids_cut_to_a_byte: test_prefix_cache.test_token_ids_are_not_cut_to_bytes,
 }
 
 
