@@ -33,7 +33,7 @@ EVENT_BYTES, SEQUENCE_BYTES, TOKEN_BYTES = 600, 24, 4  # what an event and its p
 TIMES = ("plan_s", "stage_s", "forward_s", "sample_s", "commit_s")
 STATE = (
     "num_tokens", "num_decodes", "running", "waiting", "waiting_for", "not_scheduled", "blocks_used",
-    "blocks_total", "free_blocks", "preemptions",
+    "blocks_total", "free_blocks", "cached_blocks", "hit_tokens", "preemptions",
 )  # fmt: skip
 
 
