@@ -134,7 +134,7 @@ def bench_engine(model: str, commit: str, rounds: int) -> list[dict[str, Any]]:
     from sharp.weights import open_checkpoint
 
     checkpoint = open_checkpoint(model)
-    llm = LLM(model, device="cpu", dtype="float32")
+    llm = LLM(model, device="cpu", dtype="float32", prefix_caching=False)  # every round does all the work
     baseline = Transformers(checkpoint)
     rows = []
     for case in engine_cases(llm.tokenizer):

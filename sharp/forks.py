@@ -46,7 +46,7 @@ class Forks:
             self.forked += 1
         self.blocks.free(first.booked)  # of samples that ended before they began
         first.booked, first.samples = [], []
-        self.table.num_samples[first.row] = 0
+        self.table.promise(first)
 
     def array(self) -> npt.NDArray[np.int32]:
         """i32[C, 2]: (source, destination) of the copies to make."""

@@ -40,7 +40,7 @@ from sharp.fits import refuse_if_too_large
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.rope import rope_table
 from sharp.sampling import sample
-from sharp.staging import DeviceBatch, stage
+from sharp.staging import DeviceBatch, stage, staging_bytes
 from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
 
 
@@ -210,6 +210,8 @@ class Model:
         self.cos_sin = device.upload(table)
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
+        pages = -(-self.max_model_len // self.block_size)
+        device.reserve_staging(staging_bytes(config.max_num_batched_tokens, rows, pages))
         page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
         self.kv = [
             KVCache(k=device.empty(page_shape), v=device.empty(page_shape))

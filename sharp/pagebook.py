@@ -50,8 +50,7 @@ class PageBook:
         The watermark is hysteresis too: what was preempted does not come back to the very page that it was
         preempted for. Pages that another sequence uses already cost nothing; one token at least is computed.
         """
-        seats = len(self.table) + int(self.table.num_samples[self.table.rows].sum())
-        if seats + 1 + len(request.samples) > self.max_num_seqs:
+        if len(self.table) + self.table.promised + 1 + len(request.samples) > self.max_num_seqs:
             return False
         own, each = self.sizes.booking(request)
         extra = each * len(request.samples)

@@ -62,6 +62,7 @@ class RunningTable:
         self._ordered = 0
         self._stale = False
         self._free = list(range(15, -1, -1))
+        self.promised = 0  # samples that will fork from what runs: seats that are taken
 
     def __len__(self) -> int:
         return len(self.live) - len(self._free)
@@ -99,9 +100,10 @@ class RunningTable:
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.has_stop_ids[row], self.obeys_eos[row] = bool(params.stop_token_ids), not params.ignore_eos
         self.request[row], self.name[row] = request, request.request_id
-        self.num_pages[row], self.num_samples[row] = 0, len(request.samples)
+        self.num_pages[row] = 0
         self.pages[row] = -1
         request.row, request.table = row, self
+        self.promise(request)
         pages, request.block_ids = request.block_ids, []
         self.add_pages(request, pages)
 
@@ -116,8 +118,15 @@ class RunningTable:
         self.pages[request.row, start:stop] = pages
         self.num_pages[request.row] = stop
 
+    def promise(self, request: Request) -> None:
+        """Take note of how many samples are to fork from a running request, now that it has changed."""
+        self.promised += len(request.samples) - int(self.num_samples[request.row])
+        self.num_samples[request.row] = len(request.samples)
+
     def remove(self, request: Request) -> None:
         """Free the request's row. Its `block_ids` are left to it."""
+        self.promised -= int(self.num_samples[request.row])
+        self.num_samples[request.row] = 0
         self.live[request.row] = False
         self.request[request.row] = self.name[request.row] = None
         self._free.append(request.row)
@@ -148,6 +157,7 @@ class RunningTable:
     def check(self) -> None:
         """Raise AssertionError unless columns and requests agree."""
         rows = self.rows
+        assert self.promised == sum(len(request.samples) for request in self.requests()), "seats"
         assert len(set(rows.tolist())) == len(rows) == len(self) == self.live.sum(), "rows are lost"
         for row, request in zip(rows.tolist(), self.requests(), strict=True):
             name = request.request_id

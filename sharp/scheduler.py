@@ -272,7 +272,7 @@ class Scheduler:
         else:
             request.first.samples.remove(request)
             if request.first.table is not None:
-                request.first.table.num_samples[request.first.row] -= 1
+                request.first.table.promise(request.first)
         request.status, request.first = Status.FINISHED, None
         request.finish_reason, request.stop_reason = reason, stop_reason
         for sample in request.samples[:]:
@@ -309,7 +309,4 @@ class Scheduler:
         self.table.check()
         self.waiting.check()
         self.pages.check()
-        running = self.running
-        assert len(running) + sum(len(r.samples) for r in running) <= self.config.max_num_seqs, (
-            "too many sequences run"
-        )
+        assert len(self.table) + self.table.promised <= self.config.max_num_seqs, "too many sequences run"

@@ -17,17 +17,21 @@ from sharp.plan import SampleOutput
 from sharp.request import Request, SamplingParams
 from sharp.scheduler import Scheduler
 
-CASES = {"256+1000": (256, 1000), "1024": (1024, 0)}
+# Running, waiting, and what those wait for: 32 of them are looked at when it is pages.
+CASES = {"256+1000": (256, 1000, "seats"), "256+1000 pages": (256, 1000, "pages"), "1024": (1024, 0, "seats")}
 CONTEXT = 300  # tokens of a prompt: five pages
 ANSWER = 4000  # tokens, so that nothing ends while it is measured
+WORST = 68  # pages of a request
 
 
-def steady(running: int, waiting: int, **options: Any) -> Scheduler:
-    """A scheduler whose `running` sequences have read their prompts, `waiting` others behind them."""
+def steady(running: int, waiting: int, lack: str, **options: Any) -> Scheduler:
+    """A scheduler whose `running` sequences have read their prompts, `waiting` others behind them for lack of
+    "seats" or "pages"."""
+    seats = running if lack == "seats" else 2 * running
     config = EngineConfig(
-        max_num_batched_tokens=8192, max_num_seqs=running, max_queue_len=running + waiting, **options
+        max_num_batched_tokens=8192, max_num_seqs=seats, max_queue_len=running + waiting, **options
     )
-    scheduler = Scheduler(config, running * 70, 8192)
+    scheduler = Scheduler(config, running * WORST, 8192)
     params = SamplingParams(max_tokens=ANSWER, temperature=0.7, ignore_eos=True)
     rng = np.random.default_rng(0)
     for number in range(running + waiting):
@@ -35,6 +39,7 @@ def steady(running: int, waiting: int, **options: Any) -> Scheduler:
         scheduler.add(Request(f"request-{number}", None, prompt, params, seed=number))
     while len(scheduler.running) < running or scheduler.running[-1].num_tokens == CONTEXT:
         step(scheduler)
+    assert (len(scheduler.running), len(scheduler.waiting)) == (running, waiting)
     return scheduler
 
 
@@ -51,9 +56,9 @@ def step(scheduler: Scheduler) -> tuple[float, float, float]:
     return planned - start, cpu, time.perf_counter() - committing
 
 
-def measure(running: int, waiting: int, rounds: int = 600) -> dict[str, float]:
+def measure(running: int, waiting: int, lack: str, rounds: int = 600) -> dict[str, float]:
     """Microseconds: plan (least), plan median, plan cpu (least), commit (least), commit median."""
-    scheduler = steady(running, waiting)
+    scheduler = steady(running, waiting, lack)
     plans, cpus, commits = zip(*(step(scheduler) for _ in range(rounds)), strict=True)
     return {
         "plan": 1e6 * min(plans),
@@ -65,6 +70,6 @@ def measure(running: int, waiting: int, rounds: int = 600) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for name, (running, waiting) in CASES.items():
-        figures = measure(running, waiting)
-        print(f"{name:>10}  " + "  ".join(f"{key} {value:.0f}" for key, value in figures.items()))
+    for name, case in CASES.items():
+        figures = measure(*case)
+        print(f"{name:>14}  " + "  ".join(f"{key} {value:.0f}" for key, value in figures.items()))

@@ -2,8 +2,8 @@
 
 Requests with shared beginnings and several samples arrive, are cancelled, time out and are preempted at any
 point, in steps that happen or are rolled back, over admission modes, policies, page sizes and the prefix
-cache on and off. After every move: free + used + cached = total, references are those of the requests, nothing is
-lost or duplicated. At the end: every answer as if its request were alone.
+cache on and off. After every move: free + used + cached = total, references are those of the requests,
+nothing is lost or duplicated. At the end: every answer as if its request were alone.
 """
 
 from __future__ import annotations
@@ -169,6 +169,15 @@ class Workload(RuleBasedStateMachine):
             if plan is not None:
                 self.run(plan)
             self.nothing_is_lost()
+
+    @rule(seed=st.integers(0, 2**32), count=st.integers(1, 6), half=st.booleans())
+    def traffic(self, seed: int, count: int, half: bool) -> None:
+        """Arrivals, then steps of which one is interrupted."""
+        self.arrive(seed, count)
+        self.steps(count)
+        self.begin()
+        self.end("half" if half else "nothing")
+        self.steps(1)
 
     @rule(which=st.integers(0, 99), whole=st.booleans())
     def cancel(self, which: int, whole: bool) -> None:

@@ -12,7 +12,7 @@ from test_scheduler import prompt_of, request
 from sharp.request import Request
 from sharp.running import RunningTable
 
-PLAN_US = {"256+1000": 150, "1024": 400}
+PLAN_US = {"256+1000": 150, "256+1000 pages": 150, "1024": 400}
 
 
 @settings(max_examples=100, deadline=None)

@@ -45,8 +45,8 @@ def test_running_waiting_and_reading(clock: list[float]) -> None:
     engine.add_request([5, 6], LIMITED, "runs")
     engine.step()
     clock[0] += 4
-    engine.add_request([5] * 20, LIMITED, "reads")
-    engine.add_request([7], LIMITED, "waits")
+    engine.add_request([5] * 40, LIMITED, "reads")
+    engine.add_request([7] * 40, LIMITED, "reads too")
     engine.add_request([8], GREEDY, "no limit")
     engine.step()
     clock[0] += 6  # the first one's time is up, in the moment itself; the others have four seconds left
@@ -57,8 +57,11 @@ def test_running_waiting_and_reading(clock: list[float]) -> None:
     assert answer == expected([5, 6], LIMITED)[:2]
     clock[0] += 3.9
     assert not any(o.finished for o in engine.step())
+    assert [r.request_id for r in engine.scheduler.running] == ["reads", "reads too"]
+    engine.add_request([7], dataclasses.replace(LIMITED, timeout_s=0.1), "never ran")
     clock[0] += 0.2
-    assert reasons(engine) == {"reads": ("timeout", 0), "waits": ("timeout", 0), "no limit": ("length", 8)}
+    late = dict.fromkeys(("reads", "reads too", "never ran"), ("timeout", 0))
+    assert reasons(engine) == {**late, "no limit": ("length", 8)}
     assert engine.scheduler.blocks.num_used == 0
 
 
