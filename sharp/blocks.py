@@ -45,6 +45,15 @@ class BlockAllocator:
         """Pages that allocate() can give: empty and cached ones."""
         return len(self._free) + len(self._cached)
 
+    def references(self) -> list[int]:
+        """Of every page: how many use it; 0 for an empty one, -1 for a cached one."""
+        counts = [0] * self.num_blocks
+        for page, count in self._references.items():
+            counts[page] = count
+        for page in self._cached:
+            counts[page] = -1
+        return counts
+
     def allocate(self, count: int) -> list[int]:
         """`count` pages at once, or none: raises MemoryError naming needed and available."""
         if count < 0:

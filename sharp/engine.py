@@ -16,6 +16,7 @@ from typing import Any
 from sharp.answer import AnswerText
 from sharp.config import EngineConfig
 from sharp.door import Door
+from sharp.event_log import EventLog
 from sharp.interrupts import uninterrupted
 from sharp.live import LiveRequest, LiveRequests, Sample, Sink
 from sharp.plan import BatchPlan, SampleOutput, StepModel
@@ -50,6 +51,7 @@ class Engine:
         self.scheduler = Scheduler(config, model.num_blocks, self.max_model_len, model.config.eos_token_ids)
         self.door = Door(tokenizer, model.config.vocab_size, config.seed)
         self.stats = RunStats()
+        self.log = EventLog(self.scheduler)  # of all that its scheduler was asked and said: log.save(path)
         self.last_plan: BatchPlan | None = None
         self._live = LiveRequests()
         self._lock = threading.RLock()  # guards the scheduler and _live; never held during a forward
@@ -100,6 +102,7 @@ class Engine:
             except QueueFull as full:
                 wait = self.stats.estimate_seconds(self.scheduler.tokens_ahead())
                 raise QueueFull(full.length, full.limit, wait) from None
+            self.log.arrive(request)
             limit = request.params.timeout_s
             deadline = None if limit is None else time.monotonic() + limit
             self._live.add(LiveRequest(samples, sink, final_only, deadline))
@@ -134,6 +137,7 @@ class Engine:
         for request in live.unfinished():
             if request.status is not Status.FINISHED:  # a sample that has not forked ends with the first one
                 self.scheduler.finish(request, reason)
+                self.log.end(request, reason)
         self._live.deliver([live])
 
     def abort_soon(self, request_ids: Iterable[str]) -> None:
@@ -187,6 +191,8 @@ class Engine:
                 raise RuntimeError(
                     f"{len(self._live)} requests are unfinished, but the scheduler plans nothing"
                 )
+            if plan is not None:
+                self.log.plan(plan)
         if plan is None:
             return
         self.last_plan = plan
@@ -208,19 +214,22 @@ class Engine:
         with uninterrupted(), self._lock:
             if self.scheduler.in_flight is not None:
                 self.scheduler.rollback(self.scheduler.in_flight)
+                self.log.rollback()
 
     def _commit(self, plan: BatchPlan, sampled: SampleOutput, clock: list[float]) -> None:
         scheduler = self.scheduler
         blocks_used = scheduler.pages.num_written()  # before finished requests give theirs back
         updated = scheduler.commit(plan, sampled)
-        moved = self._live.of(updated)
+        moved, stopped = self._live.of(updated), []
         for _, sample in moved:
             stop = sample.read()
             if stop is not None:
                 scheduler.stop_on_text(sample.request, stop)
+                stopped.append((sample.request.request_id, stop))
         clock.append(time.perf_counter())
         record = StepRecord.of(plan, clock, scheduler, blocks_used)
         self.stats.add(record)
+        self.log.commit(plan, sampled, stopped, record)
         scheduler.policy.observe(plan, record.seconds)
         self._live.deliver(live for live, _ in moved)
 

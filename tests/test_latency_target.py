@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from sharp import LLM, SamplingParams
 from sharp.config import EngineConfig
 from sharp.curves import StepCurve
 from sharp.latency_target import BOUND, LEAST_CHUNK, LatencyTarget
 from sharp.policies import SchedulingPolicy
 from sharp.predictor import StepPredictor, StepWork
+from sharp.probe import Probe, run_probe
+from sharp.probe_cache import get_probe
 from sharp.simulate import Simulated, simulate
 from sharp.workloads import Arrival, every
 
+TINY = Path(__file__).resolve().parent.parent / "weights" / "tiny"
 SIZES = (1, 8, 64, 512, 4096)
 
 
@@ -184,3 +189,34 @@ def test_a_policy_may_pause_reading() -> None:
 
     found = run(AnswersFirst(), Device())
     assert found.itl.max < 0.006
+
+
+def test_the_llm_takes_the_kept_step_times(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A probe of this model, device and block size is used; without one it is said that times are guessed."""
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(tmp_path))
+    options: dict[str, Any] = {
+        "device": "cpu", "scheduling_policy": "latency-target", "target_itl_ms": 500.0, "num_blocks": 20,
+        "progress": False,
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match=r"step times of a slow device.*nothing kept.*`sharp probe MODEL`"):
+        llm = LLM(TINY, **options)
+    chosen = llm.engine.scheduler.policy
+    assert isinstance(chosen, LatencyTarget)
+    assert chosen.guessing
+    llm.close()
+    kept = get_probe(TINY, EngineConfig(device="cpu"), measure=short_probe)
+    with LLM(TINY, **options, max_num_seqs=9) as llm:
+        chosen = llm.engine.scheduler.policy
+        assert isinstance(chosen, LatencyTarget)
+        assert not chosen.guessing
+        assert chosen.predictor.prefill == kept.prefill
+        answers = llm.generate([[5, 9, 17], [7] * 90], SamplingParams(max_tokens=5), use_tqdm=False)
+        assert [len(answer.outputs[0].token_ids) for answer in answers] == [5, 5]
+    with pytest.warns(UserWarning, match="slow device"):
+        LLM(TINY, **options, block_size=32).close()
+    with pytest.raises(ValueError, match=r"target_itl_ms 1e-05 cannot be met: .* takes"):
+        LLM(TINY, **{**options, "target_itl_ms": 1e-5})
+
+
+def short_probe(*args: Any, **options: Any) -> Probe:
+    return run_probe(*args, **options, limit_s=0.3)

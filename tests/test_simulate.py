@@ -14,8 +14,11 @@ from test_probe import probe
 from sharp.__main__ import main
 from sharp.config import EngineConfig
 from sharp.latencies import Spread, TokenClock
+from sharp.plan import BatchPlan, SampleOutput
 from sharp.policies import SchedulingPolicy
 from sharp.predictor import StepPredictor, StepWork
+from sharp.request import Request, SamplingParams
+from sharp.scheduler import Scheduler
 from sharp.simulate import Simulated, simulate
 from sharp.workloads import Arrival, WorkloadError, random_traffic, read_workload, write_workload
 
@@ -110,6 +113,49 @@ def test_decodes_in_one_go_change_nothing() -> None:
         for field in ("count", "p50", "p95", "p99", "max"):
             slow, quick = getattr(getattr(slowly, name), field), getattr(getattr(quickly, name), field)
             assert slow == pytest.approx(quick), (name, field)
+
+
+def test_skipped_steps_are_those_that_plans_would_have_made() -> None:
+    """Two schedulers side by side, one skipping what is quiet: then the same plan comes, token for token."""
+
+    def ready(**options: Any) -> Scheduler:
+        settings: dict[str, Any] = {"prefix_caching": False, "block_size": 4, "max_num_seqs": 3, **options}
+        scheduler = Scheduler(EngineConfig(**settings), 60, 400)
+        for name, tokens in (("a", 30), ("b", 20), ("c", 25), ("waits", 5)):
+            params = SamplingParams(max_tokens=tokens, temperature=0.0)
+            scheduler.add(Request(name, None, [3] * tokens, params, 0))
+        return scheduler
+
+    def step(scheduler: Scheduler) -> BatchPlan:
+        plan = scheduler.plan()
+        assert plan is not None
+        rows = len(plan.logits_rows)
+        scheduler.commit(plan, SampleOutput(np.ones(rows, np.int32), (None,) * rows))
+        scheduler.check()
+        return plan
+
+    planned, skipping = ready(), ready()
+    assert skipping.quiet_steps() == 0
+    step(planned)
+    step(skipping)
+    quiet = skipping.quiet_steps()
+    assert quiet == 18  # b's last token but one
+    skipping.skip(quiet, 1)
+    skipping.check()
+    for _ in range(quiet):
+        assert step(planned).num_decodes == 3
+    assert skipping.step == planned.step
+    for _ in range(10):
+        ours, theirs = step(skipping), step(planned)
+        assert ours.request_ids == theirs.request_ids
+        for array in ("token_ids", "positions", "slot_mapping", "block_table", "context_lens"):
+            assert (getattr(ours, array) == getattr(theirs, array)).all(), array
+    with pytest.raises(ValueError, match=r"1000 steps cannot be skipped; \d+ are quiet"):
+        skipping.skip(1000, 1)
+    for options in ({"admission": "optimistic"}, {"prefix_caching": True}):
+        other = ready(**options)
+        step(other)
+        assert other.quiet_steps() == 0
 
 
 # Latencies -----------------------------------------------------------------------------------------
