@@ -2,7 +2,7 @@
 
 A whole engine by hand, texts and outputs included, over a model that answers at once: any id, no logits.
 What is measured is the process's resident memory after a garbage collection. The first tenths fill the
-history of 4,096 steps.
+history of 4,096 steps and the log of events.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 from many_requests import run
 
-from sharp import trace
+from sharp import event_log, trace
 
 
 def traced_bytes() -> int:
@@ -21,6 +21,7 @@ def test_memory_is_flat(monkeypatch: pytest.MonkeyPatch, admission: str) -> None
     """Python's own memory from the third tenth of 4,000 requests to the ninth: 2,400 requests later. The keys
     of one request's pages alone take 200 bytes; at the end of all of them little is left running."""
     monkeypatch.setattr(trace, "HISTORY", 16)
+    monkeypatch.setattr(event_log, "LOG_BYTES", 20_000)
     tracemalloc.start()
     try:
         found = run(4000, traced_bytes, admission)

@@ -194,7 +194,7 @@ def test_the_largest_step_fits_the_staging_buffers():
     assert sum(sizes) <= most <= sum(sizes) + 16 * len(sizes) + 64
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", id="plain")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pages_are_copied_where_they_are(device, dtype):
     """ "cuda" is numba's simulator here; a GPU copies pages in test_preemption_model.py."""
