@@ -228,8 +228,8 @@ def open_bench(model: str, device_name: str, dtype: str, commit: str, probe_s: f
     loaded = Model(checkpoint, config, device)
     print(f"loaded in {time.perf_counter() - start:.1f} s: {loaded.device_name}", flush=True)
     start = time.perf_counter()
-    length = loaded.max_model_len  # half of it is the longest step, so that another half can be its context
-    probed = replace(config, max_num_batched_tokens=min(tokens, length // 2))
+    length = loaded.max_model_len  # half of it at most is a step, so that another half can be its context
+    probed = replace(config, max_num_batched_tokens=min(STEP_TOKENS[device.kind], length // 2))
     curves = measure_curves(loaded, probed, open_meter(device), max_model_len=length, limit_s=probe_s)
     host = measure_host(checkpoint.config)
     predictor = StepPredictor(StepCurve(curves.prefill), StepCurve(curves.decode), host)

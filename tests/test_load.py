@@ -116,6 +116,7 @@ def test_the_simulator_says_what_a_real_engine_does() -> None:
         assert set(one.errors) == {"TTFT p50", "TTFT p95", "ITL p50", "ITL p95"}
         assert -0.8 < one.errors["ITL p50"] < 0.1  # a sleep is never shorter than asked for
         assert "requests; TTFT p50" in one.text()
+        assert 0.9 < one.drift < 3.0
 
 
 def test_workloads_keep_a_device_half_busy() -> None:
