@@ -126,6 +126,22 @@ class BlockAllocator:
             pages.append(page)
         return pages
 
+    def holds(self, key: bytes) -> bool:
+        """Whether a page would be found under the key."""
+        return key in self._page_of
+
+    def forget_content(self) -> None:
+        """Empty all cached pages. For who changes what K and V depend on: another kernel, other weights.
+
+        Raises RuntimeError while pages are in use: what is computed from them is made of both.
+        """
+        if self._references:
+            raise RuntimeError(f"{len(self._references)} pages are in use: let their requests end first")
+        self._free.extend(self._cached)
+        self._cached.clear()
+        self._page_of.clear()
+        self._key_of.clear()
+
     def count_cached(self, pages: Iterable[int]) -> int:
         """How many of the pages have no reference: sharing them takes them from what is available."""
         return sum(page in self._cached for page in pages)

@@ -56,7 +56,10 @@ class PageBook:
         extra = each * len(request.samples)
         # Alone, everything is free or cached and it always fits.
         spare = 0 if self.sizes.reserve or not len(self.table) else self.watermark
-        hits = self.blocks.find(request.page_keys[: (request.num_tokens - 1) // self.block_size])
+        if own - self._most_found(request) + extra + spare > self.blocks.num_available:
+            return False
+        hits = self.blocks.find(self._useful_keys(request))
+        request.num_found = len(hits)
         need = own - len(hits) + extra
         if need + self.blocks.count_cached(hits) + spare > self.blocks.num_available:
             return False
@@ -71,6 +74,18 @@ class PageBook:
         limit = self.sizes.worst_tokens(request)
         self.table.add(request, limit, computed=computed, published=len(hits))
         return True
+
+    def _useful_keys(self, request: Request) -> list[bytes]:
+        return request.page_keys[
+            : (request.num_tokens - 1) // self.block_size
+        ]  # one token is computed at least
+
+    def _most_found(self, request: Request) -> int:
+        """Pages that could be found, at most, without looking for all of them: no more than the last time, as
+        long as the next one is not there. A queue that waits for pages is looked through in every step."""
+        keys = self._useful_keys(request)
+        last = request.num_found
+        return last if last < len(keys) and not self.blocks.holds(keys[last]) else len(keys)
 
     def grow(self, request: Request) -> bool:
         """One more page; False if there is none."""

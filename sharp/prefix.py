@@ -3,9 +3,9 @@
 What K and V of a page depend on: the tokens of the page, all tokens before it, and their positions; and
 the model, its dtype and its rungs. The key chains the first three (a page's key is a hash of the key before
 it and of its own tokens, from position 0 on). The others are fixed for the life of an engine, and the cache
-is inside one; whatever comes to change K and V from request to request (an adapter) has to enter the first
-page's key. That a page computed in any chunk, packed with anything, has the same bits is the engine's
-contract of batch invariance.
+is inside one; who swaps a kernel or a weight in a living one calls BlockAllocator.forget_content. Whatever
+comes to change K and V from request to request (an adapter) has to enter the first page's key. That a page
+computed in any chunk, packed with anything, has the same bits is the engine's contract of batch invariance.
 
 Two contents with one key would hand a request another's keys and values, so the hash is a cryptographic one,
 BLAKE2b of 32 bytes (RFC 7693): no collision is known or can be searched for, and tokens need not be compared.

@@ -147,6 +147,7 @@ class Request:
     page_keys: list[bytes] = field(
         default_factory=list, repr=False
     )  # of its first whole pages, see prefix.py
+    num_found: int = 0  # pages that were in the prefix cache when it was last looked at
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it first started
     index: int = 0  # among the n samples of its prompt
     samples: list[Request] = field(default_factory=list, repr=False)  # that will fork from it, see forks.py

@@ -199,6 +199,11 @@ class Workload(RuleBasedStateMachine):
                 self.scheduler.finish(one, "timeout" if whole else "abort")
                 self.reached["timeouts" if whole else "cancelled"] += 1
 
+    @rule()
+    def forget(self) -> None:
+        if not self.scheduler.blocks.num_used:
+            self.scheduler.blocks.forget_content()
+
     @rule(which=st.integers(0, 99))
     def preempt(self, which: int) -> None:
         running = self.scheduler.running

@@ -118,6 +118,19 @@ def test_sharing_and_publishing_wrongly() -> None:
     blocks.check([])
 
 
+def test_content_can_be_forgotten() -> None:
+    blocks = BlockAllocator(4)
+    page, other = blocks.allocate(2)
+    blocks.publish(page, b"a")
+    blocks.free([page])
+    with pytest.raises(RuntimeError, match="1 pages are in use"):
+        blocks.forget_content()
+    blocks.free([other])
+    blocks.forget_content()
+    blocks.check([])
+    assert (blocks.num_free, blocks.num_cached, blocks.find([b"a"])) == (4, 0, [])
+
+
 MOVE = st.tuples(st.sampled_from(["allocate", "free", "share", "publish"]), st.integers(0, 9))
 
 
@@ -303,6 +316,23 @@ def test_pages_that_are_found_are_not_thrown_out_to_make_room() -> None:
     bench.step()
     assert item.num_cached_tokens == 8
     bench.finish()
+
+
+def test_a_waiting_request_sees_what_comes_to_be_found() -> None:
+    """It is looked at when there is nothing to find, and waits; it starts beside the one it shares with."""
+    bench = Bench(num_blocks=9)
+    bench.ask("runs", prompt_of(9, 3), max_tokens=3)  # three pages
+    first = bench.ask("first", PROMPT, max_tokens=8, ignore_eos=True)  # six
+    waits = bench.ask("waits", [*PROMPT, 4, 4], max_tokens=6)  # six, of which four will be the first one's
+    bench.step()
+    assert (waits.status, waits.num_found) == (Status.WAITING, 0)
+    while waits.status is Status.WAITING:
+        bench.step()
+    assert first.status is Status.RUNNING
+    assert waits.block_ids[:4] == first.block_ids[:4]
+    bench.finish()
+    bench.scheduler.blocks.forget_content()
+    assert bench.scheduler.blocks.num_free == 9
 
 
 @pytest.mark.parametrize("mode", MODES)

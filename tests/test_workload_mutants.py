@@ -238,6 +238,10 @@ def ids_cut_to_a_byte(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(test_prefix_cache, "extend_keys", extend)
 
 
+def never_looked_for_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(PageBook, "_most_found", lambda self, request: request.num_found)
+
+
 MUTANTS: tuple[Patch, ...] = (
     key_without_parent,
     key_of_the_first_token,
@@ -265,6 +269,7 @@ RARE: dict[Patch, Callable[[], None]] = {
     ),
     latest_goes_first: test_prefix_cache.test_what_was_used_longest_ago_goes_first,
     first_page_goes_first: test_prefix_cache.test_published_pages_are_kept_until_their_room_is_needed,
+    never_looked_for_again: test_prefix_cache.test_a_waiting_request_sees_what_comes_to_be_found,
     ids_cut_to_a_byte: test_prefix_cache.test_token_ids_are_not_cut_to_bytes,
 }
 
