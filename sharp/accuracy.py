@@ -14,7 +14,7 @@ from typing import Any
 from sharp.config import EngineConfig
 from sharp.load import Load, run_load
 from sharp.predictor import StepPredictor, StepWork
-from sharp.simulate import Simulated, simulate
+from sharp.simulate import Noisy, Simulated, simulate
 from sharp.stall import with_engine
 from sharp.step_times import uniform_step
 from sharp.workloads import Arrival, random_traffic
@@ -109,13 +109,18 @@ def step_drift(model: Any, config: EngineConfig, predictor: StepPredictor) -> fl
 
 
 def compare_runs(
-    model: Any, config: EngineConfig, predictor: StepPredictor, seconds: float
+    model: Any,
+    config: EngineConfig,
+    predictor: StepPredictor,
+    seconds: float,
+    noise: Sequence[float] = (),
 ) -> Iterator[Comparison]:
     """Each workload of KINDS, of about so many seconds. The real run is warmed up by a part of itself."""
     length = config.max_model_len or model.config.max_position_embeddings
     for kind in KINDS:
         workload = workload_of(kind, seconds, predictor, config, model.num_blocks, length)
-        predicted = simulate(workload, predictor, config, num_blocks=model.num_blocks, max_model_len=length)
+        noisy = Noisy(predictor, noise)
+        predicted = simulate(workload, noisy, config, num_blocks=model.num_blocks, max_model_len=length)
         warm = [Arrival(0.0, a.prompt_tokens, 2) for a in workload[:4]]
         with_engine(model, config, lambda engine, warm=warm: run_load(engine, warm))  # type: ignore[misc]
         before = step_drift(model, config, predictor)

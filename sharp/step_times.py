@@ -19,6 +19,7 @@ from sharp.plan import BatchPlan, StepModel
 
 ROUNDS = 3  # timed steps of a point, at least; the median counts
 CHEAP_S, CHEAP_ROUNDS = 0.2, 9  # so many steps where they fit in so many seconds: short ones are noisier
+NOISE = 40  # quantiles
 CONTEXTS = (0, 1024)  # keys in the pages before a chunk
 DECODE_CONTEXTS = (64, 1024)  # and of each sequence before a decode
 FIRST_JUMP = 4  # times: the most that a second point is guessed to take, as all tokens share reading weights
@@ -28,11 +29,15 @@ SECONDS = 14.0  # for the curves: with loading and copies this stays under 20 s 
 
 @dataclass(frozen=True)
 class Curves:
-    """Timed points (tokens, context, median seconds) and what time or pages left out."""
+    """Timed points (tokens, context, median seconds) and what time or pages left out.
+
+    noise: quantiles of single steps over their point's median, NOISE of them, of all points together.
+    """
 
     prefill: tuple[Point, ...]
     decode: tuple[Point, ...]
     skipped: tuple[str, ...]
+    noise: tuple[float, ...] = ()
 
 
 def uniform_step(
@@ -120,6 +125,7 @@ def measure_curves(
                 while len(taken) < CHEAP_ROUNDS and sum(taken) < CHEAP_S:
                     taken.append(once(num_seqs, tokens, context))
                 line.append((size, statistics.median(taken)))
+                ratios.extend(seconds / line[-1][1] for seconds in taken)
                 points[what].append((size, context, line[-1][1]))
                 continue
             left_out.setdefault(why, []).append(size)
@@ -127,6 +133,7 @@ def measure_curves(
             skipped.append(f"{what} of {', '.join(map(str, sorted(sizes)))} at context {context}: {why}")
 
     skipped: list[str] = []
+    ratios: list[float] = []
     points: dict[str, list[Point]] = {"prefill": [], "decode": []}
     chunks, batches = _sizes(config.max_num_batched_tokens), _sizes(config.max_num_seqs)
     start, room = spent(), max_model_len - config.max_num_batched_tokens
@@ -140,7 +147,8 @@ def measure_curves(
     for (what, sizes, context), share in zip(lines, shares, strict=True):
         deadline += share * limit_s  # what one line leaves of its time, the next ones have
         sweep(what, sizes, context, deadline)
-    return Curves(tuple(points["prefill"]), tuple(points["decode"]), tuple(skipped))
+    noise = np.quantile(ratios, (np.arange(NOISE) + 0.5) / NOISE).tolist()
+    return Curves(tuple(points["prefill"]), tuple(points["decode"]), tuple(skipped), tuple(noise))
 
 
 def _sizes(limit: int) -> list[int]:

@@ -112,6 +112,17 @@ def test_the_points_are_the_devices_times() -> None:
         assert seconds == pytest.approx(floor_then_linear(tokens, context + 1))
 
 
+def test_how_single_steps_vary() -> None:
+    model = TimedModel(floor_then_linear)
+    calls = iter(range(10**6))
+    model.seconds = lambda t, k: floor_then_linear(t, k) * (1.0, 0.9, 1.1)[next(calls) % 3]
+    noise = curves(model, limit_s=1e6).noise
+    assert len(noise) == 40
+    assert noise == tuple(sorted(noise))
+    assert (noise[2], noise[20], noise[-3]) == pytest.approx((0.9, 1.0, 1.1))
+    assert np.ptp(curves(TimedModel(floor_then_linear)).noise) < 1e-9
+
+
 def test_compiling_is_not_counted() -> None:
     """The first step of each size takes 20 s more: no point is left out for it, and none is wrong."""
     model = TimedModel(floor_then_linear)
