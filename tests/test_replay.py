@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_latency_target import curves_of, gpu_like
 
 from sharp import event_log
+from sharp.blocks import BlockAllocator
 from sharp.config import EngineConfig
 from sharp.engine import Engine
 from sharp.latency_target import LatencyTarget
@@ -190,6 +191,15 @@ def test_another_plan_is_named(tmp_path: Path, lines: list[str]) -> None:
     assert "step 1: the same tokens, but other pages, rows or copies" in told(tmp_path, changed)
     smaller = lines[0].replace('"max_num_batched_tokens":32', '"max_num_batched_tokens":8')
     assert "the scheduler plans step 1: r0: 8" in told(tmp_path, [smaller, *lines[1:]])
+
+
+def test_other_pages_are_another_plan(
+    tmp_path: Path, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An allocator that hands out the same number of pages in another order is noticed."""
+    original = BlockAllocator.allocate
+    monkeypatch.setattr(BlockAllocator, "allocate", lambda self, count: original(self, count)[::-1])
+    assert "step 1: the same tokens, but other pages" in told(tmp_path, lines)
 
 
 def test_what_does_not_follow_is_named(tmp_path: Path, lines: list[str]) -> None:

@@ -115,9 +115,10 @@ def test_decodes_in_one_go_change_nothing() -> None:
         def observe(self, plan: Any, seconds: float) -> None:
             self.steps += 1
 
-    options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": 32}
+    options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": 2}
     watched = Watched()
     slowly, quickly = (run(traffic, predictor, scheduling_policy=p, **options) for p in (watched, "fcfs"))
+    assert quickly.queue_mean > 0.1
     assert watched.steps == slowly.steps == quickly.steps
     for name in ("completed", "output_tokens", "queue_max", "running_max"):
         assert getattr(slowly, name) == getattr(quickly, name)
