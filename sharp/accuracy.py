@@ -5,15 +5,18 @@ Knows what is compared and how far apart it is. Refuses to know devices and rows
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sharp.config import EngineConfig
 from sharp.load import Load, run_load
-from sharp.predictor import StepPredictor
-from sharp.simulate import Simulated, simulate
+from sharp.predictor import StepPredictor, StepWork
+from sharp.simulate import Noisy, Simulated, simulate
 from sharp.stall import with_engine
+from sharp.step_times import uniform_step
 from sharp.workloads import Arrival, random_traffic
 
 BUSY = (
@@ -25,6 +28,7 @@ KINDS: dict[str, tuple[tuple[int, int], tuple[int, int], int]] = {
     "bursts": ((32, 512), (8, 64), 8),
     "long-prompts": ((512, 2048), (8, 64), 1),
 }
+DRIFT_SEQS, DRIFT_ROUNDS = 8, 15
 MEASURES = ("p50", "p95")  # compared; p99 and max are single events in a run of seconds
 
 
@@ -35,10 +39,11 @@ class Comparison:
     name: str
     predicted: Simulated
     real: Load
+    drift: float = 1.0  # a step's time around the real run over its predicted time: a device may change
 
     @property
     def errors(self) -> dict[str, float]:
-        """(predicted - real) / real, of TTFT and ITL at each of MEASURES."""
+        """(predicted - real) / real, of TTFT and ITL at each of MEASURES; the drift is not taken out."""
         pairs = {
             "TTFT": (self.predicted.ttft, self.real.ttft_of()),
             "ITL": (self.predicted.itl, self.real.itl),
@@ -56,7 +61,8 @@ class Comparison:
     def text(self) -> str:
         errors = ", ".join(f"{name} {error:+.1%}" for name, error in self.errors.items())
         return (
-            f"simulate/{self.name}: {self.predicted.requests} requests; {errors}\n"
+            f"simulate/{self.name}: {self.predicted.requests} requests; {errors}; "
+            f"around the run a decode step took {self.drift:.2f}x its predicted time\n"
             f"  predicted ITL {self.predicted.itl.ms()}; TTFT {self.predicted.ttft.ms()}; "
             f"{self.predicted.steps} steps in {self.predicted.seconds:.2f} s\n"
             f"  real      ITL {self.real.itl.ms()}; TTFT {self.real.ttft_of().ms()}; "
@@ -88,15 +94,36 @@ def workload_of(
     return draw(count, max(seconds, takes(draw(count, 0.0)) / BUSY))
 
 
+def step_drift(model: Any, config: EngineConfig, predictor: StepPredictor) -> float:
+    """How long a step of DRIFT_SEQS decodes takes now, over what is predicted."""
+    work = StepWork(DRIFT_SEQS, DRIFT_SEQS * 64, 64, (), DRIFT_SEQS)
+    plan = uniform_step(DRIFT_SEQS, 1, 64, config.block_size, model.config.vocab_size)
+    taken = []
+    for _ in range(DRIFT_ROUNDS):
+        start = time.perf_counter()
+        batch = model.stage(plan)
+        model.sample(model.forward(batch), batch)
+        taken.append(time.perf_counter() - start)
+    step, each = predictor.host_s
+    return statistics.median(taken) / (predictor.seconds(work) - step - DRIFT_SEQS * each)
+
+
 def compare_runs(
-    model: Any, config: EngineConfig, predictor: StepPredictor, seconds: float
+    model: Any,
+    config: EngineConfig,
+    predictor: StepPredictor,
+    seconds: float,
+    noise: Sequence[float] = (),
 ) -> Iterator[Comparison]:
     """Each workload of KINDS, of about so many seconds. The real run is warmed up by a part of itself."""
     length = config.max_model_len or model.config.max_position_embeddings
     for kind in KINDS:
         workload = workload_of(kind, seconds, predictor, config, model.num_blocks, length)
-        predicted = simulate(workload, predictor, config, num_blocks=model.num_blocks, max_model_len=length)
+        noisy = Noisy(predictor, noise)
+        predicted = simulate(workload, noisy, config, num_blocks=model.num_blocks, max_model_len=length)
         warm = [Arrival(0.0, a.prompt_tokens, 2) for a in workload[:4]]
         with_engine(model, config, lambda engine, warm=warm: run_load(engine, warm))  # type: ignore[misc]
+        before = step_drift(model, config, predictor)
         real = with_engine(model, config, lambda engine, workload=workload: run_load(engine, workload))  # type: ignore[misc]
-        yield Comparison(kind, predicted, real)
+        drift = (before + step_drift(model, config, predictor)) / 2
+        yield Comparison(kind, predicted, real, drift)

@@ -19,6 +19,7 @@ from sharp.curves import StepCurve
 if TYPE_CHECKING:
     from sharp.plan import BatchPlan
 
+FULL = 64  # tokens of a chunk from which on attention keeps a device busy, whatever the chunk
 Chunk = tuple[int, int]  # new tokens, keys in the pages before them
 
 
@@ -88,19 +89,19 @@ class StepPredictor:
         self, prefill: StepCurve, decode: StepCurve, host_s: tuple[float, float] = (0.0, 0.0)
     ) -> None:
         self.prefill, self.decode, self.host_s = prefill, decode, host_s
-        near, growth = prefill.contexts[0], _growth(prefill)
-        sizes = np.array(prefill.tokens, float)
-        seconds = np.array([prefill.predict(t, near) for t in prefill.tokens])
+        near, counts = prefill.contexts[0], _sizes(prefill)
+        sizes, growth = np.array(counts, float), _chunk_growth(prefill)
+        seconds = np.array([prefill.predict(t, near) for t in counts])
         # Attention to the near context and to the chunk's own tokens is no part of the matrices' time. Noise
         # may leave less than nothing; a step takes at least what its smallest takes.
         alone = seconds - growth * (near + sizes / 2)
         alone[0] = max(alone[0], 0.5 * seconds[0])
         self.tokens = Line(sizes, np.maximum.accumulate(alone))
         self.chunk_growth = Line(sizes, growth)  # seconds a key of context, for t tokens
-        batches = np.array(decode.tokens, float)
-        near, growth = decode.contexts[0], _growth(decode)
+        near, counts = decode.contexts[0], _sizes(decode)
+        batches, growth = np.array(counts, float), _growth(decode)
         self.decode_growth = Line(batches, growth)
-        without = np.array([decode.predict(n, near) for n in decode.tokens]) - growth * near
+        without = np.array([decode.predict(n, near) for n in counts]) - growth * near
         beyond = without - np.array([self.tokens.at(n) for n in batches])
         self.rows = Line(batches, np.maximum.accumulate(np.maximum(beyond - max(beyond[0], 0.0), 0.0)))
         self.first_row = max(
@@ -167,10 +168,48 @@ class StepPredictor:
         return low
 
 
+def _sizes(curve: StepCurve) -> list[int]:
+    """The measured sizes, and twice the largest: past it, lines go on as the curve does, which never takes a
+    larger step for free."""
+    return [*curve.tokens, 2 * curve.tokens[-1]]
+
+
 def _growth(curve: StepCurve) -> np.ndarray:
-    """Seconds that a key of context adds to a step of each measured size; never falling with the size."""
+    """Seconds that a key of context adds to a step of each size; never falling with the size.
+
+    Read off the sizes that were measured at the nearest and the farthest context. This is for decodes: n
+    sequences of one token each.
+    """
+    sizes, both, rise = _rises(curve)
+    if not len(both):
+        return np.zeros(len(sizes))
+    rise = np.maximum.accumulate(rise)
+    return np.asarray(np.interp(sizes, both, rise) * np.maximum(1.0, sizes / both[-1]))
+
+
+def _chunk_growth(curve: StepCurve) -> np.ndarray:
+    """The same for chunks. From FULL tokens on each pair of a token and a key costs the same.
+
+    Its cost is a mean over those sizes, each weighted by how well its two times tell a difference: of large
+    steps both times are long, and noise is a part of either.
+    """
+    sizes, both, rise = _rises(curve)
+    if not len(both):
+        return np.zeros(len(sizes))
+    far, near = curve.contexts[-1], curve.contexts[0]
+    full = both >= min(FULL, both[-1])
+    noise = [curve.predict(int(t), far) ** 2 + curve.predict(int(t), near) ** 2 for t in both[full]]
+    weights = both[full] ** 2 / np.array(noise)
+    pair = float((weights * rise[full] / both[full]).sum() / weights.sum())
+    first = both[full][0]
+    small = np.minimum(np.maximum.accumulate(np.interp(sizes, both, rise)), pair * first)
+    return np.asarray(np.where(sizes >= first, pair * sizes, small))
+
+
+def _rises(curve: StepCurve) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """All sizes, those measured at the nearest and the farthest context, and what a key adds to each."""
     near, far = curve.contexts[0], curve.contexts[-1]
-    if near == far:
-        return np.zeros(len(curve.tokens))
-    rise = [curve.predict(t, far) - curve.predict(t, near) for t in curve.tokens]
-    return np.asarray(np.maximum.accumulate(np.array(rise) / (far - near)))
+    points = {(tokens, context) for tokens, context, _ in curve.points}
+    both = [t for t in curve.tokens if near < far and {(t, near), (t, far)} <= points]
+    rise = [(curve.predict(t, far) - curve.predict(t, near)) / (far - near) for t in both]
+    return np.array(_sizes(curve), float), np.array(both, float), np.array(rise)

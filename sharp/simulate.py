@@ -33,6 +33,21 @@ class Predictor(Protocol):
     def seconds(self, work: StepWork) -> float: ...
 
 
+class Noisy:
+    """A predictor whose steps vary as single steps were seen to vary. noise: factors, equally likely (see
+    Curves.noise); the same draws for the same seed. Without noise, the predictor itself."""
+
+    def __init__(self, predictor: Predictor, noise: Sequence[float], seed: int = 0) -> None:
+        self._predictor, self._noise = predictor, np.array(noise or (1.0,))
+        self._rng = np.random.default_rng(seed)
+        self._drawn: list[float] = []
+
+    def seconds(self, work: StepWork) -> float:
+        if not self._drawn:
+            self._drawn = self._noise[self._rng.integers(0, len(self._noise), 4096)].tolist()
+        return self._predictor.seconds(work) * self._drawn.pop()
+
+
 @dataclass(frozen=True)
 class Simulated:
     """What a run came to. Seconds are virtual, but for wall_s: what simulating took."""

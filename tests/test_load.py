@@ -116,6 +116,7 @@ def test_the_simulator_says_what_a_real_engine_does() -> None:
         assert set(one.errors) == {"TTFT p50", "TTFT p95", "ITL p50", "ITL p95"}
         assert -0.8 < one.errors["ITL p50"] < 0.1  # a sleep is never shorter than asked for
         assert "requests; TTFT p50" in one.text()
+        assert 0.9 < one.drift < 3.0
 
 
 def test_workloads_keep_a_device_half_busy() -> None:
@@ -227,6 +228,12 @@ def test_the_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsy
     assert json.loads(out.read_text()) == rows
     assert [row["case"] for row in rows] == ["plan/256+1000", "plan/1024"]
     assert seen == [("random:smollm2-135m", "auto", "auto", commit, 3.0)]
+    missed = made.row("plan/1024", 1.0, "us", 1.0, 1.5)
+    monkeypatch.setattr(Bench, "plan", lambda self: [*rows, missed])
+    bench.main(["scheduler", *words])
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == rows == json.loads(out.read_text())
+    assert "missed, no row: plan/1024, 1.5 times its tolerance" in lines
     for bad in (["--duration", "0"], ["--streams", "-1"], ["--probe-s", "nan"], ["--part", "x"]):
         with pytest.raises(SystemExit) as caught:
             bench.main(["scheduler", *bad])

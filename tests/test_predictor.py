@@ -74,11 +74,27 @@ def test_what_the_engine_itself_takes() -> None:
     assert predictor.seconds(work) - PREDICTOR.seconds(work) == pytest.approx(1e-3 + 4e-4)
 
 
+def test_sizes_that_were_not_measured_at_every_context() -> None:
+    """The far context stops at 512 tokens: pairs go on costing what they did, and do not count as tokens'."""
+    prefill, decode_curve = curves_of(gpu_like)
+    fewer = StepCurve.of(point for point in prefill.points if point[:2] != (4096, 1024))
+    predictor = StepPredictor(fewer, decode_curve)
+    for work in (
+        chunk(4096, 0),
+        chunk(2048, 6000),
+        StepWork(0, 0, 0, tuple((128, 0) for _ in range(16)), 16),
+    ):
+        assert predictor.seconds(work) == pytest.approx(gpu_like(work), rel=0.05)
+
+
 def test_a_single_point_is_enough() -> None:
     one = StepCurve.of([(1, 0, 0.01)])
     predictor = StepPredictor(one, one)
     assert predictor.seconds(chunk(1, 0)) == pytest.approx(0.01)
     assert predictor.seconds(decode(8, 5000)) >= 0.01
+    # What was not measured is never for free: a chunk of 100 tokens takes a hundred times as long.
+    assert predictor.seconds(chunk(100, 0)) == pytest.approx(1.0)
+    assert predictor.largest_chunk(0.05, 1, 64, 64, [], 4096) <= 4
 
 
 def test_lines() -> None:

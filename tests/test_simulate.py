@@ -19,7 +19,7 @@ from sharp.policies import SchedulingPolicy
 from sharp.predictor import StepPredictor, StepWork
 from sharp.request import Request, SamplingParams
 from sharp.scheduler import Scheduler
-from sharp.simulate import Simulated, simulate
+from sharp.simulate import Noisy, Simulated, simulate
 from sharp.workloads import Arrival, WorkloadError, random_traffic, read_workload, write_workload
 
 
@@ -45,6 +45,20 @@ def test_two_requests_by_hand() -> None:
     assert found.itl == Spread(4, 1.0, 1.0, 1.0, 1.0)
     assert (found.steps, found.seconds, found.output_tokens, found.prompt_tokens) == (4, 4.0, 6, 164)
     assert found.tokens_per_s == 1.5
+
+
+def test_steps_vary_as_they_were_seen_to() -> None:
+    """Half of the steps take a second, half two: percentiles and the whole say so; a seed repeats them."""
+    traffic = [Arrival(0.0, 8, 400)] * 2
+
+    def noisy(seed: int) -> Simulated:
+        return run(traffic, Noisy(Fixed(), (1.0, 2.0), seed))
+
+    found = noisy(0)
+    assert found.itl.p95 == found.itl.max == 2.0
+    assert 560 < found.seconds < 640
+    assert noisy(0).seconds == found.seconds != noisy(1).seconds
+    assert run(traffic, Noisy(Fixed(), ())).seconds == 400
 
 
 def test_idle_time_is_jumped_over() -> None:

@@ -13,7 +13,7 @@ from sharp.cli.errors import CommandError, bad_input
 from sharp.config import EngineConfig
 from sharp.latency_target import LatencyTarget
 from sharp.probe import Probe
-from sharp.simulate import Simulated, simulate
+from sharp.simulate import Noisy, Simulated, simulate
 from sharp.workloads import read_workload
 
 # What a simulation has no use for, or takes from --policy and from the probe.
@@ -55,7 +55,13 @@ def simulate_command(
     assert config.num_blocks is not None
     assert config.max_model_len is not None
     runs = [
-        simulate(arrivals, predictor, one, num_blocks=config.num_blocks, max_model_len=config.max_model_len)
+        simulate(
+            arrivals,
+            Noisy(predictor, found.curves.noise),
+            one,
+            num_blocks=config.num_blocks,
+            max_model_len=config.max_model_len,
+        )
         for one in configs
     ]
     if as_json:
