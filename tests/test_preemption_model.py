@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from engine_checks import TINY, check_histories, check_preempted
+from engine_checks import TINY, check_histories, check_preempted, compare, history, load, poison
 
 from sharp.random_model import RandomCheckpoint
 from sharp.scheduler import Scheduler
@@ -41,6 +41,20 @@ def test_tiny_in_random_histories():
         TINY, "cpu", "float32", SHARED, 12, 6, exact=False, **SHARED_OPTIONS
     )
     assert min(found, forked, preempted) > 0
+
+
+def test_a_fork_of_plain_kernels_keeps_its_bits():
+    """In the simulator, so as short as can be: the first sample reads three tokens at once; the second has
+    two of them in a copied page, computes the third in a step of its own, and gets the same bits."""
+    model, config = load(TINY, "cuda", "bfloat16", num_blocks=3, max_num_batched_tokens=8, max_num_seqs=2)
+    poison(model)
+    results, scheduler = history(model, config, [[5, 9, 17]], 1, samples=2)
+    assert scheduler.pages.forks.forked == 1
+    (ids, logits, stored), (own_ids, own_logits, own_stored) = results[0]
+    assert ids == own_ids
+    compare(own_logits, logits, True, "logits")
+    compare(own_stored, stored, True, "K and V")
+    model.close()
 
 
 def test_demo_on_the_reference(demo_model):
