@@ -97,7 +97,8 @@ while engine.has_unfinished:
         if output.finished:
             print(output.request_id, output.outputs[0].finish_reason, output.outputs[0].token_ids)
 engine.scheduler.check()
-print(engine.scheduler.blocks.num_free, "pages free again")
+blocks = engine.scheduler.blocks
+print(blocks.num_free, "pages free again,", blocks.num_cached, "kept for prompts that begin alike")
 
 # %%
 display(HTML(records_table(engine.stats.history)))

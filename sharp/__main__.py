@@ -147,6 +147,29 @@ def probe(
 
 
 @app.command()
+def simulate(
+    workload: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help='JSONL: {"arrival_s": 0, "prompt_tokens": 9, "output_tokens": 9}.'),
+    ],
+    probe: Annotated[Path, typer.Option(metavar="FILE", help="What `sharp probe MODEL --json` printed.")],
+    policy: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A scheduling policy; may repeat. [fcfs]")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="OPTION=VALUE", help="An engine option; may repeat.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Run a workload through the scheduler in virtual time, on a probe's step times."""
+    from sharp.cli.simulate import simulate_command
+
+    found = simulate_command(workload, probe, policy or ["fcfs"], set_ or [], json)
+    if found is not None:
+        write_json(found)
+
+
+@app.command()
 def pull(
     name: Annotated[
         str, typer.Argument(help="ORG/NAME on the Hugging Face Hub, or of weights/MANIFEST.toml.")

@@ -1,64 +1,71 @@
-"""(request, number of tokens) pairs -> BatchPlan. Reads requests; refuses to change one or to choose."""
+"""Rows of the running table and chunks of prompts -> BatchPlan. Refuses to change a request or to choose."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from sharp.config import EngineConfig
 from sharp.plan import BatchPlan
 from sharp.request import Request
+from sharp.running import RunningTable
+
+Rows = npt.NDArray[np.int32]
 
 
-def build_plan(step: int, work: Sequence[tuple[Request, int]], config: EngineConfig) -> BatchPlan:
-    """The plan of a step: the next `count` tokens of each request, one-token sequences first (BatchPlan says
-    why)."""
-    block_size = config.block_size
-    counts = np.array([count for _, count in work], np.int32)
-    starts = np.array([request.num_computed_tokens for request, _ in work], np.int32)
-    cu_seqlens_q = np.zeros(len(work) + 1, np.int32)
+def build_plan(
+    step: int,
+    table: RunningTable,
+    decodes: Rows,
+    chunks: Sequence[tuple[Request, int]],
+    page_copies: npt.NDArray[np.int32],
+    config: EngineConfig,
+) -> tuple[BatchPlan, Rows, Rows]:
+    """The plan of a step, the table row of each of its sequences, and that of each of its logits rows.
+
+    decodes: rows that compute their last token. chunks: (running request, number of its next tokens).
+    One-token sequences come first (BatchPlan says why).
+    """
+    block_size, alone = config.block_size, len(decodes)
+    chunks = sorted(chunks, key=lambda chunk: chunk[1] > 1)  # stable
+    rows = np.concatenate([decodes, np.array([request.row for request, _ in chunks], np.int32)])
+    counts = np.ones(len(rows), np.int32)
+    counts[alone:] = [count for _, count in chunks]
+    starts = table.computed[rows]
+    cu_seqlens_q = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(counts, out=cu_seqlens_q[1:])
     context_lens = starts + counts
-    page_counts = -(-context_lens // block_size)
-    num_pages = page_counts.tolist()
-    pages: list[int] = []
-    token_ids: list[int] = []
-    rows: list[int] = []
-    sampled: list[Request] = []
-    for seq, (request, count) in enumerate(work):
+    token_ids = np.empty(cu_seqlens_q[-1], np.int32)
+    token_ids[:alone] = table.last_token[decodes]
+    at = alone
+    for request, count in chunks:
         first = request.num_computed_tokens
-        pages += request.block_ids[: num_pages[seq]]
-        last = first + count == request.num_tokens
-        if last and count == 1 and request.output_token_ids:  # a decode: no slices
-            token_ids.append(request.output_token_ids[-1])
-        else:
-            token_ids += request.known_tokens(first, first + count)
-        if last:
-            rows.append(len(token_ids) - 1)
-            sampled.append(request)
-    # For all at once: a decode has one token and few pages, and a call of numpy costs microseconds.
-    block_table = np.full((len(work), max(num_pages)), -1, np.int32)
-    block_table[np.arange(block_table.shape[1]) < page_counts[:, None]] = pages
-    owner = np.repeat(np.arange(len(work), dtype=np.int32), counts)
-    positions = np.arange(len(token_ids), dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
+        token_ids[at : at + count] = request.known_tokens(first, first + count)
+        at += count
+    block_table = table.pages[rows, : -(-int(context_lens.max()) // block_size)]
+    owner = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+    positions = np.arange(at, dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
     slot_mapping = block_table[owner, positions // block_size] * block_size + positions % block_size
-    return BatchPlan(
+    complete = np.flatnonzero(context_lens == table.known[rows])
+    sampled = rows[complete]
+    plan = BatchPlan(
         step=step,
-        request_ids=tuple(request.request_id for request, _ in work),
-        num_decodes=int((counts == 1).sum()),
-        token_ids=np.array(token_ids, np.int32),
+        request_ids=tuple(table.name[rows].tolist()),
+        num_decodes=int(np.count_nonzero(counts == 1)),
+        token_ids=token_ids,
         positions=positions,
         cu_seqlens_q=cu_seqlens_q,
         context_lens=context_lens,
         block_table=block_table,
         slot_mapping=slot_mapping,
-        logits_rows=np.array(rows, np.int32),
-        temperatures=np.array([r.params.temperature for r in sampled], np.float32),
-        seeds=np.array([r.seed for r in sampled], np.uint64),
-        output_indices=np.array([len(r.output_token_ids) for r in sampled], np.int32),
-        num_logprobs=np.array(
-            [-1 if r.params.logprobs is None else r.params.logprobs for r in sampled], np.int32
-        ),
+        logits_rows=cu_seqlens_q[1:][complete] - np.int32(1),
+        temperatures=table.temperature[sampled],
+        seeds=table.seed[sampled],
+        output_indices=table.known[sampled] - table.prompt[sampled],
+        num_logprobs=table.num_logprobs[sampled],
+        page_copies=page_copies,
         token_budget=config.max_num_batched_tokens,
     )
+    return plan, rows, sampled

@@ -18,7 +18,10 @@ from typing import Any
 from sharp import results
 
 NEAR_TIE = 0.02  # logits: under this top-2 margin of the baseline, either token is a right answer
-SOURCES = ("sharp/engine.py", "sharp/scheduler.py", "sharp/model.py", "sharp/staging.py", "sharp/sampling.py")
+SOURCES = (
+    "sharp/engine.py", "sharp/scheduler.py", "sharp/running.py", "sharp/batching.py", "sharp/pagebook.py",
+    "sharp/model.py", "sharp/staging.py", "sharp/sampling.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ def bench_engine(model: str, commit: str, rounds: int) -> list[dict[str, Any]]:
     from sharp.weights import open_checkpoint
 
     checkpoint = open_checkpoint(model)
-    llm = LLM(model, device="cpu", dtype="float32")
+    llm = LLM(model, device="cpu", dtype="float32", prefix_caching=False)  # every round does all the work
     baseline = Transformers(checkpoint)
     rows = []
     for case in engine_cases(llm.tokenizer):

@@ -37,7 +37,11 @@ class EngineConfig:
         "reserve"  # book a request's worst case in pages; "optimistic": what is known, preempting
     )
     scheduling_policy: str | SchedulingPolicy = "fcfs"  # a name of sharp.policies.POLICIES, or an instance
+    target_itl_ms: float | None = None  # of "latency-target": milliseconds between two tokens of an answer
     max_bypass: int = 8  # times that others may be admitted past a request whose pages are not free
+    prefix_caching: bool = (
+        True  # whole pages of equal beginnings are computed once while room for them is free
+    )
     seed: int = 0  # of requests that bring none
     device: str = "auto"
     dtype: str = "auto"
@@ -65,7 +69,9 @@ class EngineConfig:
             )
         if self.admission not in ADMISSIONS:
             raise ValueError(f"admission must be one of {', '.join(ADMISSIONS)}, not {self.admission!r}")
-        make_policy(self.scheduling_policy)
+        if not isinstance(self.prefix_caching, bool):
+            raise TypeError(f"prefix_caching must be True or False, not {self.prefix_caching!r}")
+        make_policy(self.scheduling_policy, self.target_itl_ms)
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")
         if self.dtype not in DTYPES:

@@ -117,18 +117,23 @@ class _Grid:
 def _grid(points: tuple[Point, ...]) -> _Grid:
     tokens = np.array(sorted({t for t, _, _ in points}), dtype=float)
     contexts = np.array(sorted({c for _, c, _ in points}), dtype=float)
-    rows = []
+    rows: list[np.ndarray] = []
     for context in contexts:
         line = [(t, s) for t, c, s in points if c == context]
         known, seconds = np.array([t for t, _ in line], float), np.array([s for _, s in line])
         seconds = np.minimum.accumulate(seconds[::-1])[::-1]
         row = np.interp(tokens, known, seconds)
-        # A line that stops early (too slow, too few pages) goes on at its last slope, never flat.
+        # A line that stops early (too slow, too few pages) goes on at its last slope, never flat; and never
+        # nearer to the line of the context before it than where it stopped: it would lower measured points.
         if len(known) > 1:
             slope = (seconds[-1] - seconds[-2]) / (known[-1] - known[-2])
         else:
             slope = seconds[-1] / known[-1]
-        rows.append(row + np.maximum(0.0, tokens - known[-1]) * slope)
+        row += np.maximum(0.0, tokens - known[-1]) * slope
+        if rows:
+            gap = max(0.0, seconds[-1] - float(np.interp(known[-1], tokens, rows[-1])))
+            row = np.where(tokens > known[-1], np.maximum(row, rows[-1] + gap), row)
+        rows.append(row)
     grid = np.minimum.accumulate(np.array(rows)[::-1], axis=0)[::-1]
     # Slopes are made to grow along the other axis: otherwise two extrapolated lines could cross.
     context_slopes = np.zeros(len(tokens))

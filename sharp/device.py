@@ -44,6 +44,10 @@ class Device(Protocol):
 
     def stage(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Array]: ...
 
+    def reserve_staging(self, num_bytes: int) -> None: ...
+
+    def copy_rows(self, array: Array, pairs: npt.NDArray[np.int32]) -> None: ...
+
     def free_bytes(self) -> int: ...
 
     def synchronize(self) -> None: ...
@@ -81,9 +85,16 @@ class HostDevice:
     def download(self, array: Array) -> npt.NDArray[Any]:
         return np.asarray(array)
 
+    def reserve_staging(self, num_bytes: int) -> None:
+        """Nothing is staged on the host."""
+
     def stage(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Array]:
         """A step's small arrays; on the host they are used in place."""
         return dict(arrays)
+
+    def copy_rows(self, array: Array, pairs: npt.NDArray[np.int32]) -> None:
+        """array[destination] = array[source] for each (source, destination); no row is both."""
+        array[pairs[:, 1]] = array[pairs[:, 0]]
 
     def free_bytes(self) -> int:
         """Memory that can be taken without swapping, in bytes (Linux: MemAvailable, else the physical
@@ -149,6 +160,13 @@ class CudaDevice:
         self.synchronize()
         return np.asarray(host)
 
+    def reserve_staging(self, num_bytes: int) -> None:
+        """Buffers for steps of up to num_bytes, now and not in the middle of a run. Grows, never shrinks."""
+        if self._pinned is None or self._pinned.nbytes < num_bytes:
+            capacity = 1 << (num_bytes - 1).bit_length()  # doubling: few allocations in a process's life
+            self._pinned = self._cuda.pinned_array(capacity, np.uint8)
+            self._staged = self._cuda.device_array(capacity, np.uint8)
+
     def stage(self, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Array]:
         """A step's small arrays in one pinned buffer, one asynchronous copy, and views of the result.
 
@@ -162,12 +180,7 @@ class CudaDevice:
         for name, array in arrays.items():
             offsets[name] = total
             total += -(-max(array.nbytes, 1) // 16) * 16
-        if self._pinned is None or self._pinned.nbytes < total:
-            capacity = (
-                1 << (total - 1).bit_length()
-            )  # grow-only, doubling: a few allocations in a process's life
-            self._pinned = self._cuda.pinned_array(capacity, np.uint8)
-            self._staged = self._cuda.device_array(capacity, np.uint8)
+        self.reserve_staging(total)
         assert self._pinned is not None
         for name, array in arrays.items():
             raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
@@ -182,6 +195,12 @@ class CudaDevice:
             else:
                 views[name] = self._cuda.device_array(array.shape, array.dtype)
         return views
+
+    def copy_rows(self, array: Array, pairs: npt.NDArray[np.int32]) -> None:
+        """array[destination] = array[source] for each (source, destination), queued on the stream; no row is
+        both. Rows are contiguous: each is one copy inside the device."""
+        for source, destination in pairs.tolist():
+            array[destination].copy_to_device(array[source], stream=self.stream)
 
     def free_bytes(self) -> int:
         """Free device memory in bytes as the driver reports it (the simulator: a notional 4 GiB)."""

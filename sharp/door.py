@@ -1,16 +1,17 @@
-"""What is checked when a request comes in, before anything is queued: prompts, and the seed of those without
-one.
+"""How a Request is made of what a caller gives: everything is checked before anything is queued.
 
-Knows tokenizers and vocabulary sizes; refuses to know queues and pages (see Scheduler.refuse_if_too_large).
+Knows tokenizers and vocabulary sizes; refuses to know queues and pages (see sizes.py).
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from sharp.request import SamplingParams
+from sharp.request import Request, SamplingParams
 
 
 def check_prompt(prompt: Any, tokenizer: Any, vocab_size: int) -> list[int]:
@@ -59,3 +60,51 @@ def check_priority(priority: Any) -> None:
 def derive_seed(seed: int, order: int) -> int:
     """A 64-bit seed for the engine's `order`-th request, well mixed (numpy's SeedSequence)."""
     return int(np.random.SeedSequence([seed, order]).generate_state(1, np.uint64)[0])
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The 64-bit seed of sample `index` of a request of this seed.
+
+    Sample 0 has the request's own, as if it were alone; the others have numpy's SeedSequence(seed,
+    spawn_key=(index,)), well mixed. A request of one sample with that seed gives the same answer.
+    """
+    if index == 0:
+        return seed
+    return int(np.random.SeedSequence(seed, spawn_key=(index,)).generate_state(1, np.uint64)[0])
+
+
+class Door:
+    """Makes the Requests of one engine. seed: the engine's, of requests that bring none."""
+
+    def __init__(self, tokenizer: Any, vocab_size: int, seed: int) -> None:
+        self.tokenizer, self.vocab_size, self.seed = tokenizer, vocab_size, seed
+        self._order: Iterator[int] = itertools.count()
+
+    def make_request(self, prompt: Any, params: Any, request_id: Any, priority: Any) -> Request:
+        """A Request that is not yet queued, with those of the other samples that n asks for: "id#1", "id#2".
+
+        Raises TypeError or ValueError naming the value and the limit.
+        """
+        params = check_params(params)
+        request_id = check_request_id(request_id)
+        check_priority(priority)
+        token_ids = check_prompt(prompt, self.tokenizer, self.vocab_size)
+        order = next(self._order)  # only now: what is refused does not shift the seeds of the others
+        request_id = f"request-{order}" if request_id is None else request_id
+        seed = derive_seed(self.seed, order) if params.seed is None else params.seed
+        samples = [
+            Request(
+                request_id=f"{request_id}#{index}" if index else request_id,
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=token_ids,
+                params=params,
+                seed=sample_seed(seed, index),
+                priority=priority,
+                index=index,
+            )
+            for index in range(params.n)
+        ]
+        first, *first.samples = samples
+        for sample in first.samples:
+            sample.first = first
+        return first

@@ -7,7 +7,6 @@ dead: every caller gets that very error, later ones EngineDead. Refuses to know 
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
@@ -16,9 +15,10 @@ from typing import Any
 
 from sharp.answer import AnswerText
 from sharp.config import EngineConfig
-from sharp.door import check_params, check_priority, check_prompt, check_request_id, derive_seed
+from sharp.door import Door
+from sharp.event_log import EventLog
 from sharp.interrupts import uninterrupted
-from sharp.live import LiveRequest, Sink
+from sharp.live import LiveRequest, LiveRequests, Sample, Sink
 from sharp.plan import BatchPlan, SampleOutput, StepModel
 from sharp.request import (
     EngineClosed,
@@ -27,6 +27,7 @@ from sharp.request import (
     Request,
     RequestOutput,
     SamplingParams,
+    Status,
 )
 from sharp.scheduler import Scheduler
 from sharp.trace import RunStats, StepRecord
@@ -48,11 +49,11 @@ class Engine:
                 f"max_model_len {self.max_model_len} is over the model's limit of {trained} positions"
             )
         self.scheduler = Scheduler(config, model.num_blocks, self.max_model_len, model.config.eos_token_ids)
+        self.door = Door(tokenizer, model.config.vocab_size, config.seed)
         self.stats = RunStats()
+        self.log = EventLog(self.scheduler)  # of all that its scheduler was asked and said: log.save(path)
         self.last_plan: BatchPlan | None = None
-        self._live: dict[str, LiveRequest] = {}
-        self._outbox: list[RequestOutput] = []
-        self._order = itertools.count()
+        self._live = LiveRequests()
         self._lock = threading.RLock()  # guards the scheduler and _live; never held during a forward
         self._work = threading.Condition(self._lock)
         self._step_lock = threading.Lock()  # one step at a time
@@ -77,20 +78,9 @@ class Engine:
         policy the highest numbers are preempted first.
         Raises TypeError or ValueError naming the value and the limit; RequestTooLarge if it could never fit.
         """
-        params = check_params(params)
-        request_id = check_request_id(request_id)
-        check_priority(priority)
-        token_ids = check_prompt(prompt, self.tokenizer, self.model.config.vocab_size)
-        order = next(self._order)  # only now: what is refused does not shift the seeds of the others
-        request = Request(
-            request_id=f"request-{order}" if request_id is None else request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=token_ids,
-            params=params,
-            seed=derive_seed(self.config.seed, order) if params.seed is None else params.seed,
-            priority=priority,
-        )
-        self.scheduler.refuse_if_too_large(request)
+        request = self.door.make_request(prompt, params, request_id, priority)
+        self.scheduler.sizes.refuse_if_too_large(request)
+        self.scheduler.pages.extend_keys(request)  # here, where no lock is held: long prompts take a while
         return request
 
     def submit(self, request: Request, sink: Sink | None = None, *, final_only: bool = False) -> str:
@@ -100,15 +90,22 @@ class Engine:
         """
         with uninterrupted(), self._lock:
             self._raise_if_over()
-            if request.request_id in self._live:
-                raise ValueError(f"request id {request.request_id!r} is in use")
-            text = AnswerText(self.tokenizer.detokenizer(), request.params.stop_strings)
+            taken = self._live.in_use(request)
+            if taken is not None:
+                raise ValueError(f"request id {taken!r} is in use")
+            samples = [
+                Sample(one, AnswerText(self.tokenizer.detokenizer(), one.params.stop_strings))
+                for one in (request, *request.samples)
+            ]
             try:
                 self.scheduler.add(request)
             except QueueFull as full:
                 wait = self.stats.estimate_seconds(self.scheduler.tokens_ahead())
                 raise QueueFull(full.length, full.limit, wait) from None
-            self._live[request.request_id] = LiveRequest(request, text, sink, final_only)
+            self.log.arrive(request)
+            limit = request.params.timeout_s
+            deadline = None if limit is None else time.monotonic() + limit
+            self._live.add(LiveRequest(samples, sink, final_only, deadline))
             self._work.notify_all()
         return request.request_id
 
@@ -133,9 +130,15 @@ class Engine:
         live = self._live.get(request_id)
         if live is None or self._error is not None:
             return False
-        self.scheduler.finish(live.request, "abort")
-        self._deliver([live])
+        self._end(live, "abort")
         return True
+
+    def _end(self, live: LiveRequest, reason: str) -> None:
+        for request in live.unfinished():
+            if request.status is not Status.FINISHED:  # a sample that has not forked ends with the first one
+                self.scheduler.finish(request, reason)
+                self.log.end(request, reason)
+        self._live.deliver([live])
 
     def abort_soon(self, request_ids: Iterable[str]) -> None:
         """End requests before the next step is planned. Takes no lock.
@@ -148,7 +151,7 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         with self._lock:
-            return bool(self._live) or bool(self._outbox)
+            return bool(self._live) or self._live.unfetched
 
     # A step ----------------------------------------------------------------------------------
 
@@ -173,8 +176,7 @@ class Engine:
                 self._die(error)
                 raise
         with self._lock:
-            outputs, self._outbox = self._outbox, []
-        return outputs
+            return self._live.fetch()
 
     def _step(self) -> None:
         clock = [time.perf_counter()]
@@ -182,11 +184,15 @@ class Engine:
         with uninterrupted(), self._lock:
             while self._dropped:
                 self._abort(self._dropped.popleft())
+            for live in self._live.overdue(time.monotonic()):
+                self._end(live, "timeout")
             plan = self.scheduler.plan()
             if plan is None and self._live:  # rather an error that reaches everybody than a loop for ever
                 raise RuntimeError(
                     f"{len(self._live)} requests are unfinished, but the scheduler plans nothing"
                 )
+            if plan is not None:
+                self.log.plan(plan)
         if plan is None:
             return
         self.last_plan = plan
@@ -208,32 +214,24 @@ class Engine:
         with uninterrupted(), self._lock:
             if self.scheduler.in_flight is not None:
                 self.scheduler.rollback(self.scheduler.in_flight)
+                self.log.rollback()
 
     def _commit(self, plan: BatchPlan, sampled: SampleOutput, clock: list[float]) -> None:
-        scheduler, block_size = self.scheduler, self.config.block_size
-        # Pages with content, before those of finished requests are given back; booked ones may be empty.
-        blocks_used = sum(-(-request.num_computed_tokens // block_size) for request in scheduler.running)
+        scheduler = self.scheduler
+        blocks_used = scheduler.pages.num_written()  # before finished requests give theirs back
         updated = scheduler.commit(plan, sampled)
-        moved = [self._live[request.request_id] for request in updated]
-        for live in moved:
-            stop = live.read()
+        moved, stopped = self._live.of(updated), []
+        for _, sample in moved:
+            stop = sample.read()
             if stop is not None:
-                scheduler.stop_on_text(live.request, stop)
+                scheduler.stop_on_text(sample.request, stop)
+                stopped.append((sample.request.request_id, stop))
         clock.append(time.perf_counter())
-        self.stats.add(StepRecord.of(plan, clock, scheduler, blocks_used))
-        self._deliver(moved)
-
-    def _deliver(self, moved: list[LiveRequest]) -> None:
-        for live in moved:
-            if live.finished:
-                del self._live[live.request.request_id]
-            if live.final_only and not live.finished:
-                continue
-            output = live.snapshot()
-            if live.sink is not None:
-                live.sink.put(output)
-            else:
-                self._outbox.append(output)
+        record = StepRecord.of(plan, clock, scheduler, blocks_used)
+        self.stats.add(record)
+        self.log.commit(plan, sampled, stopped, record)
+        scheduler.policy.observe(plan, record.seconds)
+        self._live.deliver(live for live, _ in moved)
 
     @property
     def last_step(self) -> StepRecord | None:
@@ -296,23 +294,16 @@ class Engine:
         with self._lock:
             if self._error is None and not self._closed:
                 self._error = error
-            self._tell_all(error)
-
-    def _tell_all(self, error: BaseException) -> None:
-        """Hand `error` to every caller that waits on a sink; each sink hears it once."""
-        sinks = {id(live.sink): live.sink for live in self._live.values() if live.sink is not None}
-        for sink in sinks.values():
-            sink.put(error)
-        self._live.clear()
+            self._live.tell_all(error)
 
     def close(self, timeout: float = 10.0) -> None:
         """End the loop; callers that still wait get EngineClosed. The model is closed too. May be called
         twice."""
         with uninterrupted(), self._lock:
             self._closed = True
-            for request in self.scheduler.requests():  # a step that is under way passes them over
-                self.scheduler.finish(request, "abort")
-            self._tell_all(EngineClosed("the engine was closed while the request was running"))
+            for request in [*self.scheduler.running, *self.scheduler.waiting]:
+                self.scheduler.finish(request, "abort")  # a step that is under way passes it over
+            self._live.tell_all(EngineClosed("the engine was closed while the request was running"))
             self._work.notify_all()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)

@@ -1,10 +1,11 @@
-"""A request that has not finished, as the engine sees it: its text so far and who wants to hear of it.
+"""Requests that have not finished, as the engine sees them: their texts so far and who wants to hear of them.
 
-Reads a Request; refuses to change one (that is the scheduler's).
+Reads Requests; refuses to change one (that is the scheduler's), and to know steps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -15,13 +16,11 @@ Sink = SimpleQueue["RequestOutput | BaseException"]
 
 
 @dataclass(eq=False)
-class LiveRequest:
-    """sink: where outputs go, and the engine's error if it dies; final_only: the finished output alone."""
+class Sample:
+    """One of the n answers to a prompt."""
 
     request: Request
     text: AnswerText
-    sink: Sink | None
-    final_only: bool
     num_read: int = 0  # output tokens already in the text
 
     @property
@@ -41,23 +40,123 @@ class LiveRequest:
             self.text.finish()
         return self.text.stopped_by
 
-    def snapshot(self) -> RequestOutput:
+    def snapshot(self) -> CompletionOutput:
         """The answer so far."""
         request = self.request
         if self.finished:
             self.text.finish()
-        answer = CompletionOutput(
-            index=0,
+        return CompletionOutput(
+            index=request.index,
             text=self.text.visible,
             token_ids=tuple(request.output_token_ids),
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             logprobs=tuple(request.logprobs) if request.params.logprobs is not None else None,
         )
+
+
+@dataclass(eq=False)
+class LiveRequest:
+    """A prompt and its n answers. sink: where outputs go, and the engine's error if it dies; final_only: the
+    finished output alone; deadline: when it ends with "timeout", in time.monotonic()'s seconds."""
+
+    samples: list[Sample]
+    sink: Sink | None
+    final_only: bool
+    deadline: float | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.samples[0].request.request_id
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.finished for sample in self.samples)
+
+    def unfinished(self) -> list[Request]:
+        return [sample.request for sample in self.samples if not sample.finished]
+
+    def snapshot(self) -> RequestOutput:
+        """The answers so far."""
+        first = self.samples[0].request
         return RequestOutput(
-            request_id=request.request_id,
-            prompt=request.prompt,
-            prompt_token_ids=tuple(request.prompt_token_ids),
-            outputs=(answer,),
+            request_id=first.request_id,
+            prompt=first.prompt,
+            prompt_token_ids=tuple(first.prompt_token_ids),
+            outputs=tuple(sample.snapshot() for sample in self.samples),
             finished=self.finished,
+            num_cached_tokens=first.num_cached_tokens,
         )
+
+
+class LiveRequests:
+    """All that has not finished, by the id of the request, and what callers without a sink have to fetch."""
+
+    def __init__(self) -> None:
+        self._live: dict[str, LiveRequest] = {}
+        self._of: dict[str, tuple[LiveRequest, Sample]] = {}  # by the id of each sample
+        self._outbox: list[RequestOutput] = []
+        self._earliest = float("inf")  # no deadline is before it
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def get(self, request_id: str) -> LiveRequest | None:
+        return self._live.get(request_id)
+
+    def in_use(self, request: Request) -> str | None:
+        """An id of the request or of one of its samples that somebody has, or None."""
+        names = (sample.request_id for sample in (request, *request.samples))
+        return next((name for name in names if name in self._of), None)
+
+    def add(self, live: LiveRequest) -> None:
+        self._live[live.request_id] = live
+        self._of.update((sample.request.request_id, (live, sample)) for sample in live.samples)
+        if live.deadline is not None:
+            self._earliest = min(self._earliest, live.deadline)
+
+    def of(self, requests: Iterable[Request]) -> list[tuple[LiveRequest, Sample]]:
+        return [self._of[request.request_id] for request in requests]
+
+    def overdue(self, now: float) -> list[LiveRequest]:
+        """What is past its deadline. Looks at all requests only when a deadline may have passed."""
+        if now < self._earliest:
+            return []
+        timed = [live for live in self._live.values() if live.deadline is not None]
+        late = [live for live in timed if live.deadline is not None and live.deadline <= now]
+        rest = (live.deadline for live in timed if live.deadline is not None and live.deadline > now)
+        self._earliest = min(rest, default=float("inf"))
+        return late
+
+    def deliver(self, moved: Iterable[LiveRequest]) -> None:
+        """Hand out an output of each, once; what has finished is forgotten."""
+        for live in dict.fromkeys(moved):
+            finished = live.finished
+            if finished:
+                del self._live[live.request_id]
+                for sample in live.samples:
+                    del self._of[sample.request.request_id]
+            if live.final_only and not finished:
+                continue
+            output = live.snapshot()
+            if live.sink is not None:
+                live.sink.put(output)
+            else:
+                self._outbox.append(output)
+
+    def fetch(self) -> list[RequestOutput]:
+        """The outputs since the last call of those without a sink."""
+        outputs, self._outbox = self._outbox, []
+        return outputs
+
+    @property
+    def unfetched(self) -> bool:
+        return bool(self._outbox)
+
+    def tell_all(self, error: BaseException) -> None:
+        """Hand `error` to every caller that waits on a sink, each once, and forget all requests."""
+        sinks = {id(live.sink): live.sink for live in self._live.values() if live.sink is not None}
+        for sink in sinks.values():
+            sink.put(error)
+        self._live.clear()
+        self._of.clear()

@@ -21,6 +21,7 @@ import numpy as np
 
 from sharp.config import EngineConfig
 from sharp.engine import Engine
+from sharp.latency_target import LatencyTarget, with_step_times
 from sharp.live import Sink
 from sharp.request import (
     EngineClosed,
@@ -60,10 +61,17 @@ class LLM:
         **options: Any,
     ) -> None:
         config = EngineConfig(device=device, dtype=dtype, rungs=dict(rungs or {}), **options)
+        predictor, found = None, "the model was not opened from a file"
         if isinstance(model, (str, Path)):
             from sharp.model import Model
 
-            model = Model.load(model, config, progress=progress)
+            path, model = model, Model.load(model, config, progress=progress)
+            if config.scheduling_policy == LatencyTarget.name:
+                from sharp.probe_cache import kept_predictor
+
+                predictor, found = kept_predictor(path, model.device, config)
+        if config.scheduling_policy == LatencyTarget.name:
+            config = with_step_times(config, predictor, found)
         self.model = model
         self.tokenizer = tokenizer if tokenizer is not None else model.tokenizer
         self.config = config
@@ -122,18 +130,21 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Like generate, for one conversation or a list of them: [{"role": ..., "content": ...}, ...]."""
-        return self.generate(self._render(messages), sampling_params, use_tqdm=use_tqdm)
+        return self.generate(self._render(messages), sampling_params, priority=priority, use_tqdm=use_tqdm)
 
     def chat_stream(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] = 0,
     ) -> Iterator[RequestOutput]:
         """Like stream, for one conversation or a list of them."""
-        return self.stream(self._render(messages), sampling_params)
+        return self.stream(self._render(messages), sampling_params, priority=priority)
 
     def abort(self, request_id: str) -> bool:
         """End a request; its caller gets what there is, with finish_reason "abort"."""

@@ -40,7 +40,7 @@ from sharp.fits import refuse_if_too_large
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.rope import rope_table
 from sharp.sampling import sample
-from sharp.staging import DeviceBatch, stage
+from sharp.staging import DeviceBatch, stage, staging_bytes
 from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
 
 
@@ -210,6 +210,8 @@ class Model:
         self.cos_sin = device.upload(table)
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
+        pages = -(-self.max_model_len // self.block_size)
+        device.reserve_staging(staging_bytes(config.max_num_batched_tokens, rows, pages))
         page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
         self.kv = [
             KVCache(k=device.empty(page_shape), v=device.empty(page_shape))
@@ -239,7 +241,14 @@ class Model:
         return stage(plan, self.device)
 
     def forward(self, batch: DeviceBatch) -> Array:
-        """Queue one forward pass; returns f32[R, V] on the device, valid once the stream has got there."""
+        """Queue one forward pass; returns f32[R, V] on the device, valid once the stream has got there.
+
+        Pages that the plan wants copied (samples that part) are copied first.
+        """
+        if len(batch.plan.page_copies):
+            for cache in self.kv:
+                self.device.copy_rows(cache.k, batch.plan.page_copies)
+                self.device.copy_rows(cache.v, batch.plan.page_copies)
         return forward(
             self.config, self.weights, batch, self.ops, self.kv, self.cos_sin, self.work, self.device.stream
         )

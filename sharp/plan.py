@@ -6,7 +6,7 @@ Knows index arithmetic; refuses to know requests (only their ids, for people), d
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ class BatchPlan:
     """T tokens of B sequences; R of them need logits. Sequences of exactly one token come first.
 
     So token row b belongs to sequence b for b < num_decodes, and `cu_seqlens_q[num_decodes] == num_decodes`.
+    page_copies are (source, destination) pages, to be copied before anything else of the step.
     """
 
     step: int
@@ -31,13 +32,14 @@ class BatchPlan:
     positions: Int32  # [T] position of each token in its own sequence
     cu_seqlens_q: Int32  # [B + 1] prefix sums of new tokens
     context_lens: Int32  # [B] keys visible after this step's tokens are stored
-    block_table: Int32  # [B, P] pages of each sequence, -1 padded
+    block_table: Int32  # [B, P] pages of each sequence (booked ones past its context too), -1 padded
     slot_mapping: Int32  # [T] page * block_size + offset: where each token's K and V go
     logits_rows: Int32  # [R] token rows whose next token is wanted, one per sequence at most
     temperatures: npt.NDArray[np.float32]  # [R]
     seeds: npt.NDArray[np.uint64]  # [R]
     output_indices: Int32  # [R] index of the sampled token in its answer
     num_logprobs: Int32  # [R], -1: none
+    page_copies: Int32 = field(default_factory=lambda: np.empty((0, 2), np.int32))  # [C, 2] see below
     token_budget: int = 0  # max_num_batched_tokens, for the picture
 
     def __post_init__(self) -> None:
@@ -75,6 +77,9 @@ class BatchPlan:
         for name, array in vars(self).items():
             wanted = {"temperatures": np.float32, "seeds": np.uint64}.get(name, np.int32)
             assert not isinstance(array, np.ndarray) or array.dtype == wanted, f"{name} is {array.dtype}"
+        assert self.page_copies.ndim == 2, "page_copies"
+        assert self.page_copies.shape[1] == 2, "page_copies"
+        assert not np.isin(self.page_copies[:, 1], self.page_copies[:, 0]).any(), "page_copies: a chain"
         ends = self.cu_seqlens_q[1:] - 1
         assert np.isin(self.logits_rows, ends).all(), "logits_rows: a row that ends no sequence"
         assert (np.diff(self.logits_rows) > 0).all(), "logits_rows do not ascend"

@@ -1,4 +1,5 @@
-"""Scheduling policies: who goes first, who gives way, how a step's tokens are shared. Four ship.
+"""Scheduling policies: who goes first, who gives way, how a step's tokens are shared. Five ship, four of them
+here and latency-target in a file of its own.
 
 Or write your own:
 
@@ -10,16 +11,20 @@ Or write your own:
 
     LLM(model, scheduling_policy=MyPolicy())
 
-A policy reads requests and answers three questions; refuses to change one, to count pages and to know time.
-What must hold whatever a policy says (budgets, pages, bounded bypass) is the scheduler's.
+A policy reads requests and answers questions; refuses to change one and to count pages. It knows time only
+from what `observe` tells. What must hold whatever a policy says (budgets, pages, bounded bypass) is the
+scheduler's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sharp.request import Request
+
+if TYPE_CHECKING:
+    from sharp.plan import BatchPlan, Int32
 
 
 class SchedulingPolicy:
@@ -27,6 +32,7 @@ class SchedulingPolicy:
 
     name = "fcfs"
     prompts_first = False  # True: nothing decodes in a step that has any prompt to read
+    readers = 4  # prompts that are let in to be read side by side, though one alone would fill the steps
 
     def part(self, request: Request) -> int:
         """The part of the waiting queue that the request belongs to; lower parts go first."""
@@ -48,17 +54,50 @@ class SchedulingPolicy:
         """
         return max(running, key=lambda request: (request.priority, request.arrival))
 
+    def budget(self, contexts: Int32, prompts: Sequence[Request], most: int) -> int:
+        """Prompt tokens of this step, new prompts included, at most `most`: what the step's token budget
+        leaves beside the decodes, which get a token each.
+
+        contexts: [num_decodes] the keys that each decode has in its pages. prompts: those being read.
+        0 reads nothing, which is an error while nothing decodes.
+        """
+        return most
+
+    def observe(self, plan: BatchPlan, seconds: float) -> None:
+        """Told after each step how long it took, from before it was planned until its tokens were handed
+        over."""
+
+    def options(self) -> dict[str, Any]:
+        """What its constructor was given, as JSON can hold it: the log of a run keeps it (see replay.py)."""
+        return {}
+
     def share(self, prompts: Sequence[tuple[Request, int]], budget: int) -> list[int]:
         """Tokens of this step for each (request, tokens it could read now), `budget` in all; in the order of
         admission.
 
-        Asked for the prompts that run already, then for each that is admitted into what remains.
+        A quarter goes to all in equal parts, so that each gets on in each step; the rest to those that have
+        the least left to read, so that short prompts are not kept by long ones.
         """
+        if len(prompts) == 1:
+            return [min(prompts[0][1], budget)]
+        part = max(1, budget // 4 // max(1, len(prompts)))
         counts = []
         for _, most in prompts:
-            counts.append(min(most, budget))
+            counts.append(min(most, part, budget))
             budget -= counts[-1]
-        return counts
+        left = [request.num_tokens - request.num_computed_tokens for request, _ in prompts]
+        return _fill(counts, prompts, budget, sorted(range(len(prompts)), key=left.__getitem__))
+
+
+def _fill(
+    counts: list[int], prompts: Sequence[tuple[Request, int]], budget: int, order: Sequence[int]
+) -> list[int]:
+    """`counts` with `budget` more tokens, as many as the first of `order` can take, then the second, ..."""
+    for index in order:
+        more = min(prompts[index][1] - counts[index], budget)
+        counts[index] += more
+        budget -= more
+    return counts
 
 
 class PriorityPolicy(SchedulingPolicy):
@@ -69,6 +108,15 @@ class PriorityPolicy(SchedulingPolicy):
 
     def part(self, request: Request) -> int:
         return request.priority
+
+    def share(self, prompts: Sequence[tuple[Request, int]], budget: int) -> list[int]:
+        counts = [0] * len(prompts)
+        for priority in sorted({request.priority for request, _ in prompts}):
+            places = [i for i, (request, _) in enumerate(prompts) if request.priority == priority]
+            for place, count in zip(places, super().share([prompts[i] for i in places], budget), strict=True):
+                counts[place] = count
+                budget -= count
+        return counts
 
 
 class ShortestPromptFirst(SchedulingPolicy):
@@ -86,37 +134,70 @@ class ShortestPromptFirst(SchedulingPolicy):
             raise ValueError(f"tokens_per_arrival must be at least 1, not {tokens_per_arrival}")
         self.tokens_per_arrival = tokens_per_arrival
 
+    def options(self) -> dict[str, Any]:
+        return {"tokens_per_arrival": self.tokens_per_arrival}
+
     def rank(self, request: Request) -> int:
         return len(request.prompt_token_ids) + self.tokens_per_arrival * request.arrival
 
     def share(self, prompts: Sequence[tuple[Request, int]], budget: int) -> list[int]:
-        counts = [0] * len(prompts)
-        for index in sorted(range(len(prompts)), key=lambda i: self.rank(prompts[i][0])):
-            counts[index] = min(prompts[index][1], budget)
-            budget -= counts[index]
-        return counts
+        order = sorted(range(len(prompts)), key=lambda i: self.rank(prompts[i][0]))
+        return _fill([0] * len(prompts), prompts, budget, order)
 
 
 class Blocking(SchedulingPolicy):
-    """Whole prompts before anybody decodes, as engines without chunked prefill do. Here for comparison: every
-    arrival stalls every answer."""
+    """Whole prompts before anybody decodes, one after the other, as engines without chunked prefill do. Here
+    for comparison: every arrival stalls every answer."""
 
     name = "blocking"
     prompts_first = True
+    readers = 1
+
+    def share(self, prompts: Sequence[tuple[Request, int]], budget: int) -> list[int]:
+        return _fill([0] * len(prompts), prompts, budget, range(len(prompts)))
 
 
-POLICIES = {p.name: p for p in (SchedulingPolicy, PriorityPolicy, ShortestPromptFirst, Blocking)}
+def _latency_target(target_itl_ms: float | None = None) -> SchedulingPolicy:
+    from sharp.latency_target import LatencyTarget
+
+    if target_itl_ms is None:
+        raise ValueError("scheduling_policy 'latency-target' needs target_itl_ms, in milliseconds")
+    return LatencyTarget(target_itl_ms)
 
 
-def make_policy(policy: str | SchedulingPolicy) -> SchedulingPolicy:
-    """The policy of a name, or the given instance. Raises TypeError or ValueError naming value and choice."""
+POLICIES: dict[str, Callable[[], SchedulingPolicy]] = {
+    **{p.name: p for p in (SchedulingPolicy, PriorityPolicy, ShortestPromptFirst, Blocking)},
+    "latency-target": _latency_target,
+}
+
+
+def make_policy(policy: str | SchedulingPolicy, target_itl_ms: float | None = None) -> SchedulingPolicy:
+    """The policy of a name, or the given instance. target_itl_ms goes with "latency-target" and no other.
+    Raises TypeError or ValueError naming value and choice."""
+    if target_itl_ms is not None and policy != "latency-target":
+        raise ValueError(
+            f"target_itl_ms {target_itl_ms} goes with scheduling_policy 'latency-target', not with {policy!r}"
+        )
     if isinstance(policy, SchedulingPolicy):
         return policy
     if not isinstance(policy, str):
         raise TypeError(f"scheduling_policy must be a name or a SchedulingPolicy instance, not {policy!r}")
     if policy not in POLICIES:
         raise ValueError(f"scheduling_policy must be one of {', '.join(POLICIES)}, not {policy!r}")
-    return POLICIES[policy]()
+    return _latency_target(target_itl_ms) if policy == "latency-target" else POLICIES[policy]()
+
+
+def step_budget(policy: SchedulingPolicy, contexts: Int32, prompts: Sequence[Request], most: int) -> int:
+    """The prompt tokens that the policy gives a step. Raises ValueError naming the policy for more than there
+    are, for none while nothing decodes, and for what is no whole number."""
+    tokens = policy.budget(contexts, prompts, most)
+    whole = isinstance(tokens, int) and not isinstance(tokens, bool)
+    if not whole or not (0 if len(contexts) else min(1, most)) <= tokens <= most:
+        raise ValueError(
+            f"scheduling policy {policy.name!r} gives prompts {tokens!r} tokens of a step with "
+            f"{len(contexts)} decodes: there are {most}"
+        )
+    return tokens
 
 
 def share_out(

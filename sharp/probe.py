@@ -17,7 +17,9 @@ import numpy as np
 from sharp.budget import BudgetReport, Term
 from sharp.config import EngineConfig
 from sharp.curves import StepCurve
+from sharp.host_time import measure_host
 from sharp.meter import copy_bandwidth, open_meter
+from sharp.predictor import StepPredictor
 from sharp.step_times import SECONDS, Curves, measure_curves
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Probe:
     date: str
     fingerprint: dict[str, str]
     from_cache: bool = False
+    host_s: tuple[float, float] = (0.0, 0.0)  # the engine's own seconds for a step and for each sequence
 
     def __post_init__(self) -> None:
         _ = self.prefill, self.decode  # ValueError for points that no step can have
@@ -73,6 +76,11 @@ class Probe:
     @property
     def decode(self) -> StepCurve:
         return StepCurve(self.curves.decode)
+
+    @property
+    def predictor(self) -> StepPredictor:
+        """Seconds of any step: what sharp/simulate.py and latency-target ask."""
+        return StepPredictor(self.prefill, self.decode, self.host_s)
 
     @property
     def budget(self) -> BudgetReport:
@@ -183,6 +191,7 @@ def run_probe(
             seconds=time.perf_counter() - start,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             fingerprint=fingerprint,
+            host_s=measure_host(model.config),
         )
     finally:
         model.close()

@@ -21,7 +21,9 @@ from kernels_numba.files import write_whole
 from sharp.config import EngineConfig
 from sharp.device import Device, open_device
 from sharp.meter import free_before_context
+from sharp.predictor import StepPredictor
 from sharp.probe import Probe, run_probe
+from sharp.pull import resolve
 from sharp.weights import Checkpoint, open_checkpoint
 
 FREE_TOLERANCE = 0.1  # of all memory: by more than this the free bytes may not have moved
@@ -71,10 +73,11 @@ def probe_path(key: dict[str, str], directory: Path | None = None) -> Path:
     return (directory or Path(platformdirs.user_cache_dir("sharp")) / "probes") / f"{digest}.json"
 
 
-def read_probe(path: Path, key: dict[str, str], free: int) -> tuple[Probe | None, str]:
+def read_probe(path: Path, key: dict[str, str], free: int | None) -> tuple[Probe | None, str]:
     """The kept probe if it is still true, and in words what was found.
 
-    free: bytes now, nothing loaded. They must be within 10 % of all memory of what they were.
+    free: bytes now, nothing loaded. They must be within 10 % of all memory of what they were; None: for whom
+    step times are enough.
     """
     try:
         data = path.read_bytes()
@@ -88,7 +91,7 @@ def read_probe(path: Path, key: dict[str, str], free: int) -> tuple[Probe | None
         return None, f"{path} is damaged ({error})"
     if probe.fingerprint != key:
         return None, f"{path} is of another device, model or version"
-    if abs(probe.free - free) > FREE_TOLERANCE * probe.total:
+    if free is not None and abs(probe.free - free) > FREE_TOLERANCE * probe.total:
         return None, f"free memory was {probe.free:,} bytes on {probe.date} and is {free:,} now"
     return replace(probe, from_cache=True), f"measured on {probe.date}, still true ({path})"
 
@@ -134,3 +137,16 @@ def get_probe(
     except OSError as error:
         say(f"the probe could not be kept: {error}")
     return probe
+
+
+def kept_predictor(
+    model: str | Path, device: Device, config: EngineConfig, directory: Path | None = None
+) -> tuple[StepPredictor | None, str]:
+    """Step times of a model that runs on `device`, from what `sharp probe` kept; None where there is nothing
+    true, and in words what was found. Measures nothing."""
+    same = EngineConfig(
+        device=config.device, dtype=config.dtype, block_size=config.block_size, rungs=config.rungs
+    )
+    key = fingerprint(device, resolve(model), same)
+    probe, found = read_probe(probe_path(key, directory), key, None)
+    return (probe.predictor if probe else None), found

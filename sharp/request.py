@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sharp.running import RunningTable
 
 MAX_LOGPROBS = 1024
 MAX_TOKENS_LIMIT = 2**31 - 1
+MAX_SAMPLES = 2**16  # the engine's max_num_seqs is a lower limit as a rule
+MAX_TIMEOUT_S = 1e9
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # logits / temperature stays well inside float32
 
 
@@ -55,6 +60,15 @@ def _check_temperature(value: object) -> None:
         raise ValueError(f"temperature must be 0 (greedy) or in [{low:g}, {high:g}], not {value}")
 
 
+def _check_timeout(value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"timeout_s must be a number of seconds or None, not {value!r}")
+    if not 0 < value <= MAX_TIMEOUT_S:  # NaN fails both
+        raise ValueError(f"timeout_s must be over 0 and at most {MAX_TIMEOUT_S:g}, not {value}")
+
+
 def _checked_stop(value: Any) -> tuple[str, ...]:
     stop = () if value is None else (value,) if isinstance(value, str) else value
     if not isinstance(stop, (tuple, list)) or not all(isinstance(s, str) for s in stop):
@@ -78,6 +92,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] | list[int] = ()  # ids that end the answer, besides the model's eos
     ignore_eos: bool = False
     logprobs: int | None = None  # log-probabilities of the best so many ids, and the chosen one, per token
+    n: int = 1  # answers to the prompt, which is read once; sharp.door.sample_seed gives each its seed
+    timeout_s: float | None = None  # seconds after it was queued, then finish_reason is "timeout"
 
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT)
@@ -86,6 +102,8 @@ class SamplingParams:
             _whole("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        _whole("n", self.n, 1, MAX_SAMPLES)
+        _check_timeout(self.timeout_s)
         if not isinstance(self.ignore_eos, bool):
             raise TypeError(f"ignore_eos must be True or False, not {self.ignore_eos!r}")
         object.__setattr__(self, "stop", _checked_stop(self.stop))
@@ -111,8 +129,8 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Request:
-    """One request. `num_computed_tokens` counts tokens planned into steps: their K and V are, or are about to
-    be, in the pages `block_ids`. A preempted request is WAITING again, without pages, its answer kept."""
+    """One request. While it runs, `table` and `row` say where the scheduler keeps its columns. A preempted
+    request is WAITING again, without pages, its answer kept."""
 
     request_id: str
     prompt: str | None
@@ -125,16 +143,35 @@ class Request:
     num_passed: int = 0  # times that others were admitted past it since it was queued
     output_token_ids: list[int] = field(default_factory=list)
     logprobs: list[dict[int, float]] = field(default_factory=list)
-    num_computed_tokens: int = 0
     block_ids: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(
+        default_factory=list, repr=False
+    )  # of its first whole pages, see prefix.py
+    num_found: int = 0  # pages that were in the prefix cache when it was last looked at
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache when it first started
+    index: int = 0  # among the n samples of its prompt
+    samples: list[Request] = field(default_factory=list, repr=False)  # that will fork from it, see forks.py
+    first: Request | None = field(default=None, repr=False)  # what it will fork from
+    booked: list[int] = field(default_factory=list)  # pages for its samples
+    table: RunningTable | None = field(default=None, repr=False)
+    row: int = -1
     status: Status = Status.WAITING
-    finish_reason: str | None = None  # "stop", "length" or "abort"
+    finish_reason: str | None = None  # "stop", "length", "abort" or "timeout"
     stop_reason: int | str | None = None  # the token id or string that ended it; None for eos and limits
 
     @property
     def num_tokens(self) -> int:
         """Tokens whose values are known."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def last_token(self) -> int:
+        return (self.output_token_ids or self.prompt_token_ids)[-1]
+
+    @property
+    def num_computed_tokens(self) -> int:
+        """Tokens planned into steps: their K and V are, or are about to be, in the pages `block_ids`."""
+        return 0 if self.table is None else int(self.table.computed[self.row])
 
     def known_tokens(self, start: int, stop: int) -> list[int]:
         """Token ids of positions start to stop - 1."""
@@ -166,5 +203,6 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
+    outputs: tuple[CompletionOutput, ...]  # n
     finished: bool
+    num_cached_tokens: int = 0  # of the prompt, that did not have to be computed

@@ -5,31 +5,30 @@ that is decoding, so that no prompt ever stalls an answer, then chunks of prompt
 first and who gives way is a SchedulingPolicy's to say (policies.py); that budgets and pages hold is settled
 here. Admission "reserve" books a request's worst case in pages, so nothing running can lack one; "optimistic"
 books what is known of it, and when a page is missing a running request gives all of its own back, waits, and
-reads prompt and answer so far again. Nobody but this class changes a Request: plan() reserves and advances
-lengths, commit() appends token values, rollback() undoes a plan that did not run. Refuses to know text,
-devices, and what a model computes.
+reads prompt and answer so far again. Pages are found, booked and given back by the PageBook (pagebook.py).
+Nobody but this class changes a Request: plan() reserves and advances lengths, commit() appends token values
+and lets pages be found, rollback() undoes a plan that did not run. Refuses to know text, devices, time, and
+what a model computes.
 """
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Collection, Iterable, Sequence
-from itertools import islice
-from typing import Any
+from collections.abc import Collection, Sequence
 
-from sharp.batching import build_plan
+import numpy as np
+
+from sharp.batching import Rows, build_plan
 from sharp.blocks import BlockAllocator
 from sharp.config import EngineConfig
+from sharp.pagebook import PageBook
 from sharp.plan import BatchPlan, SampleOutput
-from sharp.policies import make_policy, share_out
-from sharp.request import QueueFull, Request, RequestTooLarge, Status
+from sharp.policies import make_policy, share_out, step_budget
+from sharp.request import QueueFull, Request, Status
+from sharp.running import RunningTable
+from sharp.sizes import Sizes
+from sharp.waiting import WaitingQueue
 
-# Optimistic admission leaves 1 % of the pages free, at least one: those that run grow by a page every
-# block_size steps, and a newcomer that took the last page would be preempted as soon as it had been read.
-WATERMARK = 0.01
-# Waiting requests that are looked at in a step for one that fits. It bounds the time of plan() under a long
-# queue; a head may be passed max_bypass times anyway, so looking much further would find little.
-LOOK_AHEAD = 32
+NO_ROWS = np.empty(0, np.int32)
 
 
 class Scheduler:
@@ -39,113 +38,60 @@ class Scheduler:
         self, config: EngineConfig, num_blocks: int, max_model_len: int, eos_token_ids: Collection[int] = ()
     ) -> None:
         self.config = config
-        self.policy = make_policy(config.scheduling_policy)
+        self.policy = make_policy(config.scheduling_policy, config.target_itl_ms)
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._eos = np.array(sorted(self.eos_token_ids), np.int32)
+        self.sizes = Sizes(config, num_blocks, max_model_len)
         self.blocks = BlockAllocator(num_blocks)
-        self.watermark = max(1, int(WATERMARK * num_blocks))  # pages
-        self.waiting: list[Request] = []  # in the order that the policy gives
-        self.running: list[Request] = []  # in order of admission
+        self.waiting = WaitingQueue(self.policy, config.max_bypass)
+        self.table = RunningTable()
+        self.pages = PageBook(config, self.sizes, self.blocks, self.table)
         self.step = 0
         self.arrivals = 0
         self.preemptions = 0
         self.in_flight: BatchPlan | None = None  # planned, neither committed nor rolled back
+        self._planned = self._sampled = NO_ROWS  # of the plan in flight: rows of its sequences, of its logits
         # Of the latest plan(), for people: why a running or preempted request got no token, by id, and what
         # the waiting ones wait for ("pages", "token budget", "max_num_seqs", "preemption").
         self.not_scheduled: dict[str, str] = {}
         self.waiting_for: str | None = None
 
+    @property
+    def running(self) -> list[Request]:
+        """What runs, in order of admission."""
+        return self.table.requests()
+
     # Admission ------------------------------------------------------------------------------------
 
-    def worst_case_tokens(self, request: Request) -> int:
-        """Tokens that the request can come to hold: min(prompt + max_tokens, max_model_len)."""
-        return min(len(request.prompt_token_ids) + request.params.max_tokens, self.max_model_len)
-
-    def pages_needed(self, request: Request) -> int:
-        """Pages of its worst case. The last token is never stored: nothing is computed after it."""
-        return max(1, -(-(self.worst_case_tokens(request) - 1) // self.config.block_size))
-
-    def refuse_if_too_large(self, request: Request) -> None:
-        """Raise RequestTooLarge, with needed, limit and what to change, for what could never fit."""
-        length = len(request.prompt_token_ids)
-        if length >= self.max_model_len:
-            raise RequestTooLarge(
-                f"the prompt has {length} tokens, but max_model_len {self.max_model_len} leaves "
-                f"room for a prompt of {self.max_model_len - 1} and one answer token; shorten the prompt or "
-                "raise max_model_len"
-            )
-        needed = self.pages_needed(request)
-        if needed > self.blocks.num_blocks:
-            raise RequestTooLarge(
-                f"the request needs {needed} KV pages ({self.worst_case_tokens(request)} tokens), "
-                f"but there are {self.blocks.num_blocks} in all; lower max_tokens, shorten the prompt or "
-                "raise memory_limit"
-            )
-
     def add(self, request: Request) -> None:
-        """Queue a request. Raises RequestTooLarge for what can never fit, QueueFull at max_queue_len."""
-        self.refuse_if_too_large(request)
+        """Queue a request, and with it the samples that will fork from it.
+
+        Raises RequestTooLarge for what can never fit, QueueFull at max_queue_len.
+        """
+        self.sizes.refuse_if_too_large(request)
         if len(self.waiting) >= self.config.max_queue_len:
             raise QueueFull(len(self.waiting), self.config.max_queue_len)
-        request.arrival, self.arrivals = self.arrivals, self.arrivals + 1
-        insort(self.waiting, request, key=self._place)
-
-    def _place(self, request: Request) -> tuple[Any, ...]:
-        """The sort key of the queue. What was preempted goes first in its part: it was let in before."""
-        fresh = request.num_preemptions == 0
-        return (self.policy.part(request), fresh, self.policy.rank(request), request.arrival)
-
-    def _fits(self, request: Request) -> bool:
-        """Whether its pages can be booked now. The watermark is hysteresis too: what was preempted does not
-        come back to the very page that it was preempted for."""
-        if self.config.admission == "reserve":
-            return self.pages_needed(request) <= self.blocks.num_free
-        spare = self.watermark if self.running else 0  # alone, everything is free and it always fits
-        return self._pages(request.num_tokens) + spare <= self.blocks.num_free
-
-    def _pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.config.block_size)
-
-    def _admit(self) -> Request | None:
-        """Move the first of the queue whose pages can be booked to the running ones.
-
-        What does not fit may be passed by others max_bypass times; then all behind it wait for it.
-        """
-        if len(self.running) >= self.config.max_num_seqs:
-            self.waiting_for = "max_num_seqs"
-            return None
-        self.waiting_for = "pages"
-        for place, request in enumerate(islice(self.waiting, LOOK_AHEAD)):
-            if self._fits(request):
-                for passed in self.waiting[:place]:
-                    passed.num_passed += 1
-                del self.waiting[place]
-                worst = self.config.admission == "reserve"
-                pages = self.pages_needed(request) if worst else self._pages(request.num_tokens)
-                request.block_ids = self.blocks.allocate(pages)
-                request.status, request.num_passed = Status.RUNNING, 0
-                self.running.append(request)
-                return request
-            if request.num_passed >= self.config.max_bypass:
-                break
-        return None
+        for sample in (request, *request.samples):
+            sample.arrival = self.arrivals
+        self.arrivals += 1
+        self.pages.extend_keys(request)
+        self.waiting.add(request)
 
     def preempt(self, request: Request) -> None:
         """Take all pages from a running request and put it back in the queue; its answer so far is kept.
 
-        When it is admitted again, prompt and answer so far are read again, in chunks. If its step is in
-        flight, the token sampled there is dropped (and will be sampled again, the same). Raises ValueError
-        for what does not run.
+        When it is admitted again, prompt and answer so far are read again, in chunks, but for those pages
+        that are still in the prefix cache. If its step is in flight, the token sampled there is dropped (and
+        will be sampled again, the same). Raises ValueError for what does not run.
         """
         if request.status is not Status.RUNNING:
             raise ValueError(f"request {request.request_id} is {request.status.value}, not running")
-        self.running.remove(request)
-        self.blocks.free(request.block_ids)
-        request.block_ids, request.num_computed_tokens = [], 0
+        self.pages.release(request)
         request.status = Status.WAITING
         request.num_preemptions += 1
         self.preemptions += 1
-        insort(self.waiting, request, key=self._place)
+        self.waiting.add(request)
 
     # A step ---------------------------------------------------------------------------------------
 
@@ -159,46 +105,46 @@ class Scheduler:
         if self.in_flight is not None:
             raise RuntimeError(f"the plan of step {self.in_flight.step} is neither committed nor rolled back")
         self.not_scheduled, self.waiting_for = {}, None
-        decodes: list[Request] = []
-        prompts: list[Request] = []
-        for request in self.running:
-            computed = request.num_computed_tokens
-            is_decode = computed >= len(request.prompt_token_ids) and request.num_tokens - computed == 1
-            (decodes if is_decode else prompts).append(request)
+        table, rows = self.table, self.table.rows
+        computed = table.computed[rows]
+        decoding = (table.known[rows] - computed == 1) & (computed >= table.prompt[rows])
+        decodes, reading = rows[decoding], rows[~decoding]
         budget = self.config.max_num_batched_tokens
-        work: list[tuple[Request, int]] = []
+        chunks: list[tuple[Request, int]] = []
         if self.policy.prompts_first:
-            work = self._read(prompts, budget)
-            if work:
-                self.not_scheduled.update((request.request_id, "prompts first") for request in decodes)
-        if not work:
+            chunks = self._read(table.request[reading].tolist(), budget)
+            if chunks:
+                self.not_scheduled.update(dict.fromkeys(table.name[decodes].tolist(), "prompts first"))
+                decodes = NO_ROWS
+        if not chunks:
             if self._grow(decodes):  # pages are short: admitting in the same step would ask for more
-                prompts = [request for request in prompts if request.status is Status.RUNNING]
-                decodes = [request for request in decodes if request.status is Status.RUNNING]
+                decodes, reading = decodes[table.live[decodes]], reading[table.live[reading]]
                 self.waiting_for = "preemption"
-            work = [(request, 1) for request in decodes]
-            work += self._read(prompts, budget - len(work))
-        if not work:
-            if self.running:
+            prompts, budget = table.request[reading].tolist(), budget - len(decodes)
+            if prompts or self.waiting:
+                budget = step_budget(self.policy, table.computed[decodes], prompts, budget)
+            chunks = self._read(prompts, budget)
+        if not len(decodes) and not chunks:
+            if len(table):
                 raise RuntimeError(f"scheduling policy {self.policy.name!r} gives no prompt any token")
             return None
         self.step += 1
-        work.sort(key=lambda item: item[1] > 1)  # stable: one-token sequences first, see BatchPlan
-        plan = build_plan(self.step, work, self.config)
-        for request, count in work:
-            request.num_computed_tokens += count
+        plan, self._planned, self._sampled = build_plan(
+            self.step, table, decodes, chunks, self.pages.forks.array(), self.config
+        )
+        table.computed[self._planned] = plan.context_lens
         self.in_flight = plan
         return plan
 
-    def _grow(self, decodes: Sequence[Request]) -> bool:
+    def _grow(self, decodes: Rows) -> bool:
         """A page for every decode whose next token has none; True if somebody was preempted for it."""
-        preemptions = self.preemptions
-        for request in decodes:
+        preemptions, table = self.preemptions, self.table
+        short = decodes[table.num_pages[decodes] * self.config.block_size <= table.computed[decodes]]
+        for request in table.request[short].tolist():
             while request.status is Status.RUNNING and (
                 len(request.block_ids) * self.config.block_size <= request.num_computed_tokens
             ):
-                if self.blocks.num_free:
-                    request.block_ids += self.blocks.allocate(1)
+                if self.pages.grow(request):
                     continue
                 victim = self.policy.victim(self.running)
                 self.preempt(victim)
@@ -206,32 +152,31 @@ class Scheduler:
         return self.preemptions > preemptions
 
     def _read(self, prompts: Sequence[Request], budget: int) -> list[tuple[Request, int]]:
-        """Chunks of the prompts that run, then of what can be admitted while some of the budget remains."""
-        work = self._share(prompts, budget)
-        budget -= sum(count for _, count in work)
-        if len(work) < len(prompts):
-            served = {request.request_id for request, _ in work}
-            left = (request.request_id for request in prompts if request.request_id not in served)
-            self.not_scheduled.update((name, "token budget") for name in left)
-        while budget > 0 and self.waiting and self.waiting_for != "preemption":
-            request = self._admit()
-            if request is None:
-                return work
-            chunk = self._share([request], budget)
-            if not chunk:
-                self.not_scheduled[request.request_id] = "token budget"
-                break
-            work += chunk
-            budget -= chunk[0][1]
-        if self.waiting and self.waiting_for != "preemption":
-            self.waiting_for = "token budget"
-        return work
-
-    def _share(self, prompts: Sequence[Request], budget: int) -> list[tuple[Request, int]]:
+        """Chunks of prompts: of those that run, and of new ones as long as some of the budget remains, or
+        few are being read (the policy says how many: a short one need not wait for a long one's end).
+        """
         longest = self.config.long_prefill_token_threshold or budget
-        return share_out(
-            self.policy, [(r, min(r.num_tokens - r.num_computed_tokens, longest)) for r in prompts], budget
-        )
+        readers = [(r, min(r.num_tokens - r.num_computed_tokens, longest)) for r in prompts]
+        wanted, refused = sum(most for _, most in readers), False
+        while self.waiting and budget > 0 and self.waiting_for != "preemption":
+            if wanted >= budget and len(readers) >= self.policy.readers:
+                break
+            full = len(self.table) >= self.config.max_num_seqs
+            self.waiting_for = "max_num_seqs" if full else "pages"
+            request = None if full else self.waiting.take(self.pages.start)
+            if request is None:
+                refused = True
+                break
+            readers.append((request, min(request.num_tokens - request.num_computed_tokens, longest)))
+            wanted += readers[-1][1]
+        work = share_out(self.policy, readers, budget)
+        if len(work) < len(readers):
+            served = {request.request_id for request, _ in work}
+            left = (request.request_id for request, _ in readers if request.request_id not in served)
+            self.not_scheduled.update((name, "token budget") for name in left)
+        if not refused and self.waiting_for != "preemption":
+            self.waiting_for = "token budget" if self.waiting else None
+        return work
 
     def commit(self, plan: BatchPlan, sampled: SampleOutput) -> list[Request]:
         """Append the step's tokens; returns the requests that got one. Those that ended have given their
@@ -244,29 +189,60 @@ class Scheduler:
             raise ValueError(
                 f"{len(sampled.token_ids)} tokens sampled for {len(plan.logits_rows)} logits rows"
             )
-        by_id = {request.request_id: request for request in self.running}
-        updated = []
-        for row, seq in enumerate(plan.logits_seqs):
-            request = by_id.get(plan.request_ids[seq])
-            if request is None:
-                continue
-            token_id = int(sampled.token_ids[row])
-            if token_id < 0:
-                raise FloatingPointError(
-                    f"request {request.request_id}: no token sampled, its logits are not finite"
-                )
-            request.output_token_ids.append(token_id)
-            logprobs = sampled.logprobs[row]
-            if logprobs is not None:
-                request.logprobs.append(logprobs)
-            updated.append(request)
-            if token_id in request.params.stop_token_ids:
-                self.finish(request, "stop", token_id)
-            elif token_id in self.eos_token_ids and not request.params.ignore_eos:
-                self.finish(request, "stop")
-            elif request.num_tokens >= self.worst_case_tokens(request):
-                self.finish(request, "length")
-        return updated
+        self.pages.forks.made()
+        table = self.table
+        kept = np.flatnonzero(table.live[self._sampled])
+        rows, token_ids = self._sampled[kept], sampled.token_ids[kept]
+        if (token_ids < 0).any():
+            name = table.name[rows[token_ids < 0][0]]
+            raise FloatingPointError(f"request {name}: no token sampled, its logits are not finite")
+        updated = table.append_tokens(rows, token_ids)
+        for place in np.flatnonzero(plan.num_logprobs[kept] >= 0).tolist():
+            logprobs = sampled.logprobs[kept[place]]
+            assert logprobs is not None
+            updated[place][0].logprobs.append(logprobs)
+        self.pages.publish(self._planned, plan.context_lens)
+        for place in np.flatnonzero(table.num_samples[rows]).tolist():
+            self.pages.forks.fork(updated[place][0])
+        may_end = table.known[rows] >= table.limit[rows]
+        may_end |= table.has_stop_ids[rows]
+        may_end |= table.obeys_eos[rows] & (token_ids[:, None] == self._eos).any(axis=1)
+        for place in np.flatnonzero(may_end).tolist():
+            self._end_if_over(*updated[place])
+        return [request for request, _ in updated]
+
+    def _end_if_over(self, request: Request, token_id: int) -> None:
+        if token_id in request.params.stop_token_ids:
+            self.finish(request, "stop", token_id)
+        elif token_id in self.eos_token_ids and not request.params.ignore_eos:
+            self.finish(request, "stop")
+        elif request.num_tokens >= self.sizes.worst_tokens(request):
+            self.finish(request, "length")
+
+    def quiet_steps(self) -> int:
+        """How many further steps give each running sequence one token and nothing else, whatever waits: none
+        ends, so nothing that waits can come in. 0 where a step may differ, or pages be missing."""
+        table, rows = self.table, self.table.rows
+        if self.in_flight is not None or self.config.admission != "reserve" or not len(rows):
+            return 0
+        if self.config.prefix_caching or self.pages.forks.copies:  # pages are published, copied on the way
+            return 0
+        if (table.known[rows] - table.computed[rows] != 1).any():
+            return 0
+        return max(0, int((table.limit[rows] - table.known[rows]).min()) - 1)
+
+    def skip(self, steps: int, token_id: int) -> None:
+        """What `steps` plans and commits of `token_id` for each running sequence would come to; for a
+        simulator. Raises ValueError for more than quiet_steps()."""
+        if not 0 <= steps <= self.quiet_steps():
+            raise ValueError(f"{steps} steps cannot be skipped; {self.quiet_steps()} are quiet")
+        rows = self.table.rows
+        self.table.computed[rows] += steps
+        self.table.known[rows] += steps
+        self.table.last_token[rows] = token_id
+        for request in self.running:
+            request.output_token_ids.extend([token_id] * steps)
+        self.step += steps
 
     def _land(self, plan: BatchPlan) -> None:
         if plan is not self.in_flight:
@@ -276,29 +252,31 @@ class Scheduler:
     def rollback(self, plan: BatchPlan) -> None:
         """Undo a plan whose step did not happen (it was interrupted): the same tokens are planned again.
 
-        K and V already written by it are written again with the same values.
+        K and V already written by it are written again with the same values, and copies made again.
         """
         self._land(plan)
-        by_id = {request.request_id: request for request in self.running}
-        counts = (plan.cu_seqlens_q[1:] - plan.cu_seqlens_q[:-1]).tolist()
-        for request_id, count in zip(plan.request_ids, counts, strict=True):
-            if request_id in by_id:
-                by_id[request_id].num_computed_tokens -= count
+        counts, live = np.diff(plan.cu_seqlens_q), self.table.live[self._planned]
+        self.table.computed[self._planned[live]] -= counts[live]
 
     # The end of a request -------------------------------------------------------------------------
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a running or waiting request and free its pages. Ending it twice is an error of the caller."""
+        """End a running or waiting request and free its pages; samples that have not forked from it end with
+        it. Ending it twice is an error of the caller."""
         if request.status is Status.RUNNING:
-            self.running.remove(request)
-            self.blocks.free(request.block_ids)
-            request.block_ids = []
-        elif request.status is Status.WAITING:
+            self.pages.release(request)
+        elif request.status is Status.FINISHED:
+            raise ValueError(f"request {request.request_id} has finished already ({request.finish_reason})")
+        elif request.first is None:
             self.waiting.remove(request)
         else:
-            raise ValueError(f"request {request.request_id} has finished already ({request.finish_reason})")
-        request.status = Status.FINISHED
+            request.first.samples.remove(request)
+            if request.first.table is not None:
+                request.first.table.promise(request.first)
+        request.status, request.first = Status.FINISHED, None
         request.finish_reason, request.stop_reason = reason, stop_reason
+        for sample in request.samples[:]:
+            self.finish(sample, reason)
 
     def stop_on_text(self, request: Request, stop: str) -> None:
         """End a request because its text holds a stop string, also when its last token has just ended it."""
@@ -307,29 +285,24 @@ class Scheduler:
         else:
             self.finish(request, "stop", stop)
 
+    # For people and tests -------------------------------------------------------------------------
+
     def tokens_ahead(self) -> int:
         """Tokens still to compute for all that has not finished, if every answer takes its max_tokens."""
-        return sum(self.worst_case_tokens(r) - 1 - r.num_computed_tokens for r in self.requests())
+        done = (
+            r.num_computed_tokens if r.first is None else len(r.prompt_token_ids) for r in self.requests()
+        )
+        most = (self.sizes.worst_tokens(r) - 1 for r in self.requests())
+        return sum(most) - sum(done)
 
-    def requests(self) -> Iterable[Request]:
-        """Everything that has not finished: running first, then waiting."""
-        return [*self.running, *self.waiting]
+    def requests(self) -> list[Request]:
+        """All that has not finished: running first, then waiting, samples after what they fork from."""
+        heads = [*self.running, *self.waiting]
+        return [request for head in heads for request in (head, *head.samples)]
 
     def check(self) -> None:
         """Raise AssertionError unless pages, sequences and lengths agree."""
-        self.blocks.check()
-        owned = [page for request in self.running for page in request.block_ids]
-        assert len(owned) == len(set(owned)) == self.blocks.num_used, (
-            "pages in use are not those of running requests"
-        )
-        for request in self.running:
-            assert 0 <= request.num_computed_tokens <= request.num_tokens, f"{request.request_id}: lengths"
-            assert len(request.block_ids) * self.config.block_size >= request.num_computed_tokens, (
-                "pages too few"
-            )
-        assert len(self.running) <= self.config.max_num_seqs, "too many sequences run"
-        assert self.waiting == sorted(self.waiting, key=self._place), "the queue is out of order"
-        for request in self.waiting:
-            assert not request.block_ids, f"{request.request_id} waits, but holds pages"
-            assert request.num_computed_tokens == 0, f"{request.request_id} waits, but has been computed"
-            assert request.num_passed <= self.config.max_bypass, f"{request.request_id} was passed too often"
+        self.table.check()
+        self.waiting.check()
+        self.pages.check()
+        assert len(self.table) + self.table.promised <= self.config.max_num_seqs, "too many sequences run"

@@ -6,7 +6,7 @@ attention) and the rest (prefill attention). Refuses to know requests, and decid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from sharp.device import Array, Device
 from sharp.plan import BatchPlan
@@ -39,6 +39,15 @@ class DeviceBatch:
     @property
     def num_prefills(self) -> int:
         return self.plan.num_seqs - self.plan.num_decodes
+
+
+def staging_bytes(num_tokens: int, num_seqs: int, num_pages: int) -> int:
+    """Bytes that stage() brings over at most: of tokens, of sequences (a logits row each), of their pages."""
+    per_token = 3 * 4  # token_ids, positions, slot_mapping
+    per_seq = (
+        3 * 4 + 4 * num_pages + 4 * 4 + 8
+    )  # lengths, pages; the row's number and its sampling parameters
+    return num_tokens * per_token + num_seqs * per_seq + 16 * len(fields(DeviceBatch)) + 4
 
 
 def stage(plan: BatchPlan, device: Device) -> DeviceBatch:

@@ -18,7 +18,8 @@ from sharp.meter import Meter
 from sharp.plan import BatchPlan, StepModel
 
 ROUNDS = 3  # timed steps of a point, at least; the median counts
-CHEAP_S, CHEAP_ROUNDS = 0.1, 9  # so many steps where they fit in so many seconds: short ones are noisier
+CHEAP_S, CHEAP_ROUNDS = 0.2, 9  # so many steps where they fit in so many seconds: short ones are noisier
+NOISE = 40  # quantiles
 CONTEXTS = (0, 1024)  # keys in the pages before a chunk
 DECODE_CONTEXTS = (64, 1024)  # and of each sequence before a decode
 FIRST_JUMP = 4  # times: the most that a second point is guessed to take, as all tokens share reading weights
@@ -28,11 +29,15 @@ SECONDS = 14.0  # for the curves: with loading and copies this stays under 20 s 
 
 @dataclass(frozen=True)
 class Curves:
-    """Timed points (tokens, context, median seconds) and what time or pages left out."""
+    """Timed points (tokens, context, median seconds) and what time or pages left out.
+
+    noise: quantiles of single steps over their point's median, NOISE of them, of all points together.
+    """
 
     prefill: tuple[Point, ...]
     decode: tuple[Point, ...]
     skipped: tuple[str, ...]
+    noise: tuple[float, ...] = ()
 
 
 def uniform_step(
@@ -80,9 +85,14 @@ def measure_curves(
 
     limit_s: seconds for all of it, each line (prefill or decode, one context) a share. A point is
     left out where its rounds, guessed from others, would not end in time: fewer points, never fewer rounds.
-    The smallest step of a line is always timed.
+    The smallest step of a line is always timed. What a first step of a size takes beyond later ones (kernels
+    are compiled, or found on disk) counts for neither.
     """
     steps = iter(range(1, 1 << 30))
+    compiling = 0.0
+
+    def spent() -> float:
+        return clock() - compiling
 
     def once(num_seqs: int, tokens: int, context: int) -> float:
         plan = uniform_step(
@@ -96,6 +106,7 @@ def measure_curves(
         return clock() - start
 
     def sweep(what: str, sizes: list[int], context: int, deadline: float) -> None:
+        nonlocal compiling
         line: list[tuple[int, float]] = []
         left_out: dict[str, list[int]] = {}
         for size in sizes:
@@ -105,15 +116,16 @@ def measure_curves(
             guess = _guess(sorted(line), size)
             if length > max_model_len or pages > model.num_blocks:
                 why = f"over the {model.num_blocks} pages or {max_model_len} positions"
-            elif line and clock() + ROUNDS * guess > deadline:
+            elif line and spent() + ROUNDS * guess > deadline:
                 why = f"{ROUNDS} rounds would take too long"
             else:
-                if guess < WARMUP_BELOW:
-                    once(num_seqs, tokens, context)
+                first = once(num_seqs, tokens, context) if guess < WARMUP_BELOW else 0.0
                 taken = [once(num_seqs, tokens, context) for _ in range(ROUNDS)]
+                compiling += max(0.0, max(first, taken[0]) - min(taken))
                 while len(taken) < CHEAP_ROUNDS and sum(taken) < CHEAP_S:
                     taken.append(once(num_seqs, tokens, context))
                 line.append((size, statistics.median(taken)))
+                ratios.extend(seconds / line[-1][1] for seconds in taken)
                 points[what].append((size, context, line[-1][1]))
                 continue
             left_out.setdefault(why, []).append(size)
@@ -121,9 +133,10 @@ def measure_curves(
             skipped.append(f"{what} of {', '.join(map(str, sorted(sizes)))} at context {context}: {why}")
 
     skipped: list[str] = []
+    ratios: list[float] = []
     points: dict[str, list[Point]] = {"prefill": [], "decode": []}
     chunks, batches = _sizes(config.max_num_batched_tokens), _sizes(config.max_num_seqs)
-    start, room = clock(), max_model_len - config.max_num_batched_tokens
+    start, room = spent(), max_model_len - config.max_num_batched_tokens
     contexts = sorted({min(context, room) for context in CONTEXTS})
     # Keys that every sequence of the largest batch can have in these pages.
     room = min(model.num_blocks // config.max_num_seqs * config.block_size, max_model_len) - 1
@@ -134,7 +147,8 @@ def measure_curves(
     for (what, sizes, context), share in zip(lines, shares, strict=True):
         deadline += share * limit_s  # what one line leaves of its time, the next ones have
         sweep(what, sizes, context, deadline)
-    return Curves(tuple(points["prefill"]), tuple(points["decode"]), tuple(skipped))
+    noise = np.quantile(ratios, (np.arange(NOISE) + 0.5) / NOISE).tolist()
+    return Curves(tuple(points["prefill"]), tuple(points["decode"]), tuple(skipped), tuple(noise))
 
 
 def _sizes(limit: int) -> list[int]:

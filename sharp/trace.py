@@ -43,6 +43,8 @@ class StepRecord:
     not_scheduled: dict[str, str]  # why not: running or preempted requests without a token, by id
     waiting_for: str | None  # what the queue waits for: "pages", "token budget", "max_num_seqs", "preemption"
     free_blocks: int
+    cached_blocks: int  # that nobody uses, kept for their content: free + used + cached = total
+    hit_tokens: int  # found in the prefix cache instead of computed, since the start
     preemptions: int  # since the start
 
     @classmethod
@@ -69,6 +71,8 @@ class StepRecord:
             not_scheduled=dict(scheduler.not_scheduled),
             waiting_for=scheduler.waiting_for,
             free_blocks=scheduler.blocks.num_free,
+            cached_blocks=scheduler.blocks.num_cached,
+            hit_tokens=scheduler.pages.hit_tokens,
             preemptions=scheduler.preemptions,
         )
 
@@ -82,13 +86,13 @@ class StepRecord:
 
 def records_table(records: Iterable[StepRecord]) -> str:
     """An HTML table, a row a step."""
-    head = "step|tokens|sequences|decodes|sampled|rectangle|pages|running|waiting|for|"
+    head = "step|tokens|sequences|decodes|sampled|rectangle|pages|cached|hits|running|waiting|for|"
     head += "preemptions|plan ms|stage|forward|sample|commit"
     rows = []
     for r in records:
         cells: list[object] = [
             r.step, r.num_tokens, r.num_seqs, r.num_decodes, r.num_sampled, r.padded_tokens,
-            f"{r.blocks_used} / {r.blocks_total}", r.running, r.waiting,
+            f"{r.blocks_used} / {r.blocks_total}", r.cached_blocks, r.hit_tokens, r.running, r.waiting,
             r.waiting_for or "", r.preemptions,
             *(f"{1e3 * t:.2f}" for t in (r.plan_s, r.stage_s, r.forward_s, r.sample_s, r.commit_s)),
         ]  # fmt: skip

@@ -123,6 +123,9 @@ class FakeModel:
         if self.delay:
             time.sleep(self.delay)
         self._maybe_fail("forward")
+        for pages in (self.tokens, self.positions):
+            rows = pages.reshape(-1, self.block_size)
+            rows[plan.page_copies[:, 1]] = rows[plan.page_copies[:, 0]]
         self.tokens[plan.slot_mapping] = plan.token_ids
         self.positions[plan.slot_mapping] = plan.positions
         logits = np.empty((len(plan.logits_rows), self.config.vocab_size), np.float32)
@@ -189,5 +192,7 @@ class FakeDetokenizer:
 def engine_config(**options: Any) -> EngineConfig:
     """Small numbers by default, so that every limit is met in a short test; strictly in order of arrival."""
     defaults = {"block_size": 4, "max_num_batched_tokens": 32, "max_num_seqs": 8, "max_bypass": 0}
+    if options.get("scheduling_policy") == "latency-target":
+        defaults["target_itl_ms"] = 20.0
     options = {**defaults, **options}
     return EngineConfig(**options)

@@ -9,10 +9,12 @@ import pytest
 from fake_model import EOS, FakeModel, engine_config, expected
 from test_scheduler import prompt_of, request
 
+from sharp.door import Door
 from sharp.plan import BatchPlan
-from sharp.policies import POLICIES, SchedulingPolicy, ShortestPromptFirst
-from sharp.request import Request, Status
-from sharp.scheduler import LOOK_AHEAD, Scheduler
+from sharp.policies import POLICIES, Blocking, PriorityPolicy, SchedulingPolicy, ShortestPromptFirst
+from sharp.request import Request, SamplingParams, Status
+from sharp.scheduler import Scheduler
+from sharp.waiting import LOOK_AHEAD
 
 MODES = ("reserve", "optimistic")
 
@@ -27,17 +29,22 @@ class Bench:
         self.seen: list[Request] = []
 
     def add(self, name: str, length: int, max_tokens: int = 5, priority: int = 0, **params: Any) -> Request:
-        item = request(name, prompt_of(length, len(self.seen)), max_tokens=max_tokens, **params)
-        item.priority = priority
+        return self.ask(name, prompt_of(length, len(self.seen)), priority, max_tokens=max_tokens, **params)
+
+    def ask(self, name: str, prompt: list[int], priority: int = 0, **params: Any) -> Request:
+        """Queue a prompt of one's own; the first of its samples."""
+        own = SamplingParams(**{"max_tokens": 5, "temperature": 0.0, "ignore_eos": True, **params})
+        item = Door(None, 300, 0).make_request(prompt, own, name, priority)
         self.scheduler.add(item)
-        self.seen.append(item)
+        self.seen += [item, *item.samples]
         return item
 
     def plan(self) -> BatchPlan | None:
         scheduler, config = self.scheduler, self.scheduler.config
         plan = scheduler.plan()
         scheduler.check()
-        assert scheduler.blocks.num_free + scheduler.blocks.num_used == self.model.num_blocks
+        blocks = scheduler.blocks
+        assert blocks.num_free + blocks.num_used + blocks.num_cached == self.model.num_blocks
         if plan is None:
             assert not scheduler.requests(), "unfinished requests, but no plan"
             return None
@@ -72,7 +79,7 @@ class Bench:
         while self.step():
             steps += 1
             assert steps < limit, "no end in sight"
-        assert self.scheduler.blocks.num_free == self.model.num_blocks
+        assert self.scheduler.blocks.num_available == self.model.num_blocks
         for item in self.seen:
             assert item.status is Status.FINISHED, item.request_id
             if item.finish_reason != "abort":
@@ -109,7 +116,7 @@ def test_optimistic_admits_more_than_reserve() -> None:
 
 def test_optimistic_leaves_the_watermark_free() -> None:
     bench = Bench(num_blocks=400, admission="optimistic", max_num_batched_tokens=4096)
-    assert bench.scheduler.watermark == 4
+    assert bench.scheduler.pages.watermark == 4
     bench.add("a", 4 * 390, max_tokens=1)
     bench.add("b", 4 * 7, max_tokens=1)  # 7 + 4 pages of the 10 that are left
     bench.add("c", 4 * 6, max_tokens=1)
@@ -145,7 +152,7 @@ def test_the_lowest_priority_then_the_youngest_gives_way() -> None:
 
 
 def test_preempted_keeps_its_answer_and_goes_to_the_front() -> None:
-    bench = Bench(admission="optimistic", max_num_seqs=2)
+    bench = Bench(admission="optimistic", max_num_seqs=2, prefix_caching=False)
     first = bench.add("first", 6, max_tokens=20, logprobs=2)
     bench.add("second", 3, max_tokens=3)
     bench.add("third", 3, max_tokens=3)
@@ -257,11 +264,54 @@ def test_shortest_prompt_first_ages() -> None:
         ShortestPromptFirst(0)
 
 
-def test_shortest_prompt_first_shares_a_step() -> None:
-    long, short = request("long", prompt_of(30)), request("short", prompt_of(4))
-    long.arrival, short.arrival = 0, 1
-    assert SchedulingPolicy().share([(long, 30), (short, 4)], 10) == [10, 0]
-    assert ShortestPromptFirst().share([(long, 30), (short, 4)], 10) == [6, 4]
+def test_how_policies_share_a_step() -> None:
+    """By default all get on and the shortest ends first; by rank, priority or arrival where that is asked."""
+    long, short, other = (
+        request("long", prompt_of(30)),
+        request("short", prompt_of(4)),
+        request("o", [3] * 20),
+    )
+    long.arrival, short.arrival, other.arrival = 0, 1, 2
+    prompts = [(long, 30), (short, 4), (other, 20)]
+    assert SchedulingPolicy().share(prompts, 24) == [2, 4, 18]
+    assert SchedulingPolicy().share(prompts, 3) == [1, 1, 1]
+    assert SchedulingPolicy().share(prompts, 60) == [30, 4, 20]
+    assert SchedulingPolicy().share([(long, 30)], 10) == [10]
+    assert SchedulingPolicy().share([(long, 5), (other, 5)], 8) == [3, 5]  # capped chunks: the shorter first
+    assert ShortestPromptFirst().share(prompts, 10) == [6, 4, 0]
+    assert Blocking().share(prompts, 32) == [30, 2, 0]
+    other.priority = -1
+    assert PriorityPolicy().share(prompts, 24) == [1, 3, 20]
+
+
+def test_a_short_prompt_passes_long_ones_that_get_on() -> None:
+    """Behind three long prompts a short one is read at once; in every step each prompt reads something."""
+    for policy in ("fcfs", "latency-target"):
+        bench = Bench(num_blocks=400, max_num_batched_tokens=64, scheduling_policy=policy)
+        for i in range(3):
+            bench.add(f"long{i}", 400, max_tokens=1)
+        bench.step()
+        short = bench.add("short", 30, max_tokens=1)
+        steps = 0
+        while short.finish_reason is None:
+            before = {r.request_id: r.num_computed_tokens for r in bench.scheduler.running}
+            bench.step()
+            steps += 1
+            running = bench.scheduler.running
+            assert all(r.num_computed_tokens > before.get(r.request_id, 0) for r in running)
+        assert steps == 1
+        bench.finish()
+
+
+def test_as_many_prompts_side_by_side_as_the_policy_says() -> None:
+    for policy, readers in (("fcfs", 4), ("shortest-prompt-first", 4), ("blocking", 1)):
+        bench = Bench(num_blocks=400, max_num_batched_tokens=16, scheduling_policy=policy)
+        for i in range(6):
+            bench.add(f"long{i}", 100, max_tokens=1)
+        bench.step()
+        assert len(bench.scheduler.running) == readers
+        assert bench.scheduler.waiting_for == "token budget"
+        bench.finish()
 
 
 def test_blocking_stalls_decodes_and_others_do_not() -> None:
@@ -275,7 +325,13 @@ def test_blocking_stalls_decodes_and_others_do_not() -> None:
             bench.step()
         stalled[policy] = 6 - len(answer.output_token_ids)
         bench.finish()
-    assert stalled == {"fcfs": 0, "priority": 0, "shortest-prompt-first": 0, "blocking": 5}
+    assert stalled == {
+        "fcfs": 0,
+        "priority": 0,
+        "shortest-prompt-first": 0,
+        "latency-target": 0,
+        "blocking": 5,
+    }
 
 
 def test_a_policy_of_ones_own() -> None:
@@ -349,9 +405,9 @@ def test_looking_ahead_is_bounded() -> None:
 
 
 def test_why_not() -> None:
-    bench = Bench(num_blocks=40, max_num_batched_tokens=8, max_num_seqs=2)
-    bench.add("a", 30, max_tokens=1)
-    bench.add("b", 5)
+    bench = Bench(num_blocks=80, max_num_batched_tokens=8)
+    for name in "abcde":
+        bench.add(name, 30, max_tokens=1)
     bench.step()
     assert bench.scheduler.waiting_for == "token budget"
     bench.finish()

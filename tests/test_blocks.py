@@ -24,7 +24,7 @@ def test_allocate_and_free() -> None:
 def test_too_many_changes_nothing() -> None:
     blocks = BlockAllocator(3)
     blocks.allocate(2)
-    with pytest.raises(MemoryError, match=r"2 KV pages needed, 1 of 3 free"):
+    with pytest.raises(MemoryError, match=r"2 KV pages needed, 1 of 3 free and 0 cached"):
         blocks.allocate(2)
     assert blocks.num_free == 1
     blocks.check()
@@ -62,7 +62,7 @@ def test_check_sees_damage() -> None:
     with pytest.raises(AssertionError):
         blocks.check()
     blocks._free.pop()
-    blocks._used.clear()  # forgotten
+    blocks._references.clear()  # forgotten
     with pytest.raises(AssertionError, match="lost"):
         blocks.check()
 

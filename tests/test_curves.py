@@ -98,3 +98,11 @@ def test_more_work_never_takes_less_time(
     for count in tokens:
         line = [curve.predict(count, c) for c in contexts]
         assert all(b >= a * (1 - 1e-9) for a, b in pairwise(line))
+
+
+def test_a_line_that_stops_early_does_not_lower_what_was_measured() -> None:
+    """The far context stops at 64 tokens, where steps are flat; 512 tokens at the near one take long."""
+    curve = StepCurve.of([(1, 0, 1.0), (64, 0, 1.0), (512, 0, 9.0), (1, 1024, 1.1), (64, 1024, 1.2)])
+    assert curve.predict(512, 0) == 9.0
+    assert curve.predict(512, 1024) == pytest.approx(9.2)
+    assert curve.predict(1024, 1024) >= curve.predict(1024, 0)

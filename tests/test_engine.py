@@ -242,6 +242,11 @@ def test_priorities_of_prompts() -> None:
             if output.finished
         ]
         assert done == [0, 2, 3, 1]  # the first runs before the others are queued, and is first anyway
+        talks = [[{"role": "user", "content": "hi"}]] * 4
+        talked = llm.chat_stream(talks, params, priority=[0, 3, 1, 2])
+        assert [prompt_index(output) for output in talked if output.finished] == [0, 2, 3, 1]
+        with pytest.raises(ValueError, match="2 priorities for 4 prompts"):
+            llm.chat(talks, params, priority=[1, 2])
         with pytest.raises(ValueError, match="2 priorities for 1 prompts"):
             llm.generate([[4]], params, priority=[1, 2])
         with pytest.raises(TypeError, match=r"prompt 1: priority must be a whole number, not 1\.5"):
@@ -270,7 +275,7 @@ def test_preempted_answers_are_given_once(policy: str) -> None:
     assert "preempted" in {why for record in records for why in record.not_scheduled.values()}
     assert {"pages", "preemption"} & {record.waiting_for for record in records}
     assert records[-1].preemptions == engine.scheduler.preemptions
-    assert records[-1].free_blocks == 9
+    assert records[-1].free_blocks + records[-1].cached_blocks == 9
     assert {n: list(ids) for n, ids in got.items()} == {n: expected(p, params) for n, p in prompts.items()}
 
 

@@ -112,6 +112,18 @@ def test_probe_on_gpu():
 
 
 @pytest.mark.gpu
+def test_histories_on_gpu(rung_options):
+    check_group(
+        ["tests/test_preemption_model.py", "--device=cuda", "-m", "gpu", "-s", *rung_options], limit_s=180
+    )
+
+
+@pytest.mark.gpu
+def test_burst_on_gpu(rung_options):
+    check_group(["tests/test_burst.py", "--device=cuda", "-m", "gpu", "-s", *rung_options], limit_s=150)
+
+
+@pytest.mark.gpu
 def test_engine_on_gpu(rung_options):
     path = ROOT / "tests" / "test_engine_gpu.py"
     if not path.exists():

@@ -13,7 +13,10 @@ from model_files import MemorySource
 from kernels_numba import compiler
 from sharp.budget import activation_columns
 from sharp.config import EngineConfig
+from sharp.device import HostDevice, open_device
+from sharp.plan import BatchPlan
 from sharp.rope import RopeScaling, rope_table
+from sharp.staging import stage, staging_bytes
 from sharp.weights import Checkpoint, open_checkpoint
 
 PROMPTS = [[5, 9, 17, 3, 250, 44, 81], [7], [11, 12, 13], list(range(20, 150))]
@@ -157,3 +160,51 @@ def test_the_budgets_terms_add_up():
     assert budget.rope_table == model.cos_sin.nbytes
     assert budget.kv_pages == sum(cache.k.nbytes + cache.v.nbytes for cache in model.kv)
     assert sum(v for k, v in budget.terms().items() if k != "free") <= budget.free
+
+
+def test_the_largest_step_fits_the_staging_buffers():
+    """As many sequences, pages and tokens as can be: no array of the plan crosses that was not counted."""
+    seqs, pages, tokens = 3, 4, 24
+    counts = np.full(seqs, tokens // seqs, np.int32)
+    plan = BatchPlan(
+        step=1,
+        request_ids=("a", "b", "c"),
+        num_decodes=0,
+        token_ids=np.zeros(tokens, np.int32),
+        positions=np.zeros(tokens, np.int32),
+        cu_seqlens_q=np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+        context_lens=counts,
+        block_table=np.zeros((seqs, pages), np.int32),
+        slot_mapping=np.zeros(tokens, np.int32),
+        logits_rows=np.cumsum(counts).astype(np.int32) - 1,
+        temperatures=np.zeros(seqs, np.float32),
+        seeds=np.zeros(seqs, np.uint64),
+        output_indices=np.zeros(seqs, np.int32),
+        num_logprobs=np.zeros(seqs, np.int32),
+    )
+    sizes = []
+
+    class Measured(HostDevice):
+        def stage(self, arrays):
+            sizes.extend(-(-max(array.nbytes, 1) // 16) * 16 for array in arrays.values())  # as CudaDevice
+            return super().stage(arrays)
+
+    stage(plan, Measured("float32"))
+    most = staging_bytes(tokens, seqs, pages)
+    assert sum(sizes) <= most <= sum(sizes) + 16 * len(sizes) + 64
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", id="plain")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_pages_are_copied_where_they_are(device, dtype):
+    """ "cuda" is numba's simulator here; a GPU copies pages in test_preemption_model.py."""
+    target = open_device(device, dtype)
+    values = np.random.default_rng(0).standard_normal((5, 2, 4, 3)).astype(np.float32)
+    pages = target.upload_float(values)
+    before = np.array(target.download(pages))
+    target.copy_rows(pages, np.array([[0, 3], [0, 1], [4, 2]], np.int32))
+    after = np.array(target.download(pages))
+    assert (after == before[[0, 0, 4, 0, 4]]).all()
+    target.copy_rows(pages, np.empty((0, 2), np.int32))
+    assert (np.array(target.download(pages)) == after).all()
+    target.close()

@@ -112,6 +112,34 @@ def test_the_points_are_the_devices_times() -> None:
         assert seconds == pytest.approx(floor_then_linear(tokens, context + 1))
 
 
+def test_how_single_steps_vary() -> None:
+    model = TimedModel(floor_then_linear)
+    calls = iter(range(10**6))
+    model.seconds = lambda t, k: floor_then_linear(t, k) * (1.0, 0.9, 1.1)[next(calls) % 3]
+    noise = curves(model, limit_s=1e6).noise
+    assert len(noise) == 40
+    assert noise == tuple(sorted(noise))
+    assert (noise[2], noise[20], noise[-3]) == pytest.approx((0.9, 1.0, 1.1))
+    assert np.ptp(curves(TimedModel(floor_then_linear)).noise) < 1e-9
+
+
+def test_compiling_is_not_counted() -> None:
+    """The first step of each size takes 20 s more: no point is left out for it, and none is wrong."""
+    model = TimedModel(floor_then_linear)
+    seen: set[int] = set()
+
+    def seconds(tokens: int, keys: int) -> float:
+        first = 0.0 if tokens in seen else 20.0
+        seen.add(tokens)
+        return first + floor_then_linear(tokens, keys)
+
+    model.seconds = seconds
+    found, wanted = curves(model, limit_s=14.0), curves(TimedModel(floor_then_linear), limit_s=14.0)
+    for ours, theirs in ((found.prefill, wanted.prefill), (found.decode, wanted.decode)):
+        assert np.array(sorted(ours)) == pytest.approx(np.array(sorted(theirs)))
+    assert model.now > 100
+
+
 def test_a_disturbed_round_does_not_count() -> None:
     model = TimedModel(floor_then_linear)
     calls = iter(range(10**6))

@@ -12,7 +12,7 @@ from fake_model import engine_config
 
 from sharp.config import EngineConfig
 from sharp.plan import BatchPlan
-from sharp.request import MAX_LOGPROBS, Request, SamplingParams
+from sharp.request import MAX_LOGPROBS, MAX_SAMPLES, Request, SamplingParams
 
 BAD_PARAMS: list[tuple[str, Any, type[Exception], str]] = [
     ("max_tokens", 0, ValueError, "0"),
@@ -50,6 +50,18 @@ BAD_PARAMS: list[tuple[str, Any, type[Exception], str]] = [
     ("logprobs", -1, ValueError, "-1"),
     ("logprobs", MAX_LOGPROBS + 1, ValueError, str(MAX_LOGPROBS)),
     ("logprobs", True, TypeError, "True"),
+    ("n", 0, ValueError, "0"),
+    ("n", -3, ValueError, "-3"),
+    ("n", MAX_SAMPLES + 1, ValueError, str(MAX_SAMPLES)),
+    ("n", True, TypeError, "True"),
+    ("n", 2.0, TypeError, "2.0"),
+    ("timeout_s", 0, ValueError, "0"),
+    ("timeout_s", -1.5, ValueError, "-1.5"),
+    ("timeout_s", math.nan, ValueError, "nan"),
+    ("timeout_s", math.inf, ValueError, "inf"),
+    ("timeout_s", 10**400, ValueError, "1e\\+09"),
+    ("timeout_s", "soon", TypeError, "'soon'"),
+    ("timeout_s", True, TypeError, "True"),
 ]
 
 
@@ -90,8 +102,12 @@ BAD_CONFIG: list[tuple[str, Any, type[Exception], str]] = [
     ("device", "tpu", ValueError, "cuda"),
     ("admission", "greedy", ValueError, "reserve, optimistic, not 'greedy'"),
     ("admission", None, ValueError, "None"),
-    ("scheduling_policy", "lifo", ValueError, "fcfs, priority, shortest-prompt-first, blocking, not 'lifo'"),
+    ("scheduling_policy", "lifo", ValueError, "fcfs, priority, .*blocking, latency-target, not 'lifo'"),
+    ("scheduling_policy", "latency-target", ValueError, "needs target_itl_ms"),
+    ("target_itl_ms", 5.0, ValueError, "5.0 goes with scheduling_policy 'latency-target', not with 'fcfs'"),
     ("scheduling_policy", 3, TypeError, "3"),
+    ("prefix_caching", 1, TypeError, "1"),
+    ("prefix_caching", None, TypeError, "None"),
     ("max_bypass", -1, ValueError, "at least 0"),
     ("max_bypass", 1.5, TypeError, "1.5"),
     ("rungs", [("gemm", "plain")], TypeError, "gemm"),

@@ -76,7 +76,10 @@ class Harness:
         for seq, (name, count) in enumerate(zip(plan.request_ids, lens, strict=True)):
             own = by_id[name]
             first = int(plan.positions[plan.cu_seqlens_q[seq]])
-            assert first == self.computed.get(name, 0), "a token was skipped or computed twice"
+            start = self.computed.get(name, own.num_cached_tokens)
+            assert first == start, "a token was skipped or computed twice"
+            assert own.num_cached_tokens < len(own.prompt_token_ids)
+            assert own.num_cached_tokens % config.block_size == 0
             self.computed[name] = first + count
             assert own.num_computed_tokens == first + count
             if name in decoding:
@@ -96,7 +99,7 @@ class Harness:
         while self.step():
             steps += 1
             assert steps < limit, "no end in sight"
-        assert self.scheduler.blocks.num_free == self.model.num_blocks
+        assert self.scheduler.blocks.num_available == self.model.num_blocks
         for item in self.seen:
             assert item.status is Status.FINISHED
             if item.finish_reason != "abort":
@@ -278,7 +281,7 @@ def test_a_stream_of_prompts_never_stalls_a_decode() -> None:
 
 
 def test_abort_in_every_state() -> None:
-    harness = Harness(max_num_batched_tokens=8)
+    harness = Harness(max_num_batched_tokens=8, max_num_seqs=2)
     waiting, chunked, decoding = (
         request("w", [3]),
         request("c", prompt_of(30)),
@@ -479,7 +482,7 @@ class SkipsAToken(Scheduler):
         plan = super().plan()
         for item in self.running:
             if item.num_computed_tokens == 6:
-                item.num_computed_tokens += 1
+                self.table.computed[item.row] += 1
         return plan
 
 
@@ -490,6 +493,8 @@ class FreesTooEarly(Scheduler):
             if len(item.block_ids) > 2:
                 self.blocks.free(item.block_ids[-1:])
                 item.block_ids.pop()
+                self.table.num_pages[item.row] -= 1
+                self.table.pages[item.row, len(item.block_ids)] = -1
         return updated
 
 
@@ -500,18 +505,15 @@ class ForgetsPages(Scheduler):
 
 
 class OneTokenTooMany(Scheduler):
-    def worst_case_tokens(self, request: Request) -> int:
-        return super().worst_case_tokens(request) + 1
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        worst = self.sizes.worst_tokens
+        self.sizes.worst_tokens = lambda request: worst(request) + 1  # type: ignore[method-assign]
 
 
 class StallsDecodes(Scheduler):
     def plan(self) -> BatchPlan | None:
-        hidden = [r for r in self.running if r.output_token_ids]
-        if self.waiting and len(hidden) < len(self.running):
-            self.running = [r for r in self.running if not r.output_token_ids]
-            plan = super().plan()
-            self.running = hidden + self.running
-            return plan
+        self.policy.prompts_first = bool(self.waiting)
         return super().plan()
 
 

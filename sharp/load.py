@@ -1,0 +1,163 @@
+"""A workload run in real time against an engine: requests come when the workload says, tokens are timed.
+
+Knows an engine's door and its sinks. Refuses to know what is behind them, and to judge the times.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from sharp.engine import Engine
+from sharp.latencies import Spread, TokenClock
+from sharp.live import Sink
+from sharp.request import QueueFull, Request, RequestOutput, RequestTooLarge, SamplingParams
+from sharp.workloads import Arrival
+
+STALL_LIMIT_S = 300.0  # no token for so long: the run has failed
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run came to, from the first arrival on (standing streams run by then).
+
+    itl: of all answers after that moment; ttft: of the workload's requests, by their place in it; answers:
+    token ids by place, standing streams at -1, -2 and so on; tokens: computed in all, prompts included.
+    """
+
+    seconds: float
+    itl: Spread
+    ttft: dict[int, float]
+    answers: dict[int, tuple[int, ...]]
+    tokens: int
+    answer_tokens: int
+    steps: int
+    refused: int
+    unfinished: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+    def ttft_of(self, places: Sequence[int] | None = None) -> Spread:
+        """Of all requests of the workload that had a token, or of those at these places."""
+        chosen = self.ttft if places is None else [place for place in places if place in self.ttft]
+        return Spread.of([self.ttft[place] for place in chosen])
+
+
+class _Listener:
+    """The sink of all requests: times each token as the engine hands it over, on the engine's thread."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.clock = TokenClock()
+        self.started: set[int] = set()
+        self.finished: set[int] = set()
+        self.answers: dict[int, tuple[int, ...]] = {}
+        self.error: BaseException | None = None
+
+    def put(self, output: RequestOutput | BaseException) -> None:
+        now = time.perf_counter()
+        with self.changed:
+            if isinstance(output, BaseException):
+                self.error = output
+                self.changed.notify_all()
+                return
+            place, ids = int(output.request_id), output.outputs[0].token_ids
+            if len(ids) > len(self.answers.get(place, ())):
+                self.clock.token(place, now)
+                self.answers[place] = ids
+            if output.finished:
+                self.finished.add(place)
+                self.clock.end(place)
+            if output.finished or place not in self.started:  # not at every token: it wakes a thread
+                self.started.add(place)
+                self.changed.notify_all()
+
+    def wait_for(self, places: set[int], among: str, until: float | None = None) -> bool:
+        """Wait until all `places` are among the started or finished ones; False if `until` comes first.
+        Raises the engine's error, and TimeoutError if nothing moves for STALL_LIMIT_S."""
+        with self.changed:
+            while not places <= getattr(self, among):
+                if self.error is not None:
+                    raise self.error
+                left = STALL_LIMIT_S if until is None else until - time.perf_counter()
+                if left <= 0 or not self.changed.wait(left):
+                    if until is not None and time.perf_counter() >= until:
+                        return False
+                    if until is None:
+                        raise TimeoutError(f"no token in {STALL_LIMIT_S:.0f} s")
+        return True
+
+
+def run_load(
+    engine: Engine,
+    workload: Sequence[Arrival],
+    *,
+    standing: Sequence[Arrival] = (),
+    duration: float | None = None,
+    seed: int = 0,
+) -> Load:
+    """Run a workload (by time of arrival) in real time. Prompts are random ids, the same for a seed.
+
+    standing: requests that are started first; the workload's time begins when each of them has a token.
+    duration: seconds after which all that is unfinished is aborted; None: run to the end.
+    Raises the engine's error if it dies.
+    """
+    listener = _Listener()
+    vocab_size = engine.model.config.vocab_size
+
+    def request(place: int, arrival: Arrival) -> Request:
+        ids = np.random.default_rng([seed, place + 2**20]).integers(0, vocab_size, arrival.prompt_tokens)
+        params = SamplingParams(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True)
+        return engine.make_request(ids.tolist(), params, str(place), arrival.priority)
+
+    requests: list[tuple[int, Arrival, Any]] = []
+    refused = 0
+    for place, arrival in enumerate(workload):  # made ahead: drawing thousands of ids takes time
+        try:
+            requests.append((place, arrival, request(place, arrival)))
+        except RequestTooLarge:
+            refused += 1
+    background = {-1 - i: request(-1 - i, arrival) for i, arrival in enumerate(standing)}
+    engine.start()
+    for place, one in background.items():
+        listener.clock.arrive(place, time.perf_counter())
+        engine.submit(one, cast(Sink, listener))
+    listener.wait_for(set(background), "started")
+    with listener.changed:
+        before = listener.clock.tokens
+        listener.clock.forget_gaps()
+    tokens, steps = engine.stats.tokens, engine.stats.steps
+    start = time.perf_counter()
+    end = None if duration is None else start + duration
+    sent: set[int] = set()
+    for place, arrival, one in requests:
+        due = start + arrival.arrival_s
+        if end is not None and due >= end:
+            break
+        if due > time.perf_counter():
+            listener.wait_for({len(workload)}, "finished", due)  # nobody has this place: wait until due
+        with listener.changed:
+            listener.clock.arrive(place, due)
+        try:
+            engine.submit(one, cast(Sink, listener))
+            sent.add(place)
+        except QueueFull:
+            refused += 1
+    waited_for = sent if end is None else sent | set(background) | {len(workload)}
+    listener.wait_for(waited_for, "finished", end)
+    seconds = time.perf_counter() - start
+    tokens, steps = engine.stats.tokens - tokens, engine.stats.steps - steps
+    with listener.changed:
+        itl, answered = listener.clock.itl, listener.clock.tokens - before
+        ttft = {int(str(p)): s for p, s in listener.clock.ttft.items() if int(str(p)) >= 0}
+        unfinished = len(sent - listener.finished)
+    for place in (sent | set(background)) - listener.finished:
+        engine.abort(str(place))
+    return Load(seconds, itl, ttft, dict(listener.answers), tokens, answered, steps, refused, unfinished)

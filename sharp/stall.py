@@ -1,0 +1,131 @@
+"""The stall scenario: streams that decode while long prompts arrive, the same for every policy.
+
+Knows what is run and how answers are compared. Refuses to know kernels, and how a row is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sharp.config import EngineConfig
+from sharp.engine import Engine
+from sharp.latency_target import LatencyTarget
+from sharp.load import Load, run_load
+from sharp.plan import StepModel
+from sharp.policies import Blocking
+from sharp.predictor import StepPredictor
+from sharp.random_model import IdTokenizer
+from sharp.workloads import Arrival, every
+
+ANSWER = 32  # tokens of the answer to a long prompt
+AIM = 1.4  # of decode-only's p99: where latency-target aims, to stay under 1.5 times
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """streams of `context` prompt tokens decode for `duration` seconds; a prompt of `prompt` tokens arrives
+    every `prompt_s` seconds, one of `long` tokens every `long_s`."""
+
+    streams: int
+    context: int
+    prompt: int
+    prompt_s: float
+    long: int
+    long_s: float
+    duration: float
+
+    def standing(self, max_model_len: int) -> list[Arrival]:
+        """The streams: their answers are longer than the run, or as long as the model allows."""
+        return [Arrival(0.0, self.context, max_model_len - self.context)] * self.streams
+
+    def arrivals(self, max_model_len: int) -> list[Arrival]:
+        """The prompts, cut to what fits beside their answers."""
+        most = max_model_len - ANSWER
+        found = every(
+            self.prompt_s, self.duration, prompt_tokens=min(self.prompt, most), output_tokens=ANSWER,
+            start=self.prompt_s / 2,
+        )  # fmt: skip
+        found += every(
+            self.long_s, self.duration, prompt_tokens=min(self.long, most), output_tokens=ANSWER,
+            start=self.long_s / 4,
+        )  # fmt: skip
+        return sorted(found, key=lambda arrival: arrival.arrival_s)
+
+
+# A quarter of 1k contexts, 8k prompts and 32k prompts: the demo model's context is 8k.
+GPU = Scenario(streams=32, context=256, prompt=2048, prompt_s=2, long=8192, long_s=10, duration=60)
+# What two cores can follow: a sixteenth, and fewer streams.
+CPU = Scenario(streams=4, context=64, prompt=256, prompt_s=4, long=1024, long_s=12, duration=60)
+
+
+class Borrowed:
+    """A model that outlives the engines it is lent to."""
+
+    def __init__(self, model: StepModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def close(self) -> None:
+        """Left to the owner."""
+
+
+def with_engine(model: StepModel, config: EngineConfig, work: Callable[[Engine], Load]) -> Load:
+    """Run `work` on a new engine over a lent model."""
+    engine = Engine(Borrowed(model), IdTokenizer(), config)
+    try:
+        return work(engine)
+    finally:
+        engine.close()
+
+
+def run_stall(
+    scenario: Scenario,
+    model: StepModel,
+    config: EngineConfig,
+    predictor: StepPredictor,
+    *,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Load]:
+    """Decode-only, latency-target, first come first served, and blocking; all with config's step budget."""
+    length = config.max_model_len or model.config.max_position_embeddings
+    standing, arrivals = scenario.standing(length), scenario.arrivals(length)
+    alone = [Arrival(0.0, 16, 2)] * 2  # compiles and touches all that a first step needs
+
+    def run(name: str, policy: Any, workload: list[Arrival]) -> Load:
+        def work(engine: Engine) -> Load:
+            run_load(engine, alone, seed=1)
+            return run_load(engine, workload, standing=standing, duration=scenario.duration)
+
+        load = with_engine(model, replace(config, scheduling_policy=policy), work)
+        ttft = load.ttft_of()
+        say(
+            f"{name:<20} ITL {load.itl.ms()}; TTFT p50 {ttft.p50:.2f} s, p95 {ttft.p95:.2f} s, "
+            f"{ttft.count} of {len(workload)} begun; {load.tokens_per_s:,.0f} tokens/s "
+            f"({load.answer_tokens / load.seconds:,.0f} of answers), {load.steps} steps"
+        )
+        return load
+
+    runs = {"decode-only": run("decode-only", "fcfs", [])}
+    target_ms = AIM * 1e3 * runs["decode-only"].itl.p99
+    latency = LatencyTarget(target_ms, predictor)
+    runs["chunked-latency"] = run(f"latency {target_ms:.1f} ms", latency, arrivals)
+    runs["chunked-throughput"] = run("chunked-throughput", "fcfs", arrivals)
+    runs["blocking"] = run("blocking", Blocking(), arrivals)
+    return runs
+
+
+def disagreements(runs: Iterable[Mapping[int, tuple[int, ...]]]) -> int:
+    """How many requests' answers differ between runs, as far as both go."""
+    first, *others = [dict(run) for run in runs]
+    wrong = set()
+    for other in others:
+        for place in first.keys() & other.keys():
+            length = min(len(first[place]), len(other[place]))
+            if first[place][:length] != other[place][:length]:
+                wrong.add(place)
+        first.update({place: ids for place, ids in other.items() if len(ids) > len(first.get(place, ()))})
+    return len(wrong)
