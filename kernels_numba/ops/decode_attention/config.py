@@ -1,0 +1,101 @@
+"""Sizes of the tensor-core decode kernel: chunks, stages, shared memory, kinds of builds.
+
+Knows: bytes and counts. Refuses to know: the kernel. No choice made here shows in a bit of a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from kernels_numba.attention_contract import TILE
+from kernels_numba.smem import SmemPlan
+
+HEAD_DIMS = (64, 128)
+BLOCK_SIZE = 64  # keys of a page: two are a tile
+MAX_GROUP = 16  # query heads of a kv head: the rows of one tensor-core tile
+ITEM = 2
+WARP, CONSUMERS = 32, 4
+THREADS = (CONSUMERS + 1) * WARP
+BOX_COLUMNS = 64  # 128 bytes, the swizzle's width
+BOX_BYTES = BLOCK_SIZE * BOX_COLUMNS * ITEM
+TILE_CHUNKS = 2 * TILE // BLOCK_SIZE  # two pages of K, two of V
+MAX_STAGES = 12
+RECORDS, RECORD_BYTES = 2, 32
+# Two blocks share an SM's 233,472 bytes on Hopper, 1,024 of which go to the system for each; sm_86, 89 and 120
+# give a block 101,376 at most.
+SMEM_LIMITS = {"tma": 115_712, "cp_async": 101_376}
+BLOCKS_PER_SM = {"tma": 2, "cp_async": 1}
+MUTANTS = ("", "scale", "mask", "page", "stale_tail", "wrong_phase", "lost_arrival")
+Feed = Literal["tma", "cp_async"]
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """head_dim 64 or 128; feed: how pages come to shared memory. ValueError for others."""
+
+    head_dim: int
+    feed: Feed
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in HEAD_DIMS or self.feed not in SMEM_LIMITS:
+            raise ValueError(
+                f"decode_attention: head_dim is {self.head_dim}, feed {self.feed!r}; "
+                f"head_dim {' or '.join(map(str, HEAD_DIMS))}, feed {' or '.join(SMEM_LIMITS)} is required"
+            )
+
+    @property
+    def chunk_bytes(self) -> int:
+        """A page of one head of K or V: what a stage holds."""
+        return BLOCK_SIZE * self.head_dim * ITEM
+
+    @property
+    def stages(self) -> int:
+        """Chunks in flight: what fits, at least a tile's."""
+        fixed = sum(size for _, size, _, count in _fixed(MAX_STAGES) for _ in range(count))
+        return min(MAX_STAGES, (SMEM_LIMITS[self.feed] - fixed) // self.chunk_bytes)
+
+
+def _fixed(stages: int) -> tuple[tuple[str, int, int, int], ...]:
+    """What a block holds beside its stages: (name, bytes of a piece, alignment, pieces)."""
+    return (
+        ("weights", TILE // 16 * WARP * 16, 1024, 1),
+        ("max", 16 * CONSUMERS * 4, 128, 1),
+        ("sum", 16 * CONSUMERS * 4, 128, RECORDS),
+        ("record", RECORD_BYTES, 32, RECORDS),
+        ("last", 16, 16, 1),
+        ("full", 8, 8, stages),
+        ("empty", 8, 8, stages),
+        ("posted", 8, 8, RECORDS),
+        ("taken", 8, 8, RECORDS),
+    )
+
+
+@cache
+def smem_plan(config: DecodeConfig) -> SmemPlan:
+    """Stages, then: weights P as A fragments [8 steps][32 lanes] x 16 bytes, the warps' maxima and sums
+    f32[16 rows][4 warps], items for the consumers, the word that says who folds, barriers."""
+    return SmemPlan.of(
+        ("chunk", config.chunk_bytes, 1024, config.stages), *_fixed(config.stages), limit=SMEM_LIMITS[config.feed]
+    )
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a kernel is built beside its numbers. debug: every wait for a barrier is bounded and fails with the
+    barrier's name; stress: warps pause at random; pdl: the launch may begin while the one before it ends (fed
+    by TMA only). mutant: one known mistake, which the tests must catch: a wrong scale, a mask that lets one
+    key too many in, a page too far, V's stale tail left in place, a wrong phase, a stage never handed back."""
+
+    debug: bool = False
+    stress: bool = False
+    pdl: bool = True
+    mutant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mutant not in MUTANTS:
+            raise ValueError(f"mutant is {self.mutant!r}; there are {', '.join(MUTANTS[1:])}")
+
+
+PRODUCT = Build()

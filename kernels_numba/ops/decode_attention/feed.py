@@ -1,0 +1,47 @@
+"""How a page of one head comes to shared memory: by the copy engine, or 16 bytes a lane. Both leave the same picture.
+
+Knows: one chunk, 64 keys x head_dim, as the 128-byte swizzle lays it, 64 columns after another. Refuses to know:
+which page, and when.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from kernels_numba.compiler import cuda, jit
+from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, BOX_BYTES, BOX_COLUMNS, WARP, DecodeConfig
+from kernels_numba.ptx.cp_async import cp_async_16_zfill, cp_async_mbarrier_arrive
+from kernels_numba.ptx.mbarrier import mbarrier_expect_tx
+from kernels_numba.ptx.tma import tma_load_2d
+
+
+@cache
+def make_feed(config: DecodeConfig) -> tuple[Any, int]:
+    """(f(to, full, tensor_map, cache, row, lane), arrivals that end a phase of `full`), for a whole warp.
+
+    f queues the copy of 64 rows from `row` on of the cache as a matrix [rows, head_dim] to shared address `to`;
+    full: the barrier that it ends on."""
+    chunk_bytes, boxes = config.chunk_bytes, config.head_dim // BOX_COLUMNS
+    row_units, row_bytes = config.head_dim // 8, config.head_dim * 2
+    rounds = BLOCK_SIZE * row_units // WARP
+    int32, int64 = cuda.types.int32, cuda.types.int64
+
+    @jit(device=True, forceinline=True)
+    def by_tma(to: Any, full: Any, tensor_map: Any, cache: Any, row: Any, lane: Any) -> None:
+        if lane == 0:
+            mbarrier_expect_tx(full, chunk_bytes)
+            for box in range(boxes):
+                tma_load_2d(int32(to + box * BOX_BYTES), tensor_map, full, int32(box * BOX_COLUMNS), row)
+
+    @jit(device=True, forceinline=True)
+    def by_cp_async(to: Any, full: Any, tensor_map: Any, cache: Any, row: Any, lane: Any) -> None:
+        source = int64(cache + int64(row) * row_bytes)
+        for i in range(rounds):
+            number = int32(lane + i * WARP)
+            line, unit = int32(number // row_units), int32(number % row_units)
+            place = int32((unit >> 3) * BOX_BYTES + line * 128 + (((unit & 7) ^ (line & 7)) << 4))
+            cp_async_16_zfill(int32(to + place), int64(source + number * 16), 16)
+        cp_async_mbarrier_arrive(full)
+
+    return (by_tma, 1) if config.feed == "tma" else (by_cp_async, WARP)

@@ -1,0 +1,134 @@
+"""Which work there is and who does it, found by one warp from context_lens on the device.
+
+A unit is one split of one sequence, an item a unit and a kv head; items are numbered, and blocks take numbers.
+Units of whole splits come first, those that a sequence's end cuts short (or empty sequences) after them, so that
+small pieces of work fill the end. The order decides when something is computed, never its bits. Knows: lengths,
+numbers of splits. Refuses to know: pages, heads of what, tiles.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from kernels_numba.attention_contract import SPLIT
+from kernels_numba.compiler import cuda, jit
+from kernels_numba.ptx.arith import select_i32
+from kernels_numba.ptx.atomics import ballot, popc, shfl_up_i32
+from kernels_numba.ptx.ldst import ld_global_i32
+from kernels_numba.ptx.shuffle import shfl_idx_i32
+
+EACH = 4  # sequences of one lane
+CHUNK = 32 * EACH  # sequences that a warp looks at together
+SHIFT = SPLIT.bit_length() - 1
+
+
+@cache
+def make_schedule(window: int | None) -> tuple[Any, Any, Any]:
+    """(first_key, count_units, locate) for a window, or None.
+
+    first_key(length): the first key that is seen, on numbers of a lane's own.
+    count_units(lens, num_seqs, lane) -> (units of whole splits, all units).
+    locate(lens, num_seqs, lane, target, cut, chunk, before, before_all) -> (sequence, split, its number of
+    splits, how many splits the sequences before it have, length, chunk, before, before_all): the target-th unit
+    of whole splits, or with cut = 1 of the others, at or after a chunk of CHUNK sequences which `before` such
+    units (`before_all` units of both kinds) precede; the last three are where the next search may begin.
+    lens: address of i32[num_seqs]; called by whole warps.
+    """
+    has_window, width = window is not None, window or 0
+    int32, int64 = cuda.types.int32, cuda.types.int64
+
+    @jit(device=True, forceinline=True)
+    def first_key(length: Any) -> Any:
+        if has_window:
+            return select_i32(int32(length > width), int32(length - width), 0)
+        return int32(0)
+
+    @jit(device=True)
+    def read(lens: Any, num_seqs: Any, lane: Any, chunk: Any, lengths: Any, whole: Any, cut: Any) -> None:
+        """Of the lane's EACH sequences: length (0 for negative ones), whole splits, and 1 for a unit more."""
+        for i in range(EACH):
+            seq = int32(chunk + lane * EACH + i)
+            inside = int32(seq < num_seqs)
+            index = select_i32(inside, seq, int32(num_seqs - 1))
+            lengths[i] = ld_global_i32(int64(lens + int64(index) * 4))
+            whole[i] = inside
+        for i in range(EACH):
+            inside = int32(whole[i])
+            length = select_i32(int32(lengths[i] > 0), lengths[i], 0)
+            begin = int32(first_key(length) >> SHIFT)
+            lengths[i] = length
+            whole[i] = select_i32(inside, int32((length >> SHIFT) - begin), 0)
+            partial = int32(int32((length & (SPLIT - 1)) != 0) | int32(length == 0))
+            cut[i] = select_i32(inside, partial, 0)
+
+    @jit(device=True, forceinline=True)
+    def with_lower(x: Any, lane: Any, delta: Any) -> Any:
+        return int32(x + select_i32(int32(lane >= delta), shfl_up_i32(x, delta), 0))
+
+    @jit(device=True, forceinline=True)
+    def scan(x: Any, lane: Any) -> Any:
+        """Sums up to and with each lane."""
+        x = with_lower(with_lower(x, lane, 1), lane, 2)
+        return with_lower(with_lower(with_lower(x, lane, 4), lane, 8), lane, 16)
+
+    @jit(device=True)
+    def count_units(lens: Any, num_seqs: Any, lane: Any) -> Any:
+        lengths = cuda.local.array(EACH, np.int32)
+        whole = cuda.local.array(EACH, np.int32)
+        cut = cuda.local.array(EACH, np.int32)
+        units, both = int32(0), int32(0)
+        chunk = int32(0)
+        while chunk < num_seqs:
+            read(lens, num_seqs, lane, chunk, lengths, whole, cut)
+            for i in range(EACH):
+                units = int32(units + whole[i])
+                both = int32(both + whole[i] + cut[i])
+            chunk = int32(chunk + CHUNK)
+        return shfl_idx_i32(scan(units, lane), 31), shfl_idx_i32(scan(both, lane), 31)
+
+    @jit(device=True)
+    def locate(
+        lens: Any, num_seqs: Any, lane: Any, target: Any, want_cut: Any, chunk: Any, before: Any, before_all: Any
+    ) -> Any:  # fmt: skip
+        lengths = cuda.local.array(EACH, np.int32)
+        whole = cuda.local.array(EACH, np.int32)
+        cut = cuda.local.array(EACH, np.int32)
+        upto, upto_all, own, own_all = int32(0), int32(0), int32(0), int32(0)
+        searching = True
+        while searching:
+            read(lens, num_seqs, lane, chunk, lengths, whole, cut)
+            own, own_all = int32(0), int32(0)
+            for i in range(EACH):
+                own = int32(own + select_i32(want_cut, cut[i], whole[i]))
+                own_all = int32(own_all + whole[i] + cut[i])
+            upto, upto_all = scan(own, lane), scan(own_all, lane)
+            here = shfl_idx_i32(upto, 31)
+            if target < before + here:
+                searching = False
+            else:
+                before = int32(before + here)
+                before_all = int32(before_all + shfl_idx_i32(upto_all, 31))
+                chunk = int32(chunk + CHUNK)
+        owner = popc(ballot(int32(before + upto <= target)))
+        at, at_all = int32(before + upto - own), int32(before_all + upto_all - own_all)
+        seq, split, splits, base, length = int32(0), int32(0), int32(0), int32(0), int32(0)
+        for i in range(EACH):
+            mine = select_i32(want_cut, cut[i], whole[i])
+            both = int32(whole[i] + cut[i])
+            hit = int32(int32(at <= target) & int32(target < at + mine))
+            place = select_i32(want_cut, whole[i], int32(target - at))
+            seq = select_i32(hit, int32(chunk + lane * EACH + i), seq)
+            split = select_i32(hit, int32((first_key(lengths[i]) >> SHIFT) + place), split)
+            splits = select_i32(hit, both, splits)
+            base = select_i32(hit, at_all, base)
+            length = select_i32(hit, lengths[i], length)
+            at, at_all = int32(at + mine), int32(at_all + both)
+        return (
+            shfl_idx_i32(seq, owner), shfl_idx_i32(split, owner), shfl_idx_i32(splits, owner),
+            shfl_idx_i32(base, owner), shfl_idx_i32(length, owner), chunk, before, before_all,
+        )  # fmt: skip
+
+    return first_key, count_units, locate
