@@ -105,9 +105,7 @@ def sum_places(places: Any) -> Any:
     return (quads[..., 0] + quads[..., 1]) + (quads[..., 2] + quads[..., 3])
 
 
-def attend_split(
-    q: Any, k: Any, v: Any, split: int, length: int, first: int, c: Any, round_p: Any
-) -> State:
+def attend_split(q: Any, k: Any, v: Any, split: int, length: int, first: int, c: Any, round_p: Any) -> State:
     """One split of rows q[rows, D] that see the keys from `first` up to `length` of k, v[length, D]; all
     float32 that holds rounded values. round_p: rounds float32 to the element type and back."""
     rows, head_dim = q.shape

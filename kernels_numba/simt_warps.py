@@ -42,7 +42,9 @@ class Turns:
         if able:
             self.gates[int(self.rng.choice(able))].release()
         elif not all(self.done):
-            waits = ", ".join(f"warp {w} for {self.waiting[w][1]}" for w, done in enumerate(self.done) if not done)
+            waits = ", ".join(
+                f"warp {w} for {self.waiting[w][1]}" for w, done in enumerate(self.done) if not done
+            )
             self.fail(Stuck(f"hangs: {waits}"))
 
     def fail(self, error: BaseException) -> None:
@@ -267,7 +269,9 @@ class Warp(Block):
             self.words_at(address[lane], 4)[:] = 0
 
     def ldmatrix_x4_trans(self, out: Array, address: Any) -> None:
-        rows = np.stack([self.shared(a, 16) for a in self.per_thread(address)]).view(np.uint16).reshape(4, 8, 8)
+        rows = (
+            np.stack([self.shared(a, 16) for a in self.per_thread(address)]).view(np.uint16).reshape(4, 8, 8)
+        )
         for i in range(4):
             out[i] = np.ascontiguousarray(rows[i].T).view(np.int32).reshape(-1)
 

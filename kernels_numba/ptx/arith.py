@@ -26,8 +26,16 @@ max_f32 = _pure("max_f32", "max.f32 $0, $1, $2;", "ff", "f", "The larger; of a N
 divide_f32 = _pure("divide_f32", "div.rn.f32 $0, $1, $2;", "ff", "f", "x / y, rounded to nearest (div.rn).")
 _CHOICE = "{{\n.reg .pred p;\nsetp.ne.s32 p, $1, 0;\nselp.{} $0, $2, $3, p;\n}}"
 select_f32 = _pure(
-    "select_f32", _CHOICE.format("f32"), "rff", "f", "x where `condition` is not 0, else y: (condition, x, y) (selp)."
+    "select_f32",
+    _CHOICE.format("f32"),
+    "rff",
+    "f",
+    "x where `condition` is not 0, else y: (condition, x, y) (selp).",
 )
 select_i32 = _pure(
-    "select_i32", _CHOICE.format("b32"), "rrr", "r", "x where `condition` is not 0, else y: (condition, x, y) (selp)."
+    "select_i32",
+    _CHOICE.format("b32"),
+    "rrr",
+    "r",
+    "x where `condition` is not 0, else y: (condition, x, y) (selp).",
 )

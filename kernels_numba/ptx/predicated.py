@@ -16,14 +16,20 @@ st_global_b32_if = _store(
     "st_global_b32_if", "st.global.b32 [$1], $2;", "lr", "4 bytes to an address: (condition, address, value)"
 )
 st_global_f32_if = _store(
-    "st_global_f32_if", "st.global.f32 [$1], $2;", "lf", "A float32 to an address: (condition, address, value)"
+    "st_global_f32_if",
+    "st.global.f32 [$1], $2;",
+    "lf",
+    "A float32 to an address: (condition, address, value)",
 )
 st_global_v2_f32_if = _store(
     "st_global_v2_f32_if", "st.global.v2.f32 [$1], {$2, $3};", "lff",
     "Two float32 to an address: (condition, address, first, second)",
 )  # fmt: skip
 st_shared_f32_if = _store(
-    "st_shared_f32_if", "st.shared.f32 [$1], $2;", "rf", "A float32 to a shared address: (condition, address, value)"
+    "st_shared_f32_if",
+    "st.shared.f32 [$1], $2;",
+    "rf",
+    "A float32 to a shared address: (condition, address, value)",
 )
 st_shared_zero_16_if = _store(
     "st_shared_zero_16_if", "st.shared.v4.b32 [$1], {0, 0, 0, 0};", "r",

@@ -77,7 +77,9 @@ def smem_plan(config: DecodeConfig) -> SmemPlan:
     """Stages, then: weights P as A fragments [8 steps][32 lanes] x 16 bytes, the warps' maxima and sums
     f32[16 rows][4 warps], items for the consumers, the word that says who folds, barriers."""
     return SmemPlan.of(
-        ("chunk", config.chunk_bytes, 1024, config.stages), *_fixed(config.stages), limit=SMEM_LIMITS[config.feed]
+        ("chunk", config.chunk_bytes, 1024, config.stages),
+        *_fixed(config.stages),
+        limit=SMEM_LIMITS[config.feed],
     )
 
 

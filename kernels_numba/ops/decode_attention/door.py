@@ -23,7 +23,10 @@ BFLOAT16, FLOAT16 = np.dtype(np.uint16), np.dtype(np.float16)  # bf16 as bits
 NAMES: dict[Any, str] = {BFLOAT16: "bfloat16", FLOAT16: "float16"}
 INT32, FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 CACHE_ROWS = 1 << 31  # of a tensor map's coordinates
-NEEDS = {"mma_sync": ((8, 0), False), "hopper": ((9, 0), True)}  # compute capability, whether of that major alone
+NEEDS = {
+    "mma_sync": ((8, 0), False),
+    "hopper": ((9, 0), True),
+}  # compute capability, whether of that major alone
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,9 @@ def refusal(
     (major, minor), only_major = NEEDS[rung]
     if capability is None or capability < (major, minor) or (only_major and capability[0] != major):
         have = "no GPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
-        return f"it needs compute capability {major}.{minor}{'' if only_major else ' or newer'}, here is {have}"
+        return (
+            f"it needs compute capability {major}.{minor}{'' if only_major else ' or newer'}, here is {have}"
+        )
     if dtype not in NAMES.values():
         return f"it takes {' or '.join(NAMES.values())}, not {dtype}"
     if head_dim not in HEAD_DIMS:

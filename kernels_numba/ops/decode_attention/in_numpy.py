@@ -12,7 +12,14 @@ import numpy as np
 
 from kernels_numba import simt, simt_warps
 from kernels_numba.attention_contract import SPLIT, exponent_scale
-from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, BOX_COLUMNS, THREADS, Build, DecodeConfig, smem_plan
+from kernels_numba.ops.decode_attention.config import (
+    BLOCK_SIZE,
+    BOX_COLUMNS,
+    THREADS,
+    Build,
+    DecodeConfig,
+    smem_plan,
+)
 
 PACKAGE = "kernels_numba.ops.decode_attention"
 MODULES = ("kernels_numba.attention_tile", f"{PACKAGE}.schedule", f"{PACKAGE}.feed", f"{PACKAGE}.kernel")

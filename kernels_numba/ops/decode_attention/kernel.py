@@ -121,7 +121,10 @@ def make_decode_kernel(
     group_max, group_weights = make_group_max(), make_group_weights(dtype)
     negated, fold_factors, folded = make_negated(), make_fold_factors(), make_folded()
     if by_tma or build.debug:
-        wait_full, wait_empty = make_mbarrier_wait("full", build.debug), make_mbarrier_wait("empty", build.debug)
+        wait_full, wait_empty = (
+            make_mbarrier_wait("full", build.debug),
+            make_mbarrier_wait("empty", build.debug),
+        )
         wait_posted = make_mbarrier_wait("posted", build.debug)
         wait_taken = make_mbarrier_wait("taken", build.debug)
     else:
@@ -385,7 +388,9 @@ def make_decode_kernel(
                             key = int32(warp * 32 + 2 * i)
                             for j in range(16):
                                 mine_key = int32(key + (j >> 2) * 8 + (j & 1))
-                                seen = int32(int32(seen_from <= mine_key) & int32(mine_key < seen_to + too_many))
+                                seen = int32(
+                                    int32(seen_from <= mine_key) & int32(mine_key < seen_to + too_many)
+                                )
                                 s[j] = select_f32(seen, s[j], lowest)
                     else:
                         for j in range(16):
@@ -406,7 +411,10 @@ def make_decode_kernel(
                     top_low = max_f32(max_f32(four[0], four[1]), max_f32(four[2], four[3]))
                     ld_shared_v4(four, int32(smem + max_at + 128 + r * 16))
                     top_high = max_f32(max_f32(four[0], four[1]), max_f32(four[2], four[3]))
-                    new_low, new_high = max_f32(m_low, mul_f32(top_low, c)), max_f32(m_high, mul_f32(top_high, c))
+                    new_low, new_high = (
+                        max_f32(m_low, mul_f32(top_low, c)),
+                        max_f32(m_high, mul_f32(top_high, c)),
+                    )
                     n_low, n_high = negated(new_low), negated(new_high)
                     f_low, f_high = ex2_f32(add_f32(m_low, n_low)), ex2_f32(add_f32(m_high, n_high))
                     m_low, m_high = new_low, new_high
@@ -434,7 +442,10 @@ def make_decode_kernel(
                     named_barrier_sync(1, CONSUMERS * 32)
                     for k in range(held // 4):
                         o[4 * k], o[4 * k + 1] = mul_f32(o[4 * k], f_low), mul_f32(o[4 * k + 1], f_low)
-                        o[4 * k + 2], o[4 * k + 3] = mul_f32(o[4 * k + 2], f_high), mul_f32(o[4 * k + 3], f_high)
+                        o[4 * k + 2], o[4 * k + 3] = (
+                            mul_f32(o[4 * k + 2], f_high),
+                            mul_f32(o[4 * k + 3], f_high),
+                        )
                     part = begin
                     while part < end:
                         wait_full(int32(smem + full_at + 8 * v_stage), v_phase)

@@ -39,7 +39,11 @@ ARCHS = {
 
 @cache
 def decode_kernel(
-    config: DecodeConfig, dtype: str, window: int | None = None, with_lse: bool = False, build: Build = PRODUCT
+    config: DecodeConfig,
+    dtype: str,
+    window: int | None = None,
+    with_lse: bool = False,
+    build: Build = PRODUCT,
 ) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
     words = ["decode", config.feed, f"d{config.head_dim}", dtype]
@@ -69,7 +73,9 @@ def num_sms() -> int:
 
 
 @lru_cache(maxsize=256)
-def own_workspace(num_seqs: int, num_splits: int, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Workspace:
+def own_workspace(
+    num_seqs: int, num_splits: int, num_q_heads: int, num_kv_heads: int, head_dim: int
+) -> Workspace:
     """One that belongs to nobody, for callers that bring none; launches that use it must not run at once."""
     return Workspace.of(num_seqs, num_splits, num_q_heads, num_kv_heads, head_dim)
 
