@@ -55,7 +55,7 @@ bench *options: setup
 bench-import file *options: setup
     @{{python}} -m sharp.bench import {{file}} {{options}}
 
-# sweep the tiles of an op (gemm) on this GPU and rewrite its table
+# sweep the tiles of an op (gemm) on this GPU and rewrite its table, or print what was found (decode)
 tune op="gemm" *options: setup
     @{{python}} -m kernels_numba.bench.tune_{{op}} {{options}}
 

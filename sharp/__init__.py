@@ -10,7 +10,8 @@ under one token budget.
 - scheduler.py decides, in pure Python; plan.py is its decision as numpy arrays; nothing else changes a
   Request. What runs is a table of columns (running.py), its pages are in one book (pagebook.py).
 - staging.py moves a plan to the device; model.py is one forward for every device; `ops` are numpy
-  (`reference`) or numba.cuda kernels (`plain` today), picked op by op: LLM(rungs={"gemm": "plain"}).
+  (`reference`) or numba.cuda kernels (`plain`, and faster ones), picked op by op: LLM(rungs={"gemm":
+  "plain"}).
 - engine.py is the only loop. If it dies, every caller gets its error at once; nobody hangs.
 - Admission books a request's worst case in KV pages, so that nothing running can run out of memory. Equal
   beginnings are computed once (prefix.py); n answers share one reading of their prompt (forks.py).

@@ -161,6 +161,15 @@ def test_launcher_on_gpu():
     check_group(["tests/test_launch.py", "tests/test_launch_gpu.py", "--device=cuda", "-m", "gpu"])
 
 
+DECODE = ("against", "window or 100k", "random_batches or shared", "pauses")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [*DECODE, f"not ({' or '.join(DECODE)})"])
+def test_decode_on_gpu(group):
+    check_group(["tests/test_decode.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
+
+
 @pytest.mark.gpu
 def test_warm_start_on_gpu():
     check_group(["tests/test_warm.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=300)

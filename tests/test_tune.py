@@ -81,3 +81,44 @@ def test_a_part_of_the_grid_leaves_the_rest_of_the_table(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["tune", "--case", "no such shape"])
     with pytest.raises(SystemExit):
         tune_gemm.main()
+
+
+def test_the_price_of_a_fixed_split_is_told(monkeypatch, capsys):
+    """Of made-up times: every length stands in the line, the fixed one over the best; a wrong result is no
+    time."""
+    from types import SimpleNamespace
+
+    from kernels_numba.bench import tune_decode
+
+    times = {256: 12.0, 512: 8.0, 1024: 10.0, 2048: 11.0}
+    measured = {str(n): SimpleNamespace(us=us) for n, us in times.items()}
+    outcome = SimpleNamespace(refused={}, measured=measured)
+
+    class MadeUp:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def compare(self, contenders, rounds):
+            assert [one.keywords["build"].split for one in contenders.values()] == list(times)
+            return outcome
+
+    monkeypatch.setattr(tune_decode, "Workload", MadeUp)
+    monkeypatch.setattr(tune_decode, "read_gbs", lambda rounds: 3000.0)
+    monkeypatch.setattr("sys.argv", ["tune", "--case", "28/4/128 B=1 kv=4096"])
+    tune_decode.main()
+    first, line = capsys.readouterr().out.splitlines()
+    assert first == "reading alone: 3000 GB/s"
+    assert line.startswith("28/4/128 B=1 kv=4096: 256 12.00 us, 512 8.00 us, 1024 10.00 us")
+    assert line.endswith(f"{2 * 2 * 4096 * 4 * 128 / 10 / 1e3:.0f} GB/s, 1.250x the best")
+    outcome.refused["512"] = "ArithmeticError: 2.00 times the tolerance"
+    with pytest.raises(ArithmeticError, match=r"2\.00 times the tolerance"):
+        tune_decode.main()
+    monkeypatch.setattr("sys.argv", ["tune", "--case", "no such case"])
+    with pytest.raises(SystemExit):
+        tune_decode.main()

@@ -53,11 +53,23 @@ PREFILLS = {
     "2048 behind 14336": ((2048,), (16384,)),
 }
 QUICK_PREFILLS = ("4x512", "8x2048")
-DECODES = {
-    "1x4096": (4096,), "8x1024": (1024,) * 8, "8x4096": (4096,) * 8, "64x1024": (1024,) * 64,
-    "64x4096": (4096,) * 64, "64x100..8000": _mixed(100, 8000, 64), "256x100..8000": _mixed(100, 8000, 256),
+# Heads q/kv/head_dim -> (what the sequences are called, context_lens) of each case.
+DECODES: dict[str, dict[str, tuple[int, ...]]] = {
+    "28/4/128": {
+        "B=1 kv=4096": (4096,), "B=1 kv=8000": (8000,),
+        "B=8 kv=1024": (1024,) * 8, "B=8 kv=4096": (4096,) * 8,
+        "B=64 kv=1024": (1024,) * 64, "B=64 kv=4096": (4096,) * 64,
+        "B=64 kv=mix100-8000": _mixed(100, 8000, 64),
+        "B=256 kv=mix100-8000": _mixed(100, 8000, 256), "B=256 kv=100k+255x500": (100_000, *((500,) * 255)),
+    },
+    "32/8/128": {
+        "B=1 kv=8000": (8000,), "B=8 kv=4096": (4096,) * 8, "B=64 kv=4096": (4096,) * 64,
+        "B=256 kv=mix100-8000": _mixed(100, 8000, 256),
+    },
+    "9/3/64": {"B=8 kv=4096": (4096,) * 8, "B=64 kv=mix100-8000": _mixed(100, 8000, 64)},
+    "32/8/64": {"B=64 kv=1024": (1024,) * 64},
 }  # fmt: skip
-QUICK_DECODES = ("8x1024", "64x1024")
+QUICK_DECODES = ("B=8 kv=1024", "B=64 kv=1024")
 
 
 def _pick(source: Params, *names: str) -> Params:
@@ -102,14 +114,16 @@ def _prefill(quick: bool) -> dict[str, Params]:
 
 
 def _decode(quick: bool) -> dict[str, Params]:
-    heads = ("num_q_heads", "num_kv_heads", "head_dim")
-    return {
-        f"{model} {name}": {
-            **_pick(ATTENTION_MODELS[model], *heads), "block_size": BLOCK_SIZE, "context_lens": DECODES[name],
-        }
-        for model in (QUICK_MODELS if quick else ATTENTION_MODELS)
-        for name in (QUICK_DECODES if quick else DECODES)
-    }  # fmt: skip
+    cases = {}
+    for heads, batches in DECODES.items():
+        num_q_heads, num_kv_heads, head_dim = map(int, heads.split("/"))
+        for name, context_lens in batches.items():
+            if not quick or name in QUICK_DECODES:
+                cases[f"{heads} {name}"] = {
+                    "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+                    "block_size": BLOCK_SIZE, "context_lens": context_lens,
+                }  # fmt: skip
+    return cases
 
 
 def _lm_head(quick: bool) -> dict[str, Params]:

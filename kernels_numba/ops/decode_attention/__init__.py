@@ -185,5 +185,33 @@ CASES: dict[str, dict[str, Any]] = {
     "llama3_8b_one": {**_LLAMA3, "context_lens": (1500,)},
     "odd": {**_SMOLLM2, "head_dim": 80, "block_size": 48, "context_lens": (47, 49, 333)},
 }
-rungs: dict[str, Rung] = {"reference": decode_attention_reference, "plain": decode_attention}
+
+
+def decode_attention_mma_sync(
+    out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
+    softmax_scale: float, window: int | None = None, stream: Any = None, **how: Any,
+) -> None:  # fmt: skip
+    """Rung "mma_sync" (sm_80 and newer): tensor cores, pages by cp.async; see tensor_core.py, whose attend
+    takes the rest."""
+    from kernels_numba.ops.decode_attention.tensor_core import attend
+
+    arrays = (out, q, k_cache, v_cache, context_lens, block_table)
+    attend("mma_sync", *arrays, softmax_scale=softmax_scale, window=window, stream=stream, **how)
+
+
+def decode_attention_hopper(
+    out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
+    softmax_scale: float, window: int | None = None, stream: Any = None, **how: Any,
+) -> None:  # fmt: skip
+    """Rung "hopper" (sm_90a): tensor cores, pages by TMA; see tensor_core.py, whose attend takes the rest."""
+    from kernels_numba.ops.decode_attention.tensor_core import attend
+
+    arrays = (out, q, k_cache, v_cache, context_lens, block_table)
+    attend("hopper", *arrays, softmax_scale=softmax_scale, window=window, stream=stream, **how)
+
+
+rungs: dict[str, Rung] = {
+    "reference": decode_attention_reference, "plain": decode_attention, "mma_sync": decode_attention_mma_sync,
+    "hopper": decode_attention_hopper,
+}  # fmt: skip
 register = make_register(OP, rungs)

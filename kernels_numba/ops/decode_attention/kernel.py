@@ -1,0 +1,373 @@
+"""Decode attention on tensor cores, over pages, in the order of attention_contract.py: one text, two ways to
+feed it.
+
+Knows: one warp-specialised kernel. Refuses to know how many sequences share it, in the strict sense: a row's
+bits depend on its query, its keys and values, their positions and the window alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kernels_numba.attention_contract import LN2, TILE
+from kernels_numba.attention_tile import LOWEST, make_group_max, make_group_weights, make_negated, make_quad
+from kernels_numba.compiler import cuda, jit
+from kernels_numba.ops.decode_attention.config import (
+    BOX_BYTES,
+    CONSUMERS,
+    FINISHERS,
+    PRODUCT,
+    Build,
+    DecodeConfig,
+    smem_plan,
+)
+from kernels_numba.ops.decode_attention.feed import make_feed, make_stage_of, make_wait
+from kernels_numba.ops.decode_attention.finisher import make_finish
+from kernels_numba.ops.decode_attention.producer import make_produce
+from kernels_numba.ops.decode_attention.schedule import make_ranges, make_schedule
+from kernels_numba.ptx.arith import (
+    add_f32,
+    divide_f32,
+    ex2_f32,
+    fma_f32,
+    lg2_f32,
+    max_f32,
+    mul_f32,
+    select_f32,
+    select_i32,
+)
+from kernels_numba.ptx.control import dynamic_shared, griddep_launch, griddep_wait, trap, warp_uniform
+from kernels_numba.ptx.debug import make_stress
+from kernels_numba.ptx.fences import fence_proxy_async
+from kernels_numba.ptx.ldst import ld_global_i32
+from kernels_numba.ptx.matrix import ldmatrix_x4, ldmatrix_x4_trans
+from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_init
+from kernels_numba.ptx.mma import mma_m16n8k16_at, mma_m16n8k16_f16_at, pack_bf16, pack_f16
+from kernels_numba.ptx.named_barrier import named_barrier_sync
+from kernels_numba.ptx.predicated import (
+    st_global_b32_if,
+    st_global_f32_if,
+    st_global_v2_f32_if,
+    st_shared_f32_if,
+    st_shared_zero_16_if,
+)
+from kernels_numba.ptx.vector import ld_shared_v4, st_shared_v4
+
+SIGNATURE = f"void({', '.join(['int64'] * 11 + ['int32'] * 7 + ['float32'])})"
+
+
+def make_decode_kernel(
+    config: DecodeConfig, dtype: str, window: int | None = None, with_lse: bool = False,
+    build: Build = PRODUCT,
+) -> Any:  # fmt: skip
+    """out[b, h] = softmax(softmax_scale q[b, h] k^T) v over the visible keys of sequence b.
+
+    Arguments: addresses of: tensor maps u64[2, 16] of the K and V cache as matrices of rows of head_dim,
+    boxes of 64 x 64 (fed by TMA); k_cache, v_cache T[num_blocks, num_kv_heads, 64, D] (fed by cp.async); q
+    and out T[num_seqs, num_q_heads, D]; lse f32[num_seqs, num_q_heads] (with_lse); context_lens
+    i32[num_seqs]; block_table i32[num_seqs, ..]; partial o f32[capacity, num_kv_heads, group, D] and (m, l)
+    f32[capacity, num_kv_heads, group, 2]; counters i32[2 + num_seqs num_kv_heads], all 0, and 0 again at the
+    end. Then num_seqs, num_kv_heads, group, bytes from one row to the next of q and of out, entries from one
+    row to the next of block_table, capacity; c (attention_contract.py).
+    Who does what: warp 4 takes items (schedule.py), tells the others which, and loads their pages, K then V
+    of each tile of 128 keys, page by page (producer.py). Of a tile warp w < 4 scores keys 32 w on for the
+    group's rows (16, those past the group are zeros), and after the weights have been exchanged makes
+    head_dim / 4 columns of o. What is one split goes straight to out; of several, each leaves its (m, l, o),
+    and warps 5 to 7 of the block that was last fold them (finisher.py).
+    Shared memory: smem_plan(config). Chunks lie as the 128-byte swizzle puts them, 64 columns at a time.
+    Barriers: full[s] hands a loaded page to the consumers, empty[s] hands it back (one arrival a warp);
+    posted[r] hands an item to consumers and finishers, taken[r] back, stored[r] its stored result to the
+    finishers. Named barrier 1 is the consumers' own: after the maxima, after the weights, after the sums. The
+    weights are overwritten only after the barrier of the next maxima, which everybody reaches after reading
+    them. V rows that are not seen are zeroed in shared memory (0 x NaN is NaN), scores of K's by selection.
+    Pages in which nothing is seen, and table entries of such, are never read.
+    Dependent launches: context_lens, block_table and all keys and values but each sequence's newest may be
+    read before the launches before this one have ended, so those must not write them: a step's are written by
+    copies and by earlier steps.
+    """
+    head_dim, stages, chunk_bytes = config.head_dim, config.stages, config.chunk_bytes
+    plan = smem_plan(config)
+    chunk_at, weights_at = plan.offset("chunk"), plan.offset("weights")
+    max_at, sum_at, record_at = plan.offset("max"), plan.offset("sum"), plan.offset("record")
+    posted_at, taken_at, stored_at = plan.offset("posted"), plan.offset("taken"), plan.offset("stored")
+    full_at, empty_at = plan.offset("full"), plan.offset("empty")
+    by_tma = config.feed == "tma"
+    pdl = by_tma and build.pdl
+    k_steps, fragments = head_dim // 16, head_dim // 4
+    warp_columns = head_dim // CONSUMERS
+    pairs = warp_columns // 16  # of 8 columns of o each
+    held = warp_columns // 2
+    row_bytes, item, split_shift = head_dim * 2, 2, build.split.bit_length() - 1
+    # Of o's columns: which box a warp's are in, and from which unit on.
+    units, box_shift = warp_columns // 8, (64 // warp_columns).bit_length() - 1
+    first_key, _, _ = make_schedule(window, build.split)
+    pages_of, tiles_of = make_ranges(window, build.split)
+    _, full_arrivals = make_feed(config)
+    stage_of, pause = make_stage_of(stages), make_stress(build.stress)
+    produce, finish = make_produce(config, window, build), make_finish(config, dtype, with_lse, build)
+    wait_full, wait_posted = make_wait("full", config, build), make_wait("posted", config, build)
+    multiply = mma_m16n8k16_at if dtype == "bfloat16" else mma_m16n8k16_f16_at
+    pack = pack_bf16 if dtype == "bfloat16" else pack_f16
+    quad_max, quad_sum = make_quad()
+    group_max, group_weights = make_group_max(), make_group_weights(dtype)
+    negated = make_negated()
+    wrong_phase, handed_back = int(build.mutant == "wrong_phase"), build.mutant != "lost_arrival"
+    cleaned, too_many = build.mutant != "stale_tail", int(build.mutant == "mask")
+    scaled = np.float32(1.25 if build.mutant == "scale" else 1)
+    lowest, zero, one, ln2 = np.float32(LOWEST), np.float32(0), np.float32(1), np.float32(LN2)
+    int32, int64 = cuda.types.int32, cuda.types.int64
+
+    @jit(device=True, forceinline=True)
+    def score(s: Any, query: Any, keys: Any, base: Any) -> None:
+        """s[16 rows, 32 keys] = Q K^T; keys: address of the keys' first row, base: the lane's place in it."""
+        b = cuda.local.array(4, np.int32)
+        for i in range(16):
+            s[i] = zero
+        for k in range(k_steps):
+            for pair in range(2):
+                row = int32(keys + (k >> 2) * BOX_BYTES + pair * 2048)
+                ldmatrix_x4(b, int32((row + base) ^ ((k & 3) << 5)))
+                multiply(s, 8 * pair, query, 4 * k, b, 0)
+                multiply(s, 8 * pair + 4, query, 4 * k, b, 2)
+
+    @jit(device=True, forceinline=True)
+    def accumulate(o: Any, weights: Any, values: Any, line: Any, unit: Any, swizzle: Any) -> None:
+        """o += P V over a page's 64 keys; weights: the lane's place in P, values: the page's, the warp's
+        box."""
+        a = cuda.local.array(4, np.int32)
+        b = cuda.local.array(4, np.int32)
+        for step in range(4):
+            ld_shared_v4(a, int32(weights + 512 * step))
+            for pair in range(pairs):
+                at = int32(values + step * 2048 + line + (((unit + 2 * pair) ^ swizzle) << 4))
+                ldmatrix_x4_trans(b, at)
+                multiply(o, 8 * pair, a, 0, b, 0)
+                multiply(o, 8 * pair + 4, a, 0, b, 2)
+
+    @jit(device=True)
+    def consume(
+        smem: Any, q: Any, out: Any, lse: Any, partial: Any, partial_ml: Any, heads: Any,
+        group: Any, q_stride: Any, out_stride: Any, capacity: Any, c: Any, thread: Any, warp: Any, lane: Any,
+    ) -> None:  # fmt: skip
+        """The four consumer warps: every item that is posted, until one says that there are no more."""
+        r, i = int32(lane >> 2), int32(lane & 3)
+        query = cuda.local.array(fragments, np.int32)
+        s = cuda.local.array(16, np.float32)
+        o = cuda.local.array(held, np.float32)
+        p = cuda.local.array(8, np.int32)
+        words = cuda.local.array(4, np.int32)
+        four = cuda.local.array(4, np.float32)
+        # The lane's places: as ldmatrix wants K's rows and halves, V's keys and columns.
+        swizzle = int32(lane & 7)
+        k_base = int32(((lane & 7) + ((lane >> 4) << 3)) * 128 + ((((lane >> 3) & 1) ^ swizzle) << 4))
+        my_part = int32(warp >> 1)
+        k_rows = int32((warp & 1) * 4096)
+        v_line = int32(((lane & 7) + (((lane >> 3) & 1) << 3)) * 128)
+        v_box = int32((warp >> box_shift) * BOX_BYTES)
+        v_unit = int32((warp & ((1 << box_shift) - 1)) * units + (lane >> 4))
+        low_in, high_in = int32(r < group), int32(r + 8 < group)
+        my_weights = int32(smem + weights_at + lane * 16)
+        stage, phase, slot, slot_phase = int32(0), int32(0), int32(0), int32(0)
+        working = True
+        while working:
+            wait_posted(int32(smem + posted_at + 8 * slot), slot_phase)
+            record = int32(smem + record_at + 32 * slot)
+            ld_shared_v4(words, record)
+            seq, head, split, splits = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
+            ld_shared_v4(words, int32(record + 16))
+            base, length = int32(words[0]), int32(words[1])
+            cuda.syncwarp()
+            if lane == 0:
+                mbarrier_arrive(int32(smem + taken_at + 8 * slot))
+            mine_slot = slot
+            slot = int32(slot ^ 1)
+            slot_phase = int32(slot_phase ^ (slot ^ 1))
+            working = seq >= 0
+            if working:
+                row = select_i32(low_in, r, int32(group - 1))
+                at = int64(q + int64(seq) * q_stride + (int64(head) * group + row) * row_bytes + i * 4)
+                row = select_i32(high_in, int32(r + 8), int32(group - 1))
+                high_at = int64(q + int64(seq) * q_stride + (int64(head) * group + row) * row_bytes + i * 4)
+                for k in range(k_steps):
+                    query[4 * k] = ld_global_i32(int64(at + 32 * k))
+                    query[4 * k + 1] = ld_global_i32(int64(high_at + 32 * k))
+                    query[4 * k + 2] = ld_global_i32(int64(at + 32 * k + 16))
+                    query[4 * k + 3] = ld_global_i32(int64(high_at + 32 * k + 16))
+                for k in range(fragments // 2):
+                    query[2 * k] = select_i32(low_in, query[2 * k], 0)
+                    query[2 * k + 1] = select_i32(high_in, query[2 * k + 1], 0)
+                for k in range(held):
+                    o[k] = zero
+                m_low, m_high, l_low, l_high = lowest, lowest, zero, zero
+                first = first_key(length)
+                tile, tile_end = tiles_of(split, length)
+                while tile < tile_end:
+                    begin, end = pages_of(tile, length)
+                    count = int32(end - begin)
+                    seen_from, seen_to = int32(first - tile * TILE), int32(length - tile * TILE)
+                    edge = seen_from > 0 or seen_to < TILE
+                    if begin <= my_part and my_part < end:
+                        mine, mine_phase = stage_of(stage, phase, int32(my_part - begin))
+                        wait_full(int32(smem + full_at + 8 * mine), int32(mine_phase ^ wrong_phase))
+                        pause(int32(3))
+                        score(s, query, int32(smem + chunk_at + mine * chunk_bytes + k_rows), k_base)
+                        if edge:
+                            key = int32(warp * 32 + 2 * i)
+                            for j in range(16):
+                                mine_key = int32(key + (j >> 2) * 8 + (j & 1))
+                                seen = int32(
+                                    int32(seen_from <= mine_key) & int32(mine_key < seen_to + too_many)
+                                )
+                                s[j] = select_f32(seen, s[j], lowest)
+                    else:
+                        for j in range(16):
+                            s[j] = lowest
+                    cuda.syncwarp()
+                    if lane == 0:
+                        for part in range(2):
+                            if part < count:
+                                freed, _ = stage_of(stage, phase, int32(part))
+                                mbarrier_arrive(int32(smem + empty_at + 8 * freed))
+                    top_low, top_high = group_max(s, 0)
+                    top_low, top_high = quad_max(top_low), quad_max(top_high)
+                    st_shared_f32_if(int32(i == 0), int32(smem + max_at + r * 16 + warp * 4), top_low)
+                    st_shared_f32_if(int32(i == 0), int32(smem + max_at + 128 + r * 16 + warp * 4), top_high)
+                    pause(int32(4))
+                    named_barrier_sync(1, CONSUMERS * 32)
+                    ld_shared_v4(four, int32(smem + max_at + r * 16))
+                    top_low = max_f32(max_f32(four[0], four[1]), max_f32(four[2], four[3]))
+                    ld_shared_v4(four, int32(smem + max_at + 128 + r * 16))
+                    top_high = max_f32(max_f32(four[0], four[1]), max_f32(four[2], four[3]))
+                    new_low, new_high = (
+                        max_f32(m_low, mul_f32(top_low, c)),
+                        max_f32(m_high, mul_f32(top_high, c)),
+                    )
+                    n_low, n_high = negated(new_low), negated(new_high)
+                    f_low, f_high = ex2_f32(add_f32(m_low, n_low)), ex2_f32(add_f32(m_high, n_high))
+                    m_low, m_high = new_low, new_high
+                    t_low, t_high = group_weights(s, 0, p, 0, c, n_low, n_high)
+                    l_low, l_high = fma_f32(l_low, f_low, t_low), fma_f32(l_high, f_high, t_high)
+                    for step in range(2):
+                        for j in range(4):
+                            words[j] = p[4 * step + j]
+                        st_shared_v4(int32(my_weights + (2 * warp + step) * 512), words)
+                    v_stage, v_phase = stage_of(stage, phase, count)
+                    if edge and cleaned:
+                        # Row `thread` of the tile is this thread's to clean.
+                        part = int32(thread >> 6)
+                        if begin <= part and part < end:
+                            mine, mine_phase = stage_of(v_stage, v_phase, int32(part - begin))
+                            wait_full(int32(smem + full_at + 8 * mine), mine_phase)
+                            unseen = int32(int32(thread < seen_from) | int32(thread >= seen_to))
+                            to = int32(smem + chunk_at + mine * chunk_bytes + (thread & 63) * 128)
+                            for j in range(head_dim // 8):
+                                place = int32(to + (j >> 3) * BOX_BYTES + (j & 7) * 16)
+                                st_shared_zero_16_if(unseen, place)
+                            if by_tma:
+                                fence_proxy_async()  # the copy engine will write there next
+                    pause(int32(5))
+                    named_barrier_sync(1, CONSUMERS * 32)
+                    for k in range(held // 4):
+                        o[4 * k], o[4 * k + 1] = mul_f32(o[4 * k], f_low), mul_f32(o[4 * k + 1], f_low)
+                        o[4 * k + 2], o[4 * k + 3] = (
+                            mul_f32(o[4 * k + 2], f_high),
+                            mul_f32(o[4 * k + 3], f_high),
+                        )
+                    part = begin
+                    while part < end:
+                        wait_full(int32(smem + full_at + 8 * v_stage), v_phase)
+                        values = int32(smem + chunk_at + v_stage * chunk_bytes + v_box)
+                        accumulate(o, int32(my_weights + part * 2048), values, v_line, v_unit, swizzle)
+                        cuda.syncwarp()
+                        if lane == 0 and handed_back:
+                            mbarrier_arrive(int32(smem + empty_at + 8 * v_stage))
+                        v_stage, v_phase = stage_of(v_stage, v_phase, 1)
+                        part = int32(part + 1)
+                    stage, phase = v_stage, v_phase
+                    tile = int32(tile + 1)
+                # The end of the split: quads, then groups of keys, which the four warps hold. Two places in
+                # turn: behind an item without keys nobody has waited since the last sums were read.
+                sums = int32(smem + sum_at + slot * 256 + r * 16)
+                l_low, l_high = quad_sum(l_low), quad_sum(l_high)
+                st_shared_f32_if(int32(i == 0), int32(sums + warp * 4), l_low)
+                st_shared_f32_if(int32(i == 0), int32(sums + 128 + warp * 4), l_high)
+                named_barrier_sync(1, CONSUMERS * 32)
+                ld_shared_v4(four, sums)
+                l_low = add_f32(add_f32(four[0], four[1]), add_f32(four[2], four[3]))
+                ld_shared_v4(four, int32(sums + 128))
+                l_high = add_f32(add_f32(four[0], four[1]), add_f32(four[2], four[3]))
+                column = int32(warp * warp_columns + 2 * i)
+                first_row = int64(out + int64(seq) * out_stride + int64(head) * group * row_bytes)
+                lse_at = int64(lse + (int64(seq) * heads + head) * group * 4)
+                if splits == 1:
+                    low_inverse = select_f32(int32(l_low > zero), divide_f32(one, l_low), zero)
+                    high_inverse = select_f32(int32(l_high > zero), divide_f32(one, l_high), zero)
+                    to = int64(first_row + int64(r) * row_bytes + column * item)
+                    for k in range(held // 4):
+                        low = pack(mul_f32(o[4 * k], low_inverse), mul_f32(o[4 * k + 1], low_inverse))
+                        high = pack(mul_f32(o[4 * k + 2], high_inverse), mul_f32(o[4 * k + 3], high_inverse))
+                        st_global_b32_if(low_in, int64(to + 16 * k), low)
+                        st_global_b32_if(high_in, int64(to + 16 * k + 8 * row_bytes), high)
+                    if with_lse:
+                        writer = int32(int32(warp == 0) & int32(i == 0))
+                        low_lse = mul_f32(add_f32(m_low, lg2_f32(l_low)), ln2)
+                        high_lse = mul_f32(add_f32(m_high, lg2_f32(l_high)), ln2)
+                        st_global_f32_if(int32(writer & low_in), int64(lse_at + int64(r) * 4), low_lse)
+                        st_global_f32_if(int32(writer & high_in), int64(lse_at + int64(r) * 4 + 32), high_lse)
+                else:
+                    if base + splits > capacity:
+                        trap()
+                    first_slot = int32(base * heads + head)
+                    index = int64(first_slot) + int64(split - (first >> split_shift)) * heads
+                    to = int64(partial + (index * group + r) * (head_dim * 4) + column * 4)
+                    for k in range(held // 4):
+                        st_global_v2_f32_if(low_in, int64(to + 32 * k), o[4 * k], o[4 * k + 1])
+                        high_to = int64(to + 32 * k + 8 * head_dim * 4)
+                        st_global_v2_f32_if(high_in, high_to, o[4 * k + 2], o[4 * k + 3])
+                    writer = int32(int32(warp == 0) & int32(i == 0))
+                    to = int64(partial_ml + (index * group + r) * 8)
+                    st_global_v2_f32_if(int32(writer & low_in), to, m_low, l_low)
+                    st_global_v2_f32_if(int32(writer & high_in), int64(to + 64), m_high, l_high)
+                cuda.syncwarp()
+                if lane == 0:
+                    mbarrier_arrive(int32(smem + stored_at + 8 * mine_slot))
+
+    def decode_kernel(
+        maps: Any, k_cache: Any, v_cache: Any, q: Any, out: Any, lse: Any, lens: Any, table: Any,
+        partial: Any, partial_ml: Any, counters: Any, num_seqs: Any, heads: Any, group: Any, q_stride: Any,
+        out_stride: Any, table_stride: Any, capacity: Any, c: Any,
+    ) -> None:  # fmt: skip
+        if pdl:
+            griddep_launch()
+        smem = int32(dynamic_shared())
+        thread = int32(cuda.threadIdx.x)
+        warp = int32(warp_uniform(int32(thread >> 5)))
+        lane = int32(thread & 31)
+        if thread == 0:
+            for i in range(stages):
+                mbarrier_init(int32(smem + full_at + 8 * i), full_arrivals)
+                mbarrier_init(int32(smem + empty_at + 8 * i), CONSUMERS)
+            for i in range(2):
+                mbarrier_init(int32(smem + posted_at + 8 * i), 1)
+                mbarrier_init(int32(smem + taken_at + 8 * i), CONSUMERS + FINISHERS)
+                mbarrier_init(int32(smem + stored_at + 8 * i), CONSUMERS)
+            if by_tma:
+                fence_mbarrier_init()
+        cuda.syncthreads()
+        if warp == CONSUMERS:
+            produce(smem, maps, k_cache, v_cache, lens, table, counters, num_seqs, heads, table_stride, lane)
+        else:
+            if pdl:
+                griddep_wait()
+            if warp < CONSUMERS:
+                consume(
+                    smem, q, out, lse, partial, partial_ml, heads, group, q_stride, out_stride, capacity,
+                    mul_f32(c, scaled), thread, warp, lane,
+                )  # fmt: skip
+            else:
+                own = int32(thread - (CONSUMERS + 1) * 32)
+                finish(smem, out, lse, partial, partial_ml, counters, heads, group, out_stride, own)
+
+    return decode_kernel
