@@ -342,6 +342,9 @@ class Warp(Block):
 
     griddep_launch = fence_acq_rel_gpu = fence_proxy_async = griddep_wait
 
+    def tma_prefetch_map(self, tensor_map: int) -> None:
+        pass
+
     def trap(self) -> None:
         raise RuntimeError("trap")
 

@@ -16,33 +16,35 @@ HEAD_DIMS = (64, 128)
 BLOCK_SIZE = 64  # keys of a page: two are a tile
 MAX_GROUP = 16  # query heads of a kv head: the rows of one tensor-core tile
 ITEM = 2
-WARP, CONSUMERS = 32, 4
-THREADS = (CONSUMERS + 1) * WARP
+WARP, CONSUMERS, FINISHERS = 32, 4, 3
+THREADS = (CONSUMERS + 1 + FINISHERS) * WARP
 BOX_COLUMNS = 64  # 128 bytes, the swizzle's width
 BOX_BYTES = BLOCK_SIZE * BOX_COLUMNS * ITEM
 TILE_CHUNKS = 2 * TILE // BLOCK_SIZE  # two pages of K, two of V
-MAX_STAGES = 12
+MAX_STAGES = 24
 RECORDS, RECORD_BYTES = 2, 32
-# Two blocks share an SM's 233,472 bytes on Hopper, 1,024 of which go to the system for each; sm_86, 89 and 120
-# give a block 101,376 at most.
-SMEM_LIMITS = {"tma": 115_712, "cp_async": 101_376}
-BLOCKS_PER_SM = {"tma": 2, "cp_async": 1}
+# Of a block, by how many share an SM: on Hopper its 233,472 bytes, 1,024 of which go to the system for each; on
+# sm_86, 89 and 120 a block gets 101,376 at most.
+SMEM_LIMITS = {("tma", 2): 115_712, ("tma", 1): 232_448, ("cp_async", 1): 101_376}
 MUTANTS = ("", "scale", "mask", "page", "stale_tail", "wrong_phase", "lost_arrival")
 Feed = Literal["tma", "cp_async"]
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """head_dim 64 or 128; feed: how pages come to shared memory. ValueError for others."""
+    """head_dim 64 or 128; feed: how pages come to shared memory; blocks: that share an SM, 1 or, fed by TMA, 2.
+    ValueError for others."""
 
     head_dim: int
     feed: Feed
+    blocks: int = 1
 
     def __post_init__(self) -> None:
-        if self.head_dim not in HEAD_DIMS or self.feed not in SMEM_LIMITS:
+        if self.head_dim not in HEAD_DIMS or (self.feed, self.blocks) not in SMEM_LIMITS:
             raise ValueError(
-                f"decode_attention: head_dim is {self.head_dim}, feed {self.feed!r}; "
-                f"head_dim {' or '.join(map(str, HEAD_DIMS))}, feed {' or '.join(SMEM_LIMITS)} is required"
+                f"decode_attention: head_dim is {self.head_dim}, feed {self.feed!r} with {self.blocks} blocks an "
+                f"SM; head_dim {' or '.join(map(str, HEAD_DIMS))}, and (feed, blocks) "
+                f"{', '.join(map(str, SMEM_LIMITS))} are required"
             )
 
     @property
@@ -54,7 +56,7 @@ class DecodeConfig:
     def stages(self) -> int:
         """Chunks in flight: what fits, at least a tile's."""
         fixed = sum(size for _, size, _, count in _fixed(MAX_STAGES) for _ in range(count))
-        return min(MAX_STAGES, (SMEM_LIMITS[self.feed] - fixed) // self.chunk_bytes)
+        return min(MAX_STAGES, (SMEM_LIMITS[self.feed, self.blocks] - fixed) // self.chunk_bytes)
 
 
 def _fixed(stages: int) -> tuple[tuple[str, int, int, int], ...]:
@@ -64,11 +66,12 @@ def _fixed(stages: int) -> tuple[tuple[str, int, int, int], ...]:
         ("max", 16 * CONSUMERS * 4, 128, 1),
         ("sum", 16 * CONSUMERS * 4, 128, RECORDS),
         ("record", RECORD_BYTES, 32, RECORDS),
-        ("last", 16, 16, 1),
+        ("last", 16, 16, RECORDS),
         ("full", 8, 8, stages),
         ("empty", 8, 8, stages),
         ("posted", 8, 8, RECORDS),
         ("taken", 8, 8, RECORDS),
+        ("stored", 8, 8, RECORDS),
     )
 
 
@@ -79,7 +82,7 @@ def smem_plan(config: DecodeConfig) -> SmemPlan:
     return SmemPlan.of(
         ("chunk", config.chunk_bytes, 1024, config.stages),
         *_fixed(config.stages),
-        limit=SMEM_LIMITS[config.feed],
+        limit=SMEM_LIMITS[config.feed, config.blocks],
     )
 
 
@@ -101,3 +104,14 @@ class Build:
 
 
 PRODUCT = Build()
+
+
+def pick_config(head_dim: int, feed: Feed, items: int, num_sms: int) -> DecodeConfig:
+    """Two blocks an SM, so that one loads while the other starts or ends an item; for items that leave half of
+    the SMs idle anyway, one with twice the stages: more is on its way when the launches before have ended."""
+    return DecodeConfig(head_dim, feed, 1 if feed == "cp_async" or 2 * items <= num_sms else 2)
+
+
+CONFIGS = tuple(
+    DecodeConfig(head_dim, feed, blocks) for feed, blocks in SMEM_LIMITS for head_dim in HEAD_DIMS
+)

@@ -10,9 +10,18 @@ from functools import cache
 from typing import Any
 
 from kernels_numba.compiler import cuda, jit
-from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, BOX_BYTES, BOX_COLUMNS, WARP, DecodeConfig
+from kernels_numba.ops.decode_attention.config import (
+    BLOCK_SIZE,
+    BOX_BYTES,
+    BOX_COLUMNS,
+    WARP,
+    Build,
+    DecodeConfig,
+)
 from kernels_numba.ptx.cp_async import cp_async_16_zfill, cp_async_mbarrier_arrive
+from kernels_numba.ptx.debug import make_mbarrier_wait
 from kernels_numba.ptx.mbarrier import mbarrier_expect_tx
+from kernels_numba.ptx.mbarrier_poll import mbarrier_poll
 from kernels_numba.ptx.tma import tma_load_2d
 
 
@@ -45,3 +54,30 @@ def make_feed(config: DecodeConfig) -> tuple[Any, int]:
         cp_async_mbarrier_arrive(full)
 
     return (by_tma, 1) if config.feed == "tma" else (by_cp_async, WARP)
+
+
+@cache
+def make_stage_of(stages: int) -> Any:
+    """f(stage, phase, ahead) -> the stage `ahead` places on in a ring of `stages`, and its phase."""
+    int32 = cuda.types.int32
+
+    @jit(device=True, forceinline=True)
+    def stage_of(stage: Any, phase: Any, ahead: Any) -> Any:
+        stage = int32(stage + ahead)
+        if stage >= stages:
+            return int32(stage - stages), int32(phase ^ 1)
+        return stage, phase
+
+    return stage_of
+
+
+def make_wait(name: str, config: DecodeConfig, build: Build) -> Any:
+    """f(bar, parity): the whole warp's wait for a barrier, and that it goes on as one."""
+    ask = make_mbarrier_wait(name, build.debug) if config.feed == "tma" or build.debug else mbarrier_poll
+
+    @jit(device=True, forceinline=True)
+    def wait(bar: Any, parity: Any) -> None:
+        ask(bar, parity)
+        cuda.syncwarp()  # what comes next may be an instruction of the whole warp
+
+    return wait

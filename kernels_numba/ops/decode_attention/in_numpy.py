@@ -17,12 +17,19 @@ from kernels_numba.ops.decode_attention.config import (
     BOX_COLUMNS,
     THREADS,
     Build,
-    DecodeConfig,
+    pick_config,
     smem_plan,
 )
 
 PACKAGE = "kernels_numba.ops.decode_attention"
-MODULES = ("kernels_numba.attention_tile", f"{PACKAGE}.schedule", f"{PACKAGE}.feed", f"{PACKAGE}.kernel")
+MODULES = (
+    "kernels_numba.attention_tile",
+    f"{PACKAGE}.schedule",
+    f"{PACKAGE}.feed",
+    f"{PACKAGE}.producer",
+    f"{PACKAGE}.finisher",
+    f"{PACKAGE}.kernel",
+)
 
 
 def in_numpy(
@@ -57,7 +64,7 @@ def in_numpy(
         num_kv_heads, group, q2.strides[0], out2.strides[0], block_table.strides[0] // 4, capacity,
         exponent_scale(softmax_scale),
     )  # fmt: skip
-    config = DecodeConfig(head_dim, feed)
+    config = pick_config(head_dim, feed, num_seqs * num_kv_heads, 1)
     specialised = (config, "bfloat16", window, lse is not None, Build(mutant=mutant))
     simt_warps.run(
         MODULES, "make_decode_kernel", specialised, arguments, grid, THREADS, smem_plan(config).bytes, memory,

@@ -11,27 +11,21 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.attention_contract import LN2, SPLIT, TILE
-from kernels_numba.attention_tile import (
-    LOWEST,
-    make_fold_factors,
-    make_folded,
-    make_group_max,
-    make_group_weights,
-    make_negated,
-    make_quad,
-)
+from kernels_numba.attention_tile import LOWEST, make_group_max, make_group_weights, make_negated, make_quad
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.ops.decode_attention.config import (
-    BLOCK_SIZE,
     BOX_BYTES,
     CONSUMERS,
+    FINISHERS,
     PRODUCT,
     Build,
     DecodeConfig,
     smem_plan,
 )
-from kernels_numba.ops.decode_attention.feed import make_feed
-from kernels_numba.ops.decode_attention.schedule import make_schedule
+from kernels_numba.ops.decode_attention.feed import make_feed, make_stage_of, make_wait
+from kernels_numba.ops.decode_attention.finisher import make_finish
+from kernels_numba.ops.decode_attention.producer import make_produce
+from kernels_numba.ops.decode_attention.schedule import make_ranges, make_schedule
 from kernels_numba.ptx.arith import (
     add_f32,
     divide_f32,
@@ -43,14 +37,12 @@ from kernels_numba.ptx.arith import (
     select_f32,
     select_i32,
 )
-from kernels_numba.ptx.atomics import atom_add_i32
 from kernels_numba.ptx.control import dynamic_shared, griddep_launch, griddep_wait, trap, warp_uniform
-from kernels_numba.ptx.debug import make_mbarrier_wait, make_stress
-from kernels_numba.ptx.fences import fence_acq_rel_gpu, fence_proxy_async
-from kernels_numba.ptx.ldst import ld_global_i32, ld_shared_b32, st_global_b32, st_shared_b32
+from kernels_numba.ptx.debug import make_stress
+from kernels_numba.ptx.fences import fence_proxy_async
+from kernels_numba.ptx.ldst import ld_global_i32
 from kernels_numba.ptx.matrix import ldmatrix_x4, ldmatrix_x4_trans
 from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_init
-from kernels_numba.ptx.mbarrier_poll import mbarrier_poll
 from kernels_numba.ptx.mma import mma_m16n8k16_at, mma_m16n8k16_f16_at, pack_bf16, pack_f16
 from kernels_numba.ptx.named_barrier import named_barrier_sync
 from kernels_numba.ptx.predicated import (
@@ -60,12 +52,10 @@ from kernels_numba.ptx.predicated import (
     st_shared_f32_if,
     st_shared_zero_16_if,
 )
-from kernels_numba.ptx.shuffle import shfl_idx_i32
-from kernels_numba.ptx.vector import ld_global_v2, ld_global_v4, ld_shared_v4, st_global_v4, st_shared_v4
+from kernels_numba.ptx.vector import ld_shared_v4, st_shared_v4
 
 SIGNATURE = f"void({', '.join(['int64'] * 11 + ['int32'] * 7 + ['float32'])})"
-PAGE_SHIFT, TILE_SHIFT, SPLIT_SHIFT = (size.bit_length() - 1 for size in (BLOCK_SIZE, TILE, SPLIT))
-AT_ONCE = 4  # splits of a fold whose loads are in flight together
+SPLIT_SHIFT = SPLIT.bit_length() - 1
 
 
 def make_decode_kernel(
@@ -81,24 +71,26 @@ def make_decode_kernel(
     end. Then num_seqs, num_kv_heads, group, bytes from one row to the next of q and of out, entries from one row
     to the next of block_table, capacity; c (attention_contract.py).
     Who does what: warp 4 takes items (schedule.py), tells the others which, and loads their pages, K then V of
-    each tile of 128 keys, page by page. Of a tile warp w < 4 scores keys 32 w on for the group's rows (16, those
-    past the group are zeros), and after the weights have been exchanged makes head_dim / 4 columns of o. What
-    is one split goes straight to out; of several, each leaves its (m, l, o), and who comes last folds them.
+    each tile of 128 keys, page by page (producer.py). Of a tile warp w < 4 scores keys 32 w on for the group's
+    rows (16, those past the group are zeros), and after the weights have been exchanged makes head_dim / 4
+    columns of o. What is one split goes straight to out; of several, each leaves its (m, l, o), and warps 5 to 7
+    of the block that was last fold them (finisher.py).
     Shared memory: smem_plan(config). Chunks lie as the 128-byte swizzle puts them, 64 columns at a time.
     Barriers: full[s] hands a loaded page to the consumers, empty[s] hands it back (one arrival a warp);
-    posted[r] hands an item to them, taken[r] back. Named barrier 1 is the consumers' own: after the maxima,
-    after the weights, after the sums, and around the counter that says who is last. The weights are
-    overwritten only after the barrier of the next maxima, which everybody reaches after reading them.
-    V rows that are not seen are zeroed in shared memory (0 x NaN is NaN), scores of K's by selection. Pages in
-    which nothing is seen, and table entries of such, are never read.
-    Dependent launches: context_lens and block_table are read before the launches before this one have ended, so
-    they must not be written by one of those; everything else may be.
+    posted[r] hands an item to consumers and finishers, taken[r] back, stored[r] its stored result to the
+    finishers. Named barrier 1 is the consumers' own: after the maxima, after the weights, after the sums. The
+    weights are overwritten only after the barrier of the next maxima, which everybody reaches after reading
+    them. V rows that are not seen are zeroed in shared memory (0 x NaN is NaN), scores of K's by selection.
+    Pages in which nothing is seen, and table entries of such, are never read.
+    Dependent launches: context_lens, block_table and all keys and values but each sequence's newest may be read
+    before the launches before this one have ended, so those must not write them: a step's are written by copies
+    and by earlier steps.
     """
     head_dim, stages, chunk_bytes = config.head_dim, config.stages, config.chunk_bytes
     plan = smem_plan(config)
     chunk_at, weights_at = plan.offset("chunk"), plan.offset("weights")
-    max_at, sum_at, last_at = plan.offset("max"), plan.offset("sum"), plan.offset("last")
-    record_at, posted_at, taken_at = plan.offset("record"), plan.offset("posted"), plan.offset("taken")
+    max_at, sum_at, record_at = plan.offset("max"), plan.offset("sum"), plan.offset("record")
+    posted_at, taken_at, stored_at = plan.offset("posted"), plan.offset("taken"), plan.offset("stored")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     by_tma = config.feed == "tma"
     pdl = by_tma and build.pdl
@@ -106,142 +98,25 @@ def make_decode_kernel(
     warp_columns = head_dim // CONSUMERS
     pairs = warp_columns // 16  # of 8 columns of o each
     held = warp_columns // 2
-    vectors = head_dim // 4  # of 16 bytes, in a row of float32
-    vector_shift = vectors.bit_length() - 1
-    has_window, loaded_at_once = window is not None, 4 * AT_ONCE
     row_bytes, item = head_dim * 2, 2
     # Of o's columns: which box a warp's are in, and from which unit on.
     units, box_shift = warp_columns // 8, (64 // warp_columns).bit_length() - 1
-    tiles_of_split = SPLIT // TILE
-    first_key, count_units, locate = make_schedule(window)
-    load_chunk, full_arrivals = make_feed(config)
+    first_key, _, _ = make_schedule(window)
+    pages_of, tiles_of = make_ranges(window)
+    _, full_arrivals = make_feed(config)
+    stage_of, pause = make_stage_of(stages), make_stress(build.stress)
+    produce, finish = make_produce(config, window, build), make_finish(config, dtype, with_lse, build)
+    wait_full, wait_posted = make_wait("full", config, build), make_wait("posted", config, build)
     multiply = mma_m16n8k16_at if dtype == "bfloat16" else mma_m16n8k16_f16_at
     pack = pack_bf16 if dtype == "bfloat16" else pack_f16
     quad_max, quad_sum = make_quad()
     group_max, group_weights = make_group_max(), make_group_weights(dtype)
-    negated, fold_factors, folded = make_negated(), make_fold_factors(), make_folded()
-    if by_tma or build.debug:
-        wait_full, wait_empty = (
-            make_mbarrier_wait("full", build.debug),
-            make_mbarrier_wait("empty", build.debug),
-        )
-        wait_posted = make_mbarrier_wait("posted", build.debug)
-        wait_taken = make_mbarrier_wait("taken", build.debug)
-    else:
-        wait_full = wait_empty = wait_posted = wait_taken = mbarrier_poll
-    pause = make_stress(build.stress)
+    negated = make_negated()
     wrong_phase, handed_back = int(build.mutant == "wrong_phase"), build.mutant != "lost_arrival"
     cleaned, too_many = build.mutant != "stale_tail", int(build.mutant == "mask")
-    page_off, scaled = int(build.mutant == "page"), np.float32(1.25 if build.mutant == "scale" else 1)
+    scaled = np.float32(1.25 if build.mutant == "scale" else 1)
     lowest, zero, one, ln2 = np.float32(LOWEST), np.float32(0), np.float32(1), np.float32(LN2)
-    int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
-
-    @jit(device=True, forceinline=True)
-    def stage_of(stage: Any, phase: Any, ahead: Any) -> Any:
-        """The stage `ahead` places on, and its phase."""
-        stage = int32(stage + ahead)
-        if stage >= stages:
-            return int32(stage - stages), int32(phase ^ 1)
-        return stage, phase
-
-    @jit(device=True, forceinline=True)
-    def pages_of(tile: Any, length: Any) -> Any:
-        """Of a tile's pages 0 and 1, the first that is seen, and the one after the last."""
-        begin = int32(0)
-        if has_window and first_key(length) - tile * TILE >= BLOCK_SIZE:
-            begin = int32(1)
-        end = int32(2)
-        if length - tile * TILE <= BLOCK_SIZE:
-            end = int32(1)
-        return begin, end
-
-    @jit(device=True, forceinline=True)
-    def tiles_of(split: Any, length: Any) -> Any:
-        """A split's tiles: the first that is seen, and the one after the last."""
-        begin, end = int32(split * tiles_of_split), int32(split * tiles_of_split + tiles_of_split)
-        if has_window:
-            begin = int32(max(begin, int32(first_key(length) >> TILE_SHIFT)))
-        return begin, int32(min(end, int32((length + TILE - 1) >> TILE_SHIFT)))
-
-    @jit(device=True)
-    def produce(
-        smem: Any, maps: Any, k_cache: Any, v_cache: Any, lens: Any, table: Any, counters: Any, num_seqs: Any,
-        heads: Any, table_stride: Any, lane: Any,
-    ) -> None:  # fmt: skip
-        """Take items until none is left; post and load each."""
-        whole, units_in_all = count_units(lens, num_seqs, lane)
-        unit_words = cuda.local.array(4, np.int32)
-        item_number = int32(cuda.blockIdx.x)
-        want_cut, chunk, before, before_all = int32(0), int32(0), int32(0), int32(0)
-        stage, phase, slot, slot_phase = int32(0), int32(0), int32(0), int32(0)
-        waited = False
-        working = True
-        while working:
-            unit = int32(uint32(item_number) // uint32(heads))
-            head = int32(item_number - unit * heads)
-            seq, split, splits, base, length = int32(-1), int32(0), int32(0), int32(0), int32(0)
-            page = int32(0)
-            if unit < units_in_all:
-                if want_cut == 0 and unit >= whole:
-                    want_cut, chunk, before, before_all = int32(1), int32(0), int32(0), int32(0)
-                target = int32(unit - whole * want_cut)
-                seq, split, splits, base, length, chunk, before, before_all = locate(
-                    lens, num_seqs, lane, target, want_cut, chunk, before, before_all
-                )
-                # The lane's page of the split; an entry that nobody sees is not read.
-                number = int32(split * (SPLIT // BLOCK_SIZE) + (lane & 15))
-                first = int32(first_key(length) >> PAGE_SHIFT)
-                last = int32((int32(length + (BLOCK_SIZE - 1)) >> PAGE_SHIFT) - 1)
-                number = select_i32(int32(number < first), first, number)
-                number = select_i32(int32(number > last), last, number)
-                number = select_i32(int32(number < 0), 0, number)
-                if length > 0:
-                    page = ld_global_i32(int64(table + (int64(seq) * table_stride + number) * 4))
-            if pdl and not waited:
-                griddep_wait()
-            waited = True
-            following = int32(0)
-            if seq >= 0:
-                if lane == 0:
-                    following = int32(atom_add_i32(counters, 1) + cuda.gridDim.x)
-            pause(int32(1))
-            wait_taken(int32(smem + taken_at + 8 * slot), int32(slot_phase ^ 1))
-            if lane == 0:
-                to = int32(smem + record_at + 32 * slot)
-                unit_words[0], unit_words[1], unit_words[2], unit_words[3] = seq, head, split, splits
-                st_shared_v4(to, unit_words)
-                unit_words[0], unit_words[1] = base, length
-                st_shared_v4(int32(to + 16), unit_words)
-                mbarrier_arrive(int32(smem + posted_at + 8 * slot))
-            slot = int32(slot ^ 1)
-            slot_phase = int32(slot_phase ^ (slot ^ 1))
-            tile, tile_end = tiles_of(split, length)
-            while tile < tile_end:
-                begin, end = pages_of(tile, length)
-                in_split = int32((tile & (tiles_of_split - 1)) * 2)
-                for which in range(2):
-                    part = begin
-                    while part < end:
-                        number = int32(shfl_idx_i32(page, int32(in_split + part)) + page_off)
-                        row = int32((number * heads + head) * BLOCK_SIZE)
-                        pause(int32(2))
-                        wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))
-                        to = int32(smem + chunk_at + stage * chunk_bytes)
-                        full = int32(smem + full_at + 8 * stage)
-                        if which == 0:
-                            load_chunk(to, full, maps, k_cache, row, lane)
-                        else:
-                            load_chunk(to, full, int64(maps + 128), v_cache, row, lane)
-                        stage, phase = stage_of(stage, phase, 1)
-                        part = int32(part + 1)
-                tile = int32(tile + 1)
-            item_number = shfl_idx_i32(following, 0)
-            working = seq >= 0
-        # Who leaves last sets the counters back, for the next launch.
-        if lane == 0:
-            if atom_add_i32(int64(counters + 4), 1) == cuda.gridDim.x - 1:
-                st_global_b32(counters, 0)
-                st_global_b32(int64(counters + 4), 0)
+    int32, int64 = cuda.types.int32, cuda.types.int64
 
     @jit(device=True, forceinline=True)
     def score(s: Any, query: Any, keys: Any, base: Any) -> None:
@@ -270,57 +145,8 @@ def make_decode_kernel(
                 multiply(o, 8 * pair + 4, a, 0, b, 2)
 
     @jit(device=True)
-    def fold(
-        out: Any, lse: Any, partial: Any, partial_ml: Any, first_slot: Any, splits: Any, heads: Any, group: Any,
-        thread: Any,
-    ) -> None:  # fmt: skip
-        """All of a sequence's splits of one kv head, left to right; out: its first row of this head."""
-        ml = cuda.local.array(2, np.float32)
-        ms = cuda.local.array(AT_ONCE, np.float32)
-        ls = cuda.local.array(AT_ONCE, np.float32)
-        loaded = cuda.local.array(4, np.float32)
-        os = cuda.local.array(loaded_at_once, np.float32)
-        o = cuda.local.array(4, np.float32)
-        words = int32(group * vectors)
-        at = int32(0)
-        while at < words:
-            place = int32(at + thread)
-            inside = int32(place < words)
-            place = select_i32(inside, place, int32(words - 1))
-            row = int32(place >> vector_shift)
-            m, l_sum = lowest, zero
-            for i in range(4):
-                o[i] = zero
-            split = int32(0)
-            while split < splits:
-                for i in range(AT_ONCE):
-                    index = int64(first_slot) + int64(min(int32(split + i), int32(splits - 1))) * heads
-                    ld_global_v2(ml, int64(partial_ml + (index * group + row) * 8))
-                    ms[i], ls[i] = ml[0], ml[1]
-                    ld_global_v4(loaded, int64(partial + (index * words + place) * 16))
-                    for j in range(4):
-                        os[4 * i + j] = loaded[j]
-                for i in range(AT_ONCE):
-                    if split + i < splits:
-                        m, a, b = fold_factors(m, ms[i])
-                        l_sum = folded(l_sum, a, ls[i], b)
-                        for j in range(4):
-                            o[j] = folded(o[j], a, os[4 * i + j], b)
-                split = int32(split + AT_ONCE)
-            inverse = divide_f32(one, l_sum)
-            column = int32(place - row * vectors)
-            to = int64(out + int64(row) * row_bytes + column * 8)
-            st_global_b32_if(inside, to, pack(mul_f32(o[0], inverse), mul_f32(o[1], inverse)))
-            st_global_b32_if(inside, int64(to + 4), pack(mul_f32(o[2], inverse), mul_f32(o[3], inverse)))
-            if with_lse:
-                mine = int32(inside & int32(column == 0))
-                value = mul_f32(add_f32(m, lg2_f32(l_sum)), ln2)
-                st_global_f32_if(mine, int64(lse + int64(row) * 4), value)
-            at = int32(at + CONSUMERS * 32)
-
-    @jit(device=True)
     def consume(
-        smem: Any, q: Any, out: Any, lse: Any, partial: Any, partial_ml: Any, counters: Any, heads: Any,
+        smem: Any, q: Any, out: Any, lse: Any, partial: Any, partial_ml: Any, heads: Any,
         group: Any, q_stride: Any, out_stride: Any, capacity: Any, c: Any, thread: Any, warp: Any, lane: Any,
     ) -> None:  # fmt: skip
         """The four consumer warps: every item that is posted, until one says that there are no more."""
@@ -353,6 +179,7 @@ def make_decode_kernel(
             cuda.syncwarp()
             if lane == 0:
                 mbarrier_arrive(int32(smem + taken_at + 8 * slot))
+            mine_slot = slot
             slot = int32(slot ^ 1)
             slot_phase = int32(slot_phase ^ (slot ^ 1))
             working = seq >= 0
@@ -501,19 +328,9 @@ def make_decode_kernel(
                     to = int64(partial_ml + (index * group + r) * 8)
                     st_global_v2_f32_if(int32(writer & low_in), to, m_low, l_low)
                     st_global_v2_f32_if(int32(writer & high_in), int64(to + 64), m_high, l_high)
-                    fence_acq_rel_gpu()
-                    named_barrier_sync(1, CONSUMERS * 32)
-                    if thread == 0:
-                        done = int64(counters + 8 + (int64(seq) * heads + head) * 4)
-                        before = atom_add_i32(done, 1)
-                        is_last = int32(before == splits - 1)
-                        if is_last == 1:
-                            st_global_b32(done, 0)
-                        st_shared_b32(int32(smem + last_at), is_last)
-                    named_barrier_sync(1, CONSUMERS * 32)
-                    if ld_shared_b32(int32(smem + last_at)) == 1:
-                        fence_acq_rel_gpu()
-                        fold(first_row, lse_at, partial, partial_ml, first_slot, splits, heads, group, thread)
+                cuda.syncwarp()
+                if lane == 0:
+                    mbarrier_arrive(int32(smem + stored_at + 8 * mine_slot))
 
     def decode_kernel(
         maps: Any, k_cache: Any, v_cache: Any, q: Any, out: Any, lse: Any, lens: Any, table: Any, partial: Any,
@@ -532,7 +349,8 @@ def make_decode_kernel(
                 mbarrier_init(int32(smem + empty_at + 8 * i), CONSUMERS)
             for i in range(2):
                 mbarrier_init(int32(smem + posted_at + 8 * i), 1)
-                mbarrier_init(int32(smem + taken_at + 8 * i), CONSUMERS)
+                mbarrier_init(int32(smem + taken_at + 8 * i), CONSUMERS + FINISHERS)
+                mbarrier_init(int32(smem + stored_at + 8 * i), CONSUMERS)
             if by_tma:
                 fence_mbarrier_init()
         cuda.syncthreads()
@@ -541,9 +359,13 @@ def make_decode_kernel(
         else:
             if pdl:
                 griddep_wait()
-            consume(
-                smem, q, out, lse, partial, partial_ml, counters, heads, group, q_stride, out_stride, capacity,
-                mul_f32(c, scaled), thread, warp, lane,
-            )  # fmt: skip
+            if warp < CONSUMERS:
+                consume(
+                    smem, q, out, lse, partial, partial_ml, heads, group, q_stride, out_stride, capacity,
+                    mul_f32(c, scaled), thread, warp, lane,
+                )  # fmt: skip
+            else:
+                own = int32(thread - (CONSUMERS + 1) * 32)
+                finish(smem, out, lse, partial, partial_ml, counters, heads, group, out_stride, own)
 
     return decode_kernel

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.attention_contract import SPLIT
+from kernels_numba.attention_contract import SPLIT, TILE
 from kernels_numba.compiler import cuda, jit
+from kernels_numba.ops.decode_attention.config import BLOCK_SIZE
 from kernels_numba.ptx.arith import select_i32
 from kernels_numba.ptx.atomics import ballot, popc, shfl_up_i32
 from kernels_numba.ptx.ldst import ld_global_i32
@@ -22,7 +23,7 @@ from kernels_numba.ptx.shuffle import shfl_idx_i32
 
 EACH = 4  # sequences of one lane
 CHUNK = 32 * EACH  # sequences that a warp looks at together
-SHIFT = SPLIT.bit_length() - 1
+SHIFT, TILE_SHIFT, SPLIT_TILES = SPLIT.bit_length() - 1, TILE.bit_length() - 1, SPLIT // TILE
 
 
 @cache
@@ -132,3 +133,33 @@ def make_schedule(window: int | None) -> tuple[Any, Any, Any]:
         )  # fmt: skip
 
     return first_key, count_units, locate
+
+
+@cache
+def make_ranges(window: int | None) -> tuple[Any, Any]:
+    """(pages_of, tiles_of) for a window, or None.
+
+    pages_of(tile, length) -> of the tile's pages 0 and 1, the first that is seen, and the one after the last.
+    tiles_of(split, length) -> of the split's tiles, the first that is seen, and the one after the last.
+    """
+    has_window = window is not None
+    first_key, _, _ = make_schedule(window)
+    int32 = cuda.types.int32
+
+    @jit(device=True, forceinline=True)
+    def pages_of(tile: Any, length: Any) -> Any:
+        begin, end = int32(0), int32(2)
+        if has_window and first_key(length) - tile * TILE >= BLOCK_SIZE:
+            begin = int32(1)
+        if length - tile * TILE <= BLOCK_SIZE:
+            end = int32(1)
+        return begin, end
+
+    @jit(device=True, forceinline=True)
+    def tiles_of(split: Any, length: Any) -> Any:
+        begin, end = int32(split * SPLIT_TILES), int32(split * SPLIT_TILES + SPLIT_TILES)
+        if has_window:
+            begin = int32(max(begin, int32(first_key(length) >> TILE_SHIFT)))
+        return begin, int32(min(end, int32((length + TILE - 1) >> TILE_SHIFT)))
+
+    return pages_of, tiles_of

@@ -15,15 +15,15 @@ from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch, address
 from kernels_numba.ops.decode_attention.config import (
     BLOCK_SIZE,
-    BLOCKS_PER_SM,
     BOX_COLUMNS,
-    HEAD_DIMS,
+    CONFIGS,
     ITEM,
     PRODUCT,
     THREADS,
     Build,
     DecodeConfig,
     Feed,
+    pick_config,
     smem_plan,
 )
 from kernels_numba.ops.decode_attention.door import Operands, Workspace, operands, require_capability
@@ -46,7 +46,7 @@ def decode_kernel(
     build: Build = PRODUCT,
 ) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
-    words = ["decode", config.feed, f"d{config.head_dim}", dtype]
+    words = ["decode", f"{config.feed}{config.blocks}", f"d{config.head_dim}", dtype]
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
@@ -61,9 +61,8 @@ def decode_kernel(
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel that a model in bfloat16 without windows can ask for, for building them ahead."""
-    for feed in FEEDS.values():
-        for head_dim in HEAD_DIMS:
-            yield decode_kernel(DecodeConfig(head_dim, feed), "bfloat16")
+    for config in CONFIGS:
+        yield decode_kernel(config, "bfloat16")
 
 
 @cache
@@ -82,7 +81,12 @@ def own_workspace(
 
 @lru_cache(maxsize=4096)
 def prepared(
-    rung: str, o: Operands, workspace: Workspace, window: int | None, build: Build = PRODUCT
+    rung: str,
+    o: Operands,
+    workspace: Workspace,
+    window: int | None,
+    build: Build = PRODUCT,
+    config: DecodeConfig | None = None,
 ) -> tuple[Launch, Any]:
     """A launch ready to be repeated, and the tensor maps it reads, u64[2, 16] on the device (None without).
 
@@ -97,27 +101,29 @@ def prepared(
         box = (BLOCK_SIZE, BOX_COLUMNS)
         words = [encode_tensor_map(at, o.dtype, shape, stride, box) for at in (o.k_cache, o.v_cache)]
         maps = cuda.to_device(np.stack(words))
-    kernel = decode_kernel(DecodeConfig(o.head_dim, feed), o.dtype, window, o.lse != 0, build)
     items = o.num_seqs * o.num_kv_heads * o.max_splits
+    config = config or pick_config(o.head_dim, feed, items, num_sms())
+    kernel = decode_kernel(config, o.dtype, window, o.lse != 0, build)
     arguments = (
         0 if maps is None else address(maps), o.k_cache, o.v_cache, o.q, o.out, o.lse, o.context_lens,
         o.block_table, address(workspace.partial), address(workspace.partial_ml), address(workspace.counters),
         o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride, o.table_stride, workspace.capacity, o.c,
     )  # fmt: skip
-    return kernel.prepare(min(items, BLOCKS_PER_SM[feed] * num_sms()), arguments), maps
+    return kernel.prepare(min(items, config.blocks * num_sms()), arguments), maps
 
 
 def attend(
     rung: str, out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
     softmax_scale: float, window: int | None = None, lse: Any = None, workspace: Workspace | None = None,
-    stream: Any = None, build: Build = PRODUCT,
+    stream: Any = None, build: Build = PRODUCT, config: DecodeConfig | None = None,
 ) -> None:  # fmt: skip
     """Rungs "hopper" and "mma_sync": out[B, Hq, D] as decode_attention_spec says, in the order of
     attention_contract.py; what they take: door.operands.
 
     lse: f32[B, Hq], gets the log-sum-exp of each row's scaled scores, or None. workspace: Workspace.of(...),
     the caller's; launches that share one must follow each other. context_lens and block_table must not be
-    written by a launch right before this one (make_decode_kernel). ValueError for what is wrong at the door.
+    written by a launch right before this one, nor may keys but the newest (make_decode_kernel). build, config:
+    another kind of kernel than pick_config's (tests, tuning). ValueError for what is wrong at the door.
     """
     o = operands(out, q, k_cache, v_cache, context_lens, block_table, softmax_scale, window, lse)
     if o.num_seqs == 0:
@@ -126,4 +132,4 @@ def attend(
         heads = o.num_kv_heads * o.group
         workspace = own_workspace(o.num_seqs, o.num_seqs * o.max_splits, heads, o.num_kv_heads, o.head_dim)
     workspace.check(o)
-    prepared(rung, o, workspace, window, build)[0](stream)
+    prepared(rung, o, workspace, window, build, config)[0](stream)

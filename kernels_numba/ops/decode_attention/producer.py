@@ -1,0 +1,156 @@
+"""The producer warp of the tensor-core decode kernel: takes items, posts them, loads their pages.
+
+Knows: which page goes to which stage, and what may be read before the launches before have ended. Refuses to
+know: what is done with a page.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from kernels_numba.attention_contract import SPLIT
+from kernels_numba.compiler import cuda, jit
+from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, Build, DecodeConfig, smem_plan
+from kernels_numba.ops.decode_attention.feed import make_feed, make_stage_of, make_wait
+from kernels_numba.ops.decode_attention.schedule import make_ranges, make_schedule
+from kernels_numba.ptx.arith import select_i32
+from kernels_numba.ptx.atomics import atom_add_i32
+from kernels_numba.ptx.debug import make_stress
+from kernels_numba.ptx.griddep import griddep_wait
+from kernels_numba.ptx.ldst import ld_global_i32, st_global_b32
+from kernels_numba.ptx.mbarrier import mbarrier_arrive
+from kernels_numba.ptx.shuffle import shfl_idx_i32
+from kernels_numba.ptx.tma import tma_prefetch_map
+from kernels_numba.ptx.vector import st_shared_v4
+
+SPLIT_PAGES = SPLIT // BLOCK_SIZE
+PAGE_SHIFT = BLOCK_SIZE.bit_length() - 1
+
+
+@cache
+def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
+    """f(smem, maps, k_cache, v_cache, lens, table, counters, num_seqs, heads, table_stride, lane): the warp's
+    whole life; arguments as the kernel's.
+
+    Items: a block's first is its own number, the others come from counters[0]; counters[1] counts blocks that
+    have none left, and the last of them sets both back to 0. A posted item: (sequence or -1 for the end, kv
+    head, split, the sequence's splits; splits of the sequences before, context length, 0, 0).
+    Of dependent launches: lengths and table are read, and as many pages as there are stages fetched, but for
+    the newest key's, before the launches before this one have ended. So those must not write these.
+    """
+    plan, stages, chunk_bytes = smem_plan(config), config.stages, config.chunk_bytes
+    chunk_at, record_at = plan.offset("chunk"), plan.offset("record")
+    full_at, empty_at = plan.offset("full"), plan.offset("empty")
+    posted_at, taken_at = plan.offset("posted"), plan.offset("taken")
+    by_tma = config.feed == "tma"
+    dependent, page_off = by_tma and build.pdl, int(build.mutant == "page")
+    first_key, count_units, locate = make_schedule(window)
+    pages_of, tiles_of = make_ranges(window)
+    load_chunk, _ = make_feed(config)
+    stage_of, pause = make_stage_of(stages), make_stress(build.stress)
+    wait_empty, wait_taken = make_wait("empty", config, build), make_wait("taken", config, build)
+    int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
+
+    @jit(device=True, forceinline=True)
+    def own_page(table: Any, table_stride: Any, seq: Any, split: Any, length: Any, lane: Any) -> Any:
+        """The lane's page of the split; the first or last one that is seen for those that are not."""
+        number = int32(split * SPLIT_PAGES + (lane & (SPLIT_PAGES - 1)))
+        first, last = int32(first_key(length) >> PAGE_SHIFT), int32((length - 1) >> PAGE_SHIFT)
+        number = select_i32(int32(number < first), first, number)
+        number = select_i32(int32(number > last), last, number)
+        page = int32(0)
+        if length > 0:
+            page = ld_global_i32(int64(table + (int64(seq) * table_stride + number) * 4))
+        return page
+
+    @jit(device=True)
+    def produce(
+        smem: Any, maps: Any, k_cache: Any, v_cache: Any, lens: Any, table: Any, counters: Any, num_seqs: Any,
+        heads: Any, table_stride: Any, lane: Any,
+    ) -> None:  # fmt: skip
+        if by_tma and lane == 0:
+            tma_prefetch_map(maps)
+            tma_prefetch_map(int64(maps + 128))
+        words = cuda.local.array(4, np.int32)
+        whole, all_units = count_units(lens, num_seqs, lane)
+        number = int32(cuda.blockIdx.x)
+        want_cut, chunk, before, before_all = int32(0), int32(0), int32(0), int32(0)
+        stage, phase, slot, slot_phase = int32(0), int32(0), int32(0), int32(0)
+        waited = not dependent
+        ahead = int32(0)
+        working = True
+        while working:
+            unit = int32(uint32(number) // uint32(heads))
+            head = int32(number - unit * heads)
+            seq, split, splits, base, length, page = (
+                int32(-1),
+                int32(0),
+                int32(0),
+                int32(0),
+                int32(0),
+                int32(0),
+            )
+            if unit < all_units:
+                if want_cut == 0 and unit >= whole:
+                    want_cut, chunk, before, before_all = int32(1), int32(0), int32(0), int32(0)
+                target = int32(unit - whole * want_cut)
+                seq, split, splits, base, length, chunk, before, before_all = locate(
+                    lens, num_seqs, lane, target, want_cut, chunk, before, before_all
+                )
+                page = own_page(table, table_stride, seq, split, length, lane)
+            following = int32(0)
+            claimed = waited
+            if claimed and seq >= 0 and lane == 0:
+                following = int32(atom_add_i32(counters, 1) + cuda.gridDim.x)
+            pause(int32(1))
+            wait_taken(int32(smem + taken_at + 8 * slot), int32(slot_phase ^ 1))
+            if lane == 0:
+                to = int32(smem + record_at + 32 * slot)
+                words[0], words[1], words[2], words[3] = seq, head, split, splits
+                st_shared_v4(to, words)
+                words[0], words[1] = base, length
+                st_shared_v4(int32(to + 16), words)
+                mbarrier_arrive(int32(smem + posted_at + 8 * slot))
+            slot = int32(slot ^ 1)
+            slot_phase = int32(slot_phase ^ (slot ^ 1))
+            tile, tile_end = tiles_of(split, length)
+            newest = int32((length - 1) >> PAGE_SHIFT)
+            while tile < tile_end:
+                begin, end = pages_of(tile, length)
+                for which in range(2):
+                    part = begin
+                    while part < end:
+                        place = int32(tile * 2 + part)
+                        if not waited and (ahead == stages or place == newest):
+                            griddep_wait()
+                            waited = True
+                        ahead = int32(ahead + 1)
+                        from_lane = int32(place & (SPLIT_PAGES - 1))
+                        row = int32(((shfl_idx_i32(page, from_lane) + page_off) * heads + head) * BLOCK_SIZE)
+                        pause(int32(2))
+                        wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))
+                        to = int32(smem + chunk_at + stage * chunk_bytes)
+                        full = int32(smem + full_at + 8 * stage)
+                        if which == 0:
+                            load_chunk(to, full, maps, k_cache, row, lane)
+                        else:
+                            load_chunk(to, full, int64(maps + 128), v_cache, row, lane)
+                        stage, phase = stage_of(stage, phase, 1)
+                        part = int32(part + 1)
+                tile = int32(tile + 1)
+            if not waited:
+                griddep_wait()
+                waited = True
+            if not claimed and seq >= 0 and lane == 0:
+                following = int32(atom_add_i32(counters, 1) + cuda.gridDim.x)
+            number = shfl_idx_i32(following, 0)
+            working = seq >= 0
+        if lane == 0:
+            if atom_add_i32(int64(counters + 4), 1) == cuda.gridDim.x - 1:
+                st_global_b32(counters, 0)
+                st_global_b32(int64(counters + 4), 0)
+
+    return produce
