@@ -1,9 +1,10 @@
-"""Hopper's warpgroups on simt_warps.py: wgmma that is not done until it is waited for, barriers that warps arrive at
-and go on, boxes that reach over an edge.
+"""Hopper's warpgroups on simt_warps.py: wgmma that is not done until it is waited for, barriers that warps
+arrive at and go on, boxes that reach over an edge.
 
-A product is made when its group is waited for: from what shared memory and the registers of A hold then, so that
-a stage handed back, or P overwritten, too early shows; until then its accumulators are NaN. Knows: the instructions
-of ops/prefill_attention, 16 rows of a warpgroup's 64 a warp. Refuses to know: what simt_warps.py refuses to; float16.
+A product is made when its group is waited for: from what shared memory and the registers of A hold then, so
+that a stage handed back, or P overwritten, too early shows; until then its accumulators are NaN. Knows: the
+instructions of ops/prefill_attention, 16 rows of a warpgroup's 64 a warp. Refuses to know: what simt_warps.py
+refuses to; float16.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class GroupWarp(Warp):
 
         return wgmma
 
-    def make_wgmma(
+    def make_wgmma(  # type: ignore[override]
         self, n: int, k_steps: int = 4, dtype: str = "bfloat16", a: str = "shared", a_major: str = "k",
         b_major: str = "k", wait: int | None = None,
     ) -> Callable[..., None]:  # fmt: skip
@@ -147,7 +148,9 @@ class GroupWarp(Warp):
             self.shared(at, image.size)[:] = image
             return int(image.size)
 
-        self.both.barriers[self.one(bar)].flying.append(land)
+        # At once, or when somebody waits for it: both may happen.
+        landed = land() if self.both.turns.rng.random() < 0.5 else None
+        self.both.barriers[self.one(bar)].flying.append(land if landed is None else lambda: landed)
 
     def shfl_xor_i32(self, x: Any, mask: int) -> Any:
         return lanes(np.asarray(self.per_thread(x))[np.arange(WARP) ^ mask])

@@ -1,8 +1,10 @@
-"""Batches for prefill attention: pages in random order, or packed rows; everything that must not be read poisoned."""
+"""Batches for prefill attention: pages in random order, or packed rows; everything that must not be read
+poisoned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,9 @@ from kernels_numba.attention_contract import attention, first_visible
 
 @dataclass
 class Batch:
-    """q[T, Hq, D] (cut from a wider buffer), caches[num_blocks, Hkv, 64, D] in the element type, NaN where nobody may
-    look; cu_seqlens_q, context_lens, block_table with BAD_PAGE there; window. Rows of q outside of sequences are
-    NaN."""
+    """q[T, Hq, D] (cut from a wider buffer), caches[num_blocks, Hkv, 64, D] in the element type, NaN where
+    nobody may look; cu_seqlens_q, context_lens, block_table with BAD_PAGE there; window. Rows of q outside of
+    sequences are NaN."""
 
     q: Any
     k_cache: Any
@@ -38,7 +40,8 @@ class Batch:
         return np.diff(self.cu_seqlens_q)
 
     def keys_values(self, seq: int, head: int) -> tuple[Any, Any]:
-        """k, v[n, D] in the element type of all keys of a sequence, NaN those before its first row's window."""
+        """k, v[n, D] in the element type of all keys of a sequence, NaN those before its first row's
+        window."""
         length = max(0, int(self.context_lens[seq]))
         least = first_visible(length - int(self.query_lens[seq]) + 1, self.window)
         k, v = (np.full((length, self.q.shape[2]), np.nan, self.q.dtype) for _ in range(2))
@@ -50,7 +53,8 @@ class Batch:
         return k, v
 
     def by_row(self) -> Any:
-        """(row of q, sequence, kv head, first key seen, keys seen) of every row of every sequence and kv head."""
+        """(row of q, sequence, kv head, first key seen, keys seen) of every row of every sequence and kv
+        head."""
         for seq in range(len(self.context_lens)):
             first, last = int(self.cu_seqlens_q[seq]), int(self.cu_seqlens_q[seq + 1])
             for row in range(first, last):
@@ -103,7 +107,7 @@ class Batch:
                 np.array([int(self.context_lens[seq]) - (last - end)], np.int32),
                 self.block_table[seq : seq + 1].copy(), self.window,
             )
-            for begin, end in zip(cuts[:-1], cuts[1:], strict=True)
+            for begin, end in pairwise(cuts)
         ]  # fmt: skip
 
     def rows_of_keys(self) -> tuple[Any, Any, Any]:
@@ -122,11 +126,11 @@ class Batch:
 
 
 def make_batch(
-    rng: np.random.Generator, query_lens: Any, context_lens: Any, num_kv_heads: int, group: int, head_dim: int, *,
-    dtype: str = "bfloat16", window: int | None = None, spread: float = 1.0, margin: int = 0,
+    rng: np.random.Generator, query_lens: Any, context_lens: Any, num_kv_heads: int, group: int,
+    head_dim: int, *, dtype: str = "bfloat16", window: int | None = None, spread: float = 1.0, margin: int = 0,
 ) -> Batch:  # fmt: skip
-    """Random numbers; spread: of the queries, so that some keys outweigh the others; margin: rows of q before the
-    first sequence and after the last that belong to none."""
+    """Random numbers; spread: of the queries, so that some keys outweigh the others; margin: rows of q before
+    the first sequence and after the last that belong to none."""
     element = ELEMENTS[dtype]
     lens, queries = np.asarray(context_lens, np.int32), np.asarray(query_lens, np.int32)
     counts = [-(-max(0, int(n)) // PAGE) for n in lens]

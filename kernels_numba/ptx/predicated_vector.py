@@ -9,5 +9,6 @@ st_global_v4_if = array_instruction(
     "st_global_v4_if",
     "{\n.reg .pred p;\nsetp.ne.s32 p, <condition>, 0;\n@p st.global.v4.b32 [<pointer>], <values>;\n}",
     "condition:r pointer:l values:r4",
-    doc="16 bytes, values[0..3], to an address, unless `condition` is 0: (condition, pointer, values) (st.global).",
+    doc="16 bytes, values[0..3], to an address, unless `condition` is 0: (condition, pointer, values) "
+    "(st.global).",
 )

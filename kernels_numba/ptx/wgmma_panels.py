@@ -1,8 +1,8 @@
-"""wgmma over rows longer than one swizzled line, K in panels of 64 elements, and what keeps work between a product
-and its wait (PTX ISA, "wgmma").
+"""wgmma over rows longer than one swizzled line, K in panels of 64 elements, and what keeps work between a
+product and its wait (PTX ISA, "wgmma").
 
-wgmma.py's forms step within one panel; a head of 128 has two. Knows: descriptor offsets. Refuses to know: what
-the panels hold.
+wgmma.py's forms step within one panel; a head of 128 has two. Knows: descriptor offsets. Refuses to know:
+what the panels hold.
 """
 
 from __future__ import annotations
@@ -55,14 +55,16 @@ def make_wgmma_panels(
 
     acc: local f32[n / 2]; a: int64 descriptor of the first panel, or with "registers" a local i32[k / 4] of
     packed pairs in mma's layout for A; desc_b: int64 descriptor of B's first panel; *_panel_bytes: from one
-    panel of 64 elements to the next; scale_d: 0 drops what acc holds. ValueError for shapes that do not exist.
+    panel of 64 elements to the next; scale_d: 0 drops what acc holds. ValueError for shapes that do not
+    exist.
     """
     _check_n(n)
     if dtype not in DTYPES or a not in ("shared", "registers"):
         raise ValueError(f"dtype {dtype!r}, a {a!r}; {', '.join(DTYPES)} and shared, registers are known")
     if k < 16 or k % 16 or a_panel_bytes % 16 or b_panel_bytes % 16:
         raise ValueError(
-            f"k is {k}, panels are {a_panel_bytes} and {b_panel_bytes} bytes apart; multiples of 16 are required"
+            f"k is {k}, panels are {a_panel_bytes} and {b_panel_bytes} bytes apart; "
+            "multiples of 16 are required"
         )
     if not USABLE:
         return unavailable("wgmma_panels")
@@ -91,8 +93,9 @@ def make_wgmma_panels(
 def make_hold(n: int) -> Any:
     """f(values): values, a local f32[n / 2], are made before here: what follows does not move above.
 
-    An empty asm that passes them through. It holds the compiler; ptxas moves a wait for products to the beginning
-    of its block all the same, so that a branch must follow as well (kernel.py of prefill_attention).
+    An empty asm that passes them through. It holds the compiler; ptxas moves a wait for products to the
+    beginning of its block all the same, so that a branch must follow as well (kernel.py of
+    prefill_attention).
     """
     _check_n(n)
     if not USABLE:

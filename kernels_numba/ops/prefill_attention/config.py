@@ -46,9 +46,9 @@ Source = Literal["pages", "rows"]
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """head_dim 64 or 128; source: keys and values in pages, or as rows of packed sequences; turns: whether the
-    consumers' products take turns; overlap: whether a consumer makes weights while its own P V runs (which of both
-    pays is for a GPU to say). ValueError for others."""
+    """head_dim 64 or 128; source: keys and values in pages, or as rows of packed sequences; turns: whether
+    the consumers' products take turns; overlap: whether a consumer makes weights while its own P V runs
+    (which of both pays is for a GPU to say). ValueError for others."""
 
     head_dim: int
     source: Source = "pages"
@@ -89,8 +89,8 @@ def _fixed(config: PrefillConfig, stages: int) -> tuple[tuple[str, int, int, int
 
 @cache
 def smem_plan(config: PrefillConfig) -> SmemPlan:
-    """Stages of K and of V, then: the queries; what each consumer has folded so far, f32[head_dim / 4 / 2][128
-    threads][4]; items for everybody; barriers."""
+    """Stages of K and of V, then: the queries; what each consumer has folded so far, f32[head_dim / 4 /
+    2][128 threads][4]; items for everybody; barriers."""
     return SmemPlan.of(
         ("k", config.tile_bytes, 1024, config.stages),
         ("v", config.tile_bytes, 1024, config.stages),
@@ -103,9 +103,9 @@ def smem_plan(config: PrefillConfig) -> SmemPlan:
 class Build:
     """How a kernel is built beside its numbers. debug: every wait for a barrier is bounded and fails with the
     barrier's name; stress: warps pause at random; pdl: the launch may begin while the one before it ends.
-    mutant: one known mistake, which the tests must catch: a wrong scale, a mask that lets one key too many in, a
-    page too far, V's stale tail left in place, splits that are not folded, K handed back before it is read, a
-    wrong phase, a stage of V never handed back."""
+    mutant: one known mistake, which the tests must catch: a wrong scale, a mask that lets one key too many
+    in, a page too far, V's stale tail left in place, splits that are not folded, K handed back before it is
+    read, a wrong phase, a stage of V never handed back."""
 
     debug: bool = False
     stress: bool = False

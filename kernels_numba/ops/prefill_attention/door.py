@@ -29,9 +29,10 @@ MOST_KEYS = 1 << 26  # of a sequence: 16 heads of a kv head times them is counte
 
 @dataclass(frozen=True)
 class Operands:
-    """Device addresses (lse 0 if not wanted; table: block_table, or cu_seqlens_k), sizes, bytes from one token of q
-    and of out to the next, entries from one row of the table to the next, c of attention_contract.py, element type;
-    keys: rows of the matrices that k and v are (key_columns wide) to the copy engine."""
+    """Device addresses (lse 0 if not wanted; table: block_table, or cu_seqlens_k), sizes, bytes from one
+    token of q and of out to the next, entries from one row of the table to the next, c of
+    attention_contract.py, element type; keys: rows of the matrices that k and v are (key_columns wide) to the
+    copy engine."""
 
     out: int
     q: int
@@ -77,18 +78,19 @@ def operands(
     out: Any, q: Any, k: Any, v: Any, cu_seqlens_q: Any, context_lens: Any, table: Any, softmax_scale: float,
     window: Any = None, lse: Any = None, *, paged: bool = True,
 ) -> Operands:  # fmt: skip
-    """Check out, q T[tokens, Hq, D]; caches T[num_blocks, Hkv, 64, D] and block_table i32[B, P], or with paged False
-    k, v T[keys, Hkv, D] and cu_seqlens_k i32[B + 1]; cu_seqlens_q i32[B + 1], context_lens i32[B]; lse
-    f32[tokens, Hq] or None. T is bfloat16 bits as uint16 or float16, D 64 or 128, Hq / Hkv a whole number up to 16.
+    """Check out, q T[tokens, Hq, D]; caches T[num_blocks, Hkv, 64, D] and block_table i32[B, P], or with
+    paged False k, v T[keys, Hkv, D] and cu_seqlens_k i32[B + 1]; cu_seqlens_q i32[B + 1], context_lens
+    i32[B]; lse f32[tokens, Hq] or None. T is bfloat16 bits as uint16 or float16, D 64 or 128, Hq / Hkv a
+    whole number up to 16.
 
-    Tokens of q and out, and rows of block_table, may be cut from wider ones. ValueError names what is wrong and what
-    is required.
+    Tokens of q and out, and rows of block_table, may be cut from wider ones. ValueError names what is wrong
+    and what is required.
     """
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         fail(OP, "window", f"is {window!r}", "None or a whole number of at least 1")
     if not (math.isfinite(softmax_scale) and softmax_scale > 0):
         fail(OP, "softmax_scale", f"is {softmax_scale!r}", "a positive number")
-    addresses = [_device(name, array, ALIGNMENT) for name, array in (("out", out), ("q", q))]
+    at = {name: _device(name, array, ALIGNMENT) for name, array in (("out", out), ("q", q))}
     check(OP, "out", out, tuple(NAMES), (None, None, None), rows=1)
     tokens, num_q_heads, head_dim = map(int, out.shape)
     check(OP, "q", q, (out.dtype,), out.shape, rows=1)
@@ -96,8 +98,8 @@ def operands(
         fail(OP, "out.shape[2]", f"is {head_dim}", f"head_dim {' or '.join(map(str, HEAD_DIMS))}")
     shape = (None, None, BLOCK_SIZE, head_dim) if paged else (None, None, head_dim)
     words = ("k_cache", "v_cache") if paged else ("k", "v")
-    for name, array in zip(words, (k, v), strict=True):
-        addresses.append(_device(name, array, ALIGNMENT))
+    for field, name, array in zip("kv", words, (k, v), strict=True):
+        at[field] = _device(name, array, ALIGNMENT)
         check(OP, name, array, (out.dtype,), shape)
     check(OP, words[1], v, (out.dtype,), k.shape)
     num_kv_heads = int(k.shape[1])
@@ -116,26 +118,28 @@ def operands(
         ("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,)), ("context_lens", context_lens, (num_seqs,)),
         ("block_table", table, (num_seqs, None)) if paged else ("cu_seqlens_k", table, (num_seqs + 1,)),
     ):  # fmt: skip
-        addresses.append(_device(name, array, 4))
+        at[name] = _device(name, array, 4)
         check(OP, name, array, (INT32,), wanted, rows=1 if len(wanted) == 2 else 0)
     if paged and int(table.shape[1]) * BLOCK_SIZE >= MOST_KEYS:
         fail(OP, "block_table", f"has {table.shape[1]} pages a sequence", f"under {MOST_KEYS:,} keys")
-    addresses.append(0)
+    at["lse"] = 0
     if lse is not None:
-        addresses[-1] = _device("lse", lse, 4)
+        at["lse"] = _device("lse", lse, 4)
         check(OP, "lse", lse, (FLOAT32,), (tokens, num_q_heads))
+    at["table"] = at.pop("block_table" if paged else "cu_seqlens_k")
     return Operands(
-        *addresses, tokens, num_seqs, num_kv_heads, group, head_dim, keys,
-        head_dim if paged else num_kv_heads * head_dim, _stride("q", q, ALIGNMENT), _stride("out", out, ALIGNMENT),
-        _stride("block_table", table, 4) // 4 if paged else 1, float(exponent_scale(softmax_scale)),
-        NAMES[out.dtype],
+        **at, tokens=tokens, num_seqs=num_seqs, num_kv_heads=num_kv_heads, group=group, head_dim=head_dim,
+        keys=keys, key_columns=head_dim if paged else num_kv_heads * head_dim,
+        q_stride=_stride("q", q, ALIGNMENT), out_stride=_stride("out", out, ALIGNMENT),
+        table_stride=_stride("block_table", table, 4) // 4 if paged else 1,
+        c=float(exponent_scale(softmax_scale)), dtype=NAMES[out.dtype],
     )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """What launches of one stream share: the number of the next item, and how many blocks have left; every launch
-    leaves both at 0."""
+    """What launches of one stream share: the number of the next item, and how many blocks have left; every
+    launch leaves both at 0."""
 
     counters: Any  # i32[2]
 

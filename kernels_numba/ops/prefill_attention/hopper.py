@@ -1,7 +1,7 @@
 """Launches of the Hopper prefill kernel: rung "hopper", over pages, and its form for packed keys and values.
 
-Not run on a GPU yet: nothing picks this rung but who names it. Knows: specialisations, prepared launches, grids.
-Refuses to know: what the kernel does.
+Not run on a GPU yet: nothing picks this rung but who names it. Knows: specialisations, prepared launches,
+grids. Refuses to know: what the kernel does.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def prepared(
 ) -> tuple[Launch, Any]:  # fmt: skip
     """A launch ready to be repeated, and the tensor maps it reads, u64[2, 16] on the device.
 
-    Who captures a launch into a graph keeps what this returns, and the workspace, as long as the graph. ValueError
-    on a GPU that cannot run the rung.
+    Who captures a launch into a graph keeps what this returns, and the workspace, as long as the graph.
+    ValueError on a GPU that cannot run the rung.
     """
     require_capability()
     shape, stride, box = (o.keys, o.key_columns), (o.key_columns * ITEM,), (BLOCK_SIZE, BOX_COLUMNS)
@@ -93,8 +93,9 @@ def prepared(
     # A sequence's last tile may be any part of one.
     items = o.num_kv_heads * (o.tokens * o.group // TILE_ROWS + o.num_seqs)
     arguments = (
-        address(maps), o.q, o.out, o.lse, o.cu_seqlens_q, o.context_lens, o.table, address(workspace.counters),
-        o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride, o.table_stride, o.c,
+        address(maps), o.q, o.out, o.lse, o.cu_seqlens_q, o.context_lens, o.table,
+        address(workspace.counters), o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride,
+        o.table_stride, o.c,
     )  # fmt: skip
     return kernel.prepare(min(items, num_sms()), arguments), maps
 
@@ -111,13 +112,13 @@ def attend(
     softmax_scale: float, window: int | None = None, lse: Any = None, workspace: Workspace | None = None,
     stream: Any = None, **how: Any,
 ) -> None:  # fmt: skip
-    """Rung "hopper": out[tokens, Hq, D] as prefill_attention_spec says, in the order of attention_contract.py; what
-    it takes: door.operands.
+    """Rung "hopper": out[tokens, Hq, D] as prefill_attention_spec says, in the order of
+    attention_contract.py; what it takes: door.operands.
 
-    lse: f32[tokens, Hq], gets the log-sum-exp of each row's scaled scores, or None. workspace: Workspace.of(), the
-    caller's; launches that share one must follow each other. Lengths and the table must not be written by a launch
-    right before this one (make_prefill_kernel). how: build and config, for tests. ValueError for what is wrong at
-    the door.
+    lse: f32[tokens, Hq], gets the log-sum-exp of each row's scaled scores, or None. workspace:
+    Workspace.of(), the caller's; launches that share one must follow each other. Lengths and the table must
+    not be written by a launch right before this one (make_prefill_kernel). how: build and config, for tests.
+    ValueError for what is wrong at the door.
     """
     arrays = (out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table)
     o = operands(*arrays, softmax_scale, window, lse)

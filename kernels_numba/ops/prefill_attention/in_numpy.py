@@ -1,7 +1,7 @@
 """The Hopper prefill kernel on numpy arrays, without a GPU: for reading, breaking and testing it.
 
-Knows: what the launcher passes. Refuses to know: speed (a tile of 128 rows x 128 keys takes some hundredths of a
-second).
+Knows: what the launcher passes. Refuses to know: speed (a tile of 128 rows x 128 keys takes some hundredths
+of a second).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ MAPS = 1 << 10  # stands for the address of the tensor maps
 
 
 def in_numpy(
-    config: PrefillConfig, out: Any, q: Any, k: Any, v: Any, cu_seqlens_q: Any, context_lens: Any, table: Any, *,
-    softmax_scale: float, window: int | None = None, lse: Any = None, grid: int = 2, seed: int = 0,
-    mutant: str = "", change: Callable[[str, str], str] = lambda name, text: text,
+    config: PrefillConfig, out: Any, q: Any, k: Any, v: Any, cu_seqlens_q: Any, context_lens: Any,
+    table: Any, *, softmax_scale: float, window: int | None = None, lse: Any = None, grid: int = 2,
+    seed: int = 0, mutant: str = "", change: Callable[[str, str], str] = lambda name, text: text,
 ) -> Any:  # fmt: skip
-    """The counters that the launch leaves; out[tokens, Hq, D] and lse[tokens, Hq] are written. bfloat16 bits as
-    uint16.
+    """The counters that the launch leaves; out[tokens, Hq, D] and lse[tokens, Hq] are written. bfloat16 bits
+    as uint16.
 
-    k, v, table: pages and block_table, or as config.source says rows [keys, Hkv, D] and cu_seqlens_k; grid: blocks;
-    seed: of the order in which warps go on; change: see simt_warps.link. IndexError where the kernel leaves an
-    array, simt_warps.Stuck where it would hang.
+    k, v, table: pages and block_table, or as config.source says rows [keys, Hkv, D] and cu_seqlens_k; grid:
+    blocks; seed: of the order in which warps go on; change: see simt_warps.link. IndexError where the kernel
+    leaves an array, simt_warps.Stuck where it would hang.
     """
     tokens, num_q_heads, head_dim = out.shape
     num_kv_heads = k.shape[1]

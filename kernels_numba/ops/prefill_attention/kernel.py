@@ -1,7 +1,9 @@
-"""Causal attention of packed rows on Hopper, over pages or packed rows, in the order of attention_contract.py.
+"""Causal attention of packed rows on Hopper, over pages or packed rows, in the order of
+attention_contract.py.
 
-Knows: one warp-specialised kernel. Refuses to know whether a sequence is a prompt, a later chunk of one or one new
-token: a row's bits depend on its query, the keys and values it sees, their positions and the window alone.
+Knows: one warp-specialised kernel. Refuses to know whether a sequence is a prompt, a later chunk of one or
+one new token: a row's bits depend on its query, the keys and values it sees, their positions and the window
+alone.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.attention_contract import LN2, SPLIT, TILE
-from kernels_numba.attention_tile import LOWEST, make_fold_factors, make_folded, make_quad
+from kernels_numba.attention_tile import LOWEST, make_fold_factors, make_folded
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.ops.prefill_attention.config import (
     CONSUMER_REGISTERS,
@@ -28,7 +30,13 @@ from kernels_numba.ops.prefill_attention.config import (
     smem_plan,
 )
 from kernels_numba.ops.prefill_attention.producers import make_producers
-from kernels_numba.ops.prefill_attention.rows import make_pack, make_rescale, make_stage, make_weigh
+from kernels_numba.ops.prefill_attention.rows import (
+    make_pack,
+    make_rescale,
+    make_stage,
+    make_state,
+    make_weigh,
+)
 from kernels_numba.ptx.arith import (
     add_f32,
     divide_f32,
@@ -53,7 +61,7 @@ from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mba
 from kernels_numba.ptx.named_barrier import named_barrier_arrive, named_barrier_sync
 from kernels_numba.ptx.predicated import st_global_f32_if, st_shared_zero_16_if
 from kernels_numba.ptx.predicated_vector import st_global_v4_if
-from kernels_numba.ptx.vector import ld_shared_v4, st_shared_v4
+from kernels_numba.ptx.vector import ld_shared_v4
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_descriptor_mn_major, make_wgmma, make_wgmma_wait
 from kernels_numba.ptx.wgmma_panels import make_hold, make_wgmma_panels
 
@@ -64,31 +72,32 @@ TURN, OWN = 1, 5  # named barriers: from here on, one a consumer
 
 
 def make_prefill_kernel(
-    config: PrefillConfig, dtype: str, window: int | None = None, with_lse: bool = False, build: Build = PRODUCT
+    config: PrefillConfig, dtype: str, window: int | None = None, with_lse: bool = False,
+    build: Build = PRODUCT,
 ) -> Any:  # fmt: skip
     """out[t, h] = softmax(softmax_scale q[t, h] k^T + causal mask) v for the rows of all sequences.
 
-    Arguments: addresses of: tensor maps u64[2, 16] of K and V, boxes of 64 x 64, as matrices: of pages [num_blocks
-    num_kv_heads 64, D], of rows [total keys, num_kv_heads D]; q and out T[tokens, num_q_heads, D]; lse
-    f32[tokens, num_q_heads] (with_lse); cu_seqlens_q i32[num_seqs + 1]; context_lens i32[num_seqs]; block_table
-    i32[num_seqs, ..], or with rows cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0 again at the
-    end. Then num_seqs, num_kv_heads, group, bytes from one token to the next of q and of out, entries from one row
-    to the next of block_table; c (attention_contract.py).
-    Who does what: warpgroups 0 to consumers - 1: 64 rows of a tile each; then a warpgroup of producers: warp 0
-    keys and values, warp 1 queries, warp 2 which item comes next (schedule.py), producers.py has all three. A row
-    is (token, head of the group), token first, so that a tile is full even where tokens are few.
-    A consumer issues S of tile t + 1, then P V of tile t; while both run it makes t + 1's weights, and while it
-    does that the other consumers' products run: they take turns (named barriers TURN + consumer). Tiles in which
-    none of its 64 rows sees anything it only hands back.
-    A split's o is folded into what the consumer has kept in shared memory (a thread's own words, 16 bytes at a
-    time), because two float32 tiles of 64 x 128 beside S and P would be 224 registers a thread.
-    Shared memory: smem_plan(config); K, V and q in panels of 64 columns, 128-byte swizzle. Barriers: k_full[s],
-    v_full[s] hand a tile of keys, of values to the consumers, k_empty[s], v_empty[s] hand it back (an arrival a
-    warp); q_full, q_empty the same of the queries; posted[r] an item, taken[r] back.
-    V rows that no row of the block sees are zeroed in shared memory (0 x NaN is NaN), scores hidden by selection.
-    Pages in which nothing is seen, and table entries of such, are never read.
-    Dependent launches: lengths and tables are read before the launches before this one have ended, so they must not
-    be written by one of those; everything else may be.
+    Arguments: addresses of: tensor maps u64[2, 16] of K and V, boxes of 64 x 64, as matrices: of pages
+    [num_blocks num_kv_heads 64, D], of rows [total keys, num_kv_heads D]; q and out T[tokens, num_q_heads,
+    D]; lse f32[tokens, num_q_heads] (with_lse); cu_seqlens_q i32[num_seqs + 1]; context_lens i32[num_seqs];
+    block_table i32[num_seqs, ..], or with rows cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0
+    again at the end. Then num_seqs, num_kv_heads, group, bytes from one token to the next of q and of out,
+    entries from one row to the next of block_table; c (attention_contract.py).
+    Who does what: warpgroups 0 to consumers - 1: 64 rows of a tile each; then a warpgroup of producers: warp
+    0 keys and values, warp 1 queries, warp 2 which item comes next (schedule.py), producers.py has all three.
+    A row is (token, head of the group), token first, so that a tile is full even where tokens are few. A
+    consumer issues S of tile t + 1, then P V of tile t; while both run it makes t + 1's weights, and while it
+    does that the other consumers' products run: they take turns (named barriers TURN + consumer). Tiles in
+    which none of its 64 rows sees anything it only hands back.
+    A split's o is folded into what the consumer has kept in shared memory (a thread's own words, 16 bytes at
+    a time), because two float32 tiles of 64 x 128 beside S and P would be 224 registers a thread. Shared
+    memory: smem_plan(config); K, V and q in panels of 64 columns, 128-byte swizzle. Barriers: k_full[s],
+    v_full[s] hand a tile of keys, of values to the consumers, k_empty[s], v_empty[s] hand it back (an arrival
+    a warp); q_full, q_empty the same of the queries; posted[r] an item, taken[r] back.
+    V rows that no row of the block sees are zeroed in shared memory (0 x NaN is NaN), scores hidden by
+    selection. Pages in which nothing is seen, and table entries of such, are never read.
+    Dependent launches: lengths and tables are read before the launches before this one have ended, so they
+    must not be written by one of those; everything else may be.
     """
     head_dim, stages, consumers = config.head_dim, config.stages, CONSUMERS
     plan = smem_plan(config)
@@ -100,7 +109,6 @@ def make_prefill_kernel(
     tile_bytes, state_bytes = config.tile_bytes, ROWS * head_dim * 4
     q_panel = TILE_ROWS * 128
     scores, outputs, weights = TILE // 2, head_dim // 2, TILE // 4  # numbers a thread
-    vectors = head_dim // 8  # of four accumulators a thread
     rounds, units = ROWS * head_dim // 8 // WARPGROUP, head_dim // 8
     few, many = PRODUCER_REGISTERS, CONSUMER_REGISTERS
     turn_threads, row_bytes = 2 * WARPGROUP, head_dim * 2
@@ -114,10 +122,12 @@ def make_prefill_kernel(
     weigh, hide = make_weigh(window, int(build.mutant == "mask"))
     pack_weights, rescale = make_pack(dtype), make_rescale(head_dim)
     stage_out = make_stage(head_dim, dtype)
-    _, quad_sum = make_quad()
+    sums, keep, fold_into = make_state(head_dim)
     fold_factors, folded = make_fold_factors(), make_folded()
-    wait_full, wait_empty = make_mbarrier_wait("full", build.debug), make_mbarrier_wait("empty", build.debug)
-    wait_posted = make_mbarrier_wait("posted", build.debug)
+    wait_full, wait_posted = (
+        make_mbarrier_wait("full", build.debug),
+        make_mbarrier_wait("posted", build.debug),
+    )
     schedule, load_queries, load_keys = make_producers(config, window, build)
     pause = make_stress(build.stress)
     wrong_phase, handed_back = int(build.mutant == "wrong_phase"), build.mutant != "lost_arrival"
@@ -177,36 +187,22 @@ def make_prefill_kernel(
         fence_proxy_async()
         named_barrier_sync(int32(consumer + OWN), WARPGROUP)
 
-    @jit(device=True, forceinline=True)
-    def sums(places: Any) -> Any:
-        """l of a row from the lane's four places."""
-        left = add_f32(quad_sum(places[0]), quad_sum(places[1]))
-        return add_f32(left, add_f32(quad_sum(places[2]), quad_sum(places[3])))
-
-    @jit(device=True, forceinline=True)
-    def keep(o: Any, state: Any) -> None:
-        """The first split's o becomes the state."""
-        four = cuda.local.array(4, np.float32)
-        for k in range(vectors):
-            for j in range(4):
-                four[j] = o[4 * k + j]
-            st_shared_v4(int32(state + k * (WARPGROUP * 16)), four)
-
-    @jit(device=True, forceinline=True)
-    def fold_into(o: Any, state: Any, a_low: Any, b_low: Any, a_high: Any, b_high: Any) -> None:
-        """o = what was kept, folded with o."""
-        four = cuda.local.array(4, np.float32)
-        for k in range(vectors):
-            ld_shared_v4(four, int32(state + k * (WARPGROUP * 16)))
-            o[4 * k] = folded(four[0], a_low, o[4 * k], b_low)
-            o[4 * k + 1] = folded(four[1], a_low, o[4 * k + 1], b_low)
-            o[4 * k + 2] = folded(four[2], a_high, o[4 * k + 2], b_high)
-            o[4 * k + 3] = folded(four[3], a_high, o[4 * k + 3], b_high)
+    @jit(device=True)
+    def pass_by(
+        smem: Any, stage: Any, phase: Any, v_stage: Any, v_phase: Any, consumer: Any, lane: Any
+    ) -> None:  # fmt: skip
+        """A tile of which this warpgroup's rows see nothing: hand it back, and the turn on."""
+        wait_full(int32(smem + k_full + 8 * stage), phase)
+        take_turn(consumer)
+        pass_turn(consumer)
+        hand_back(int32(smem + k_empty + 8 * stage), lane)
+        wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
+        hand_back(int32(smem + v_empty + 8 * v_stage), lane)
 
     @jit(device=True)
     def consume(
-        smem: Any, out: Any, lse: Any, heads: Any, group: Any, out_stride: Any, c: Any, thread: Any, consumer: Any,
-        warp: Any, lane: Any,
+        smem: Any, out: Any, lse: Any, heads: Any, group: Any, out_stride: Any, c: Any, thread: Any,
+        consumer: Any, warp: Any, lane: Any,
     ) -> None:  # fmt: skip
         """One consumer warpgroup: every item that is posted, until one says that there are no more."""
         r, i = int32(lane >> 2), int32(lane & 3)
@@ -239,7 +235,8 @@ def make_prefill_kernel(
             if slot == RECORDS:
                 slot, slot_phase = int32(0), int32(slot_phase ^ 1)
             if working:
-                # Keys that the first and last row see: of the block, of this warpgroup, of this thread's rows.
+                # Keys that the first and last row see: of the block, of this warpgroup, of this thread's
+                # rows.
                 last = int32(min(int32(row0 + consumers * ROWS), rows) - 1)
                 my_first = int32(row0 + consumer * ROWS)
                 my_last = int32(min(int32(my_first + (ROWS - 1)), last))
@@ -267,12 +264,7 @@ def make_prefill_kernel(
                 wait_full(int32(smem + q_full), q_phase)
                 # Tiles before the window of this warpgroup's rows.
                 while has_window and tile < my_tile:
-                    wait_full(int32(smem + k_full + 8 * stage), phase)
-                    take_turn(consumer)
-                    pass_turn(consumer)
-                    hand_back(int32(smem + k_empty + 8 * stage), lane)
-                    wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
-                    hand_back(int32(smem + v_empty + 8 * v_stage), lane)
+                    pass_by(smem, stage, phase, v_stage, v_phase, consumer, lane)
                     stage, phase = following(stage, phase)
                     v_stage, v_phase = following(v_stage, v_phase)
                     tile = int32(tile + 1)
@@ -326,8 +318,9 @@ def make_prefill_kernel(
                                 l_high[k] = zero
                         m_low, m_high, f_low, f_high = weigh(s, l_low, l_high, m_low, m_high, c)
                         if overlap:
-                            # ptxas puts the wait for P V at the beginning of its block, before the weights that are to
-                            # be made meanwhile; a wait that is over ends the block that they are in.
+                            # ptxas puts the wait for P V at the beginning of its block, before the weights
+                            # that are to be made meanwhile; a wait that is over ends the block that they are
+                            # in.
                             hold(s)
                             wait_full(int32(smem + q_full), q_phase)
                         output_ready(o)
@@ -361,12 +354,7 @@ def make_prefill_kernel(
                 q_phase = int32(q_phase ^ 1)
                 # Tiles that other warpgroups' rows see.
                 while tile < tile_end:
-                    wait_full(int32(smem + k_full + 8 * stage), phase)
-                    take_turn(consumer)
-                    pass_turn(consumer)
-                    hand_back(int32(smem + k_empty + 8 * stage), lane)
-                    wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
-                    hand_back(int32(smem + v_empty + 8 * v_stage), lane)
+                    pass_by(smem, stage, phase, v_stage, v_phase, consumer, lane)
                     stage, phase = following(stage, phase)
                     v_stage, v_phase = following(v_stage, v_phase)
                     tile = int32(tile + 1)

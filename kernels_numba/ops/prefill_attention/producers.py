@@ -1,7 +1,8 @@
-"""The three producer warps of the Hopper prefill kernel: which item is next, its queries, its keys and values.
+"""The three producer warps of the Hopper prefill kernel: which item is next, its queries, its keys and
+values.
 
-Knows: how work and operands come to shared memory, and the barriers that say so. Refuses to know: what is done
-with them.
+Knows: how work and operands come to shared memory, and the barriers that say so. Refuses to know: what is
+done with them.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
     schedule(smem, cu, lens, counters, num_seqs, heads, group, lane) takes items and posts them: i32[8] of
     sequence (-1: no more), head, first row, rows of the sequence, its first token, the position of that.
     load_queries(smem, q, group, q_stride, lane): a tile's rows, zeros past the sequence's last.
-    load_keys(smem, maps, table, heads, group, table_stride, lane): K, then V of each tile of keys that a row of
-    the item sees, by TMA, page by page.
+    load_keys(smem, maps, table, heads, group, table_stride, lane): K, then V of each tile of keys that a row
+    of the item sees, by TMA, page by page.
     """
     head_dim, tile_rows, stages = config.head_dim, TILE_ROWS, config.stages
     plan = smem_plan(config)

@@ -1,7 +1,7 @@
-"""What a consumer warpgroup does with its rows between the products: masks, weights, P, rescaling, staging.
+"""What a consumer warpgroup does with its rows between the products: masks, weights, P, folds, staging.
 
-All act on a warp's 16 rows in the accumulator layout of wgmma, low and high, as attention_tile.py says. Knows:
-registers. Refuses to know: which tile, who else is there.
+All act on a warp's 16 rows in the accumulator layout of wgmma, low and high, as attention_tile.py says.
+Knows: registers. Refuses to know: which tile, who else is there.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.attention_contract import TILE
-from kernels_numba.attention_tile import LOWEST, make_group_max, make_negated, make_quad
+from kernels_numba.attention_tile import LOWEST, make_folded, make_group_max, make_negated, make_quad
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.ptx.arith import add_f32, ex2_f32, fma_f32, max_f32, mul_f32, select_f32
 from kernels_numba.ptx.matrix import stmatrix_x4
 from kernels_numba.ptx.mma import pack_bf16, pack_f16
+from kernels_numba.ptx.vector import ld_shared_v4, st_shared_v4
+
+VECTOR_STRIDE = 128 * 16  # bytes from one of a thread's vectors to its next: a warpgroup's lie side by side
 
 
 @cache
 def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any]:
     """(weigh, hide) of a tile's 128 scores a row, s[64] of a lane.
 
-    weigh(s, l_low, l_high, m_low, m_high, c) -> (m_low, m_high, f_low, f_high): s becomes the unrounded weights,
-    l_low, l_high f32[4] the lane's places, m and f as the contract has them.
-    hide(s, key, low, high): -inf where a row does not see; key: of s[0]; low, high: how many keys the rows see.
-    extra: keys too many (a mutant).
+    weigh(s, l_low, l_high, m_low, m_high, c) -> (m_low, m_high, f_low, f_high): s becomes the unrounded
+    weights, l_low, l_high f32[4] the lane's places, m and f as the contract has them.
+    hide(s, key, low, high): -inf where a row does not see; key: of s[0]; low, high: how many keys the rows
+    see. extra: keys too many (a mutant).
     """
     group_max, negated, quad = make_group_max(), make_negated(), make_quad()
     quad_max = quad[0]
@@ -111,9 +114,47 @@ def make_rescale(head_dim: int) -> Any:
 
 
 @cache
+def make_state(head_dim: int) -> tuple[Any, Any, Any]:
+    """(sums, keep, fold_into): what the end of a split does to a thread's rows.
+
+    sums(places) -> l of a row, from the lane's four places. keep(o, state): o[head_dim / 2] to shared memory, 16
+    bytes at a time from address `state` on, for this thread alone. fold_into(o, state, a_low, b_low, a_high,
+    b_high): o becomes what was kept, folded with o.
+    """
+    vectors, folded, quad = head_dim // 8, make_folded(), make_quad()
+    quad_sum = quad[1]
+    int32 = cuda.types.int32
+
+    @jit(device=True, forceinline=True)
+    def sums(places: Any) -> Any:
+        left = add_f32(quad_sum(places[0]), quad_sum(places[1]))
+        return add_f32(left, add_f32(quad_sum(places[2]), quad_sum(places[3])))
+
+    @jit(device=True, forceinline=True)
+    def keep(o: Any, state: Any) -> None:
+        four = cuda.local.array(4, np.float32)
+        for k in range(vectors):
+            for j in range(4):
+                four[j] = o[4 * k + j]
+            st_shared_v4(int32(state + k * VECTOR_STRIDE), four)
+
+    @jit(device=True, forceinline=True)
+    def fold_into(o: Any, state: Any, a_low: Any, b_low: Any, a_high: Any, b_high: Any) -> None:
+        four = cuda.local.array(4, np.float32)
+        for k in range(vectors):
+            ld_shared_v4(four, int32(state + k * VECTOR_STRIDE))
+            o[4 * k] = folded(four[0], a_low, o[4 * k], b_low)
+            o[4 * k + 1] = folded(four[1], a_low, o[4 * k + 1], b_low)
+            o[4 * k + 2] = folded(four[2], a_high, o[4 * k + 2], b_high)
+            o[4 * k + 3] = folded(four[3], a_high, o[4 * k + 3], b_high)
+
+    return sums, keep, fold_into
+
+
+@cache
 def make_stage(head_dim: int, dtype: str) -> Any:
-    """f(o, to, low_inverse, high_inverse, warp, lane): o times its row's factor, rounded to the element type, to
-    shared memory: 64 rows in panels of 64 columns, 16-byte units exchanged by the 128-byte swizzle."""
+    """f(o, to, low_inverse, high_inverse, warp, lane): o times its row's factor, rounded to the element type,
+    to shared memory: 64 rows in panels of 64 columns, 16-byte units exchanged by the 128-byte swizzle."""
     pack = pack_bf16 if dtype == "bfloat16" else pack_f16
     panels = head_dim // 64
     int32 = cuda.types.int32

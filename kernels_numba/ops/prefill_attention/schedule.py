@@ -25,14 +25,14 @@ TOP = 1 << 20  # more tiles of keys than any sequence has
 
 @cache
 def make_schedule(tile_rows: int) -> Any:
-    """locate(cu, lens, num_seqs, heads, group, lane, target, level, chunk, before, lower) -> (found, seq, head,
-    first row, rows, first token, start, level, chunk, before, lower), for a whole warp.
+    """locate(cu, lens, num_seqs, heads, group, lane, target, level, chunk, before, lower) -> (found, seq,
+    head, first row, rows, first token, start, level, chunk, before, lower), for a whole warp.
 
     The target-th item, searched from (level, chunk, before, lower) on: items of `level` tiles of keys in
-    sequences from `chunk` on have the numbers from `before`; lower is the next level met so far. Searches of one
-    block begin at (TOP, 0, 0, -1), and each goes on where the last ended. found is 0 behind the last item. rows:
-    of the sequence; first token: of it, in q; start: its position. cu, lens: addresses of i32[num_seqs + 1] and
-    i32[num_seqs].
+    sequences from `chunk` on have the numbers from `before`; lower is the next level met so far. Searches of
+    one block begin at (TOP, 0, 0, -1), and each goes on where the last ended. found is 0 behind the last
+    item. rows: of the sequence; first token: of it, in q; start: its position. cu, lens: addresses of
+    i32[num_seqs + 1] and i32[num_seqs].
     """
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
@@ -64,8 +64,8 @@ def make_schedule(tile_rows: int) -> Any:
 
     @jit(device=True)
     def locate(
-        cu: Any, lens: Any, num_seqs: Any, heads: Any, group: Any, lane: Any, target: Any, level: Any, chunk: Any,
-        before: Any, lower: Any,
+        cu: Any, lens: Any, num_seqs: Any, heads: Any, group: Any, lane: Any, target: Any, level: Any,
+        chunk: Any, before: Any, lower: Any,
     ) -> Any:  # fmt: skip
         found = int32(-1)
         tokens, length, first, mine, below, upto = int32(0), int32(0), int32(0), int32(0), int32(0), int32(0)
