@@ -323,8 +323,8 @@ def test_figures_of_a_measurement():
 def test_references_are_of_cases_that_exist_and_of_one_gpu():
     for op, case in peers.REFERENCES:
         assert case in cases.bench_cases(op), case
-    value, source = peers.reference("prefill_attention", "llama3-8b 1x16384", "NVIDIA H100 80GB HBM3")
+    value, source = peers.reference("prefill_attention", "32/8/128 1x16384", "NVIDIA H100 80GB HBM3")
     assert value == 727
     assert "FlashAttention 3" in source
-    assert peers.reference("prefill_attention", "llama3-8b 1x16384", "NVIDIA H200") == (None, None)
+    assert peers.reference("prefill_attention", "32/8/128 1x16384", "NVIDIA H200") == (None, None)
     assert peers.reference("gemm", "x", "NVIDIA H100 80GB HBM3") == (None, None)

