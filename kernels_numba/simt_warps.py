@@ -187,6 +187,8 @@ class Warp(Block):
         word[0] += value
         return before
 
+    atom_add_acq_rel_i32 = atom_add_i32
+
     def ballot(self, condition: Any) -> int:
         return int(sum(1 << lane for lane in np.flatnonzero(self.per_thread(condition) != 0).tolist()))
 
@@ -311,7 +313,10 @@ class Warp(Block):
             arrived[:] = [0, mine + 1]
         self.wait_for(lambda: arrived[1] != mine, f"named barrier {name}")
 
-    def tma_load_2d(self, dst: Any, tensor_map: int, bar: Any, x: Any, y: Any) -> None:
+    def policy_evict_first(self) -> int:
+        return 0
+
+    def tma_load_2d_hint(self, dst: Any, tensor_map: int, bar: Any, x: Any, y: Any, policy: Any) -> None:
         matrix, (rows, cols) = self.maps[self.one(tensor_map)]
         at, y, x = self.one(dst), self.one(y), self.one(x)
 

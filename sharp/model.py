@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.ops import resolve
+from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from sharp.budget import Budget, plan_memory
 from sharp.config import EngineConfig, ModelConfig
@@ -185,6 +187,13 @@ class Model:
         why_not = refusal(self.rungs["gemm"], device.capability, device.dtype, sizes)
         if why_not:
             raise ValueError(f"rung {self.rungs['gemm']!r} of gemm does not run this model: {why_not}")
+        # Never picked by itself while prefill has no tensor-core rung: decode would round otherwise than a chunk
+        # of the same tokens, and a request's bits would depend on how it was cut.
+        decode, group = self.rungs.get("decode_attention", ""), c.num_q_heads // c.num_kv_heads
+        where = device.capability, device.dtype, c.head_dim, group, config.block_size
+        why_not = decode_door.refusal(decode, *where)
+        if why_not:
+            raise ValueError(f"rung {decode!r} of decode_attention does not run this model: {why_not}")
         refuse_if_too_large(
             self.config,
             config,
@@ -197,6 +206,11 @@ class Model:
         self.tokenizer = checkpoint.tokenizer()
         self.weights = load_weights(checkpoint, device.upload_float, progress=progress)
         observe("weights")
+        rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        if decode in decode_door.NEEDS:  # before the pages are counted, which get what is left
+            splits = rows * -(-self.max_model_len // decode_door.SPLIT)
+            space = decode_door.Workspace.of(rows, splits, c.num_q_heads, c.num_kv_heads, c.head_dim)
+            self.ops.decode_attention = partial(self.ops.decode_attention, workspace=space)
         self.budget: Budget = plan_memory(
             self.config,
             config,
@@ -208,7 +222,6 @@ class Model:
         self.num_blocks = self.budget.num_blocks
         table = rope_table(self.config.rope, self.config.rope_theta, self.config.head_dim, self.max_model_len)
         self.cos_sin = device.upload(table)
-        rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
         page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
         self.kv = [

@@ -250,8 +250,8 @@ def test_shared_memory_holds_a_tile_and_more(config):
 
 
 def test_few_items_get_an_sm_each():
-    assert pick_config(128, "tma", 66, 132) == DecodeConfig(128, "tma", 1)
-    assert pick_config(128, "tma", 67, 132) == DecodeConfig(128, "tma", 2)
+    assert pick_config(128, "tma", 132, 132) == DecodeConfig(128, "tma", 1)
+    assert pick_config(128, "tma", 133, 132) == DecodeConfig(128, "tma", 2)
     assert pick_config(64, "cp_async", 1000, 132) == DecodeConfig(64, "cp_async", 1)
     with pytest.raises(
         ValueError, match="head_dim is 96, feed 'tma' with 1 blocks an SM; head_dim 64 or 128"

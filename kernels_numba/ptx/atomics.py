@@ -9,6 +9,13 @@ atom_add_i32 = instruction(
     "atom_add_i32", "atom.add.relaxed.gpu.global.s32 $0, [$1], $2;", "lr", "r",
     doc="The value before adding, at an address: (address, value). Orders nothing else: fences.py does (atom).",
 )  # fmt: skip
+atom_add_acq_rel_i32 = instruction(
+    "atom_add_acq_rel_i32",
+    "atom.add.acq_rel.gpu.global.s32 $0, [$1], $2;",
+    "lr",
+    "r",
+    doc="atom_add_i32 after all that the thread did and saw, and before all that it will do (atom.acq_rel).",
+)
 ballot = instruction(
     "ballot", "{\n.reg .pred p;\nsetp.ne.s32 p, $1, 0;\nvote.sync.ballot.b32 $0, p, 0xffffffff;\n}", "r", "r",
     doc="Bit l is set where lane l's `condition` is not 0; all 32 take part (vote.sync.ballot).",

@@ -53,10 +53,9 @@ class Operands:
     c: float
     dtype: str
 
-    @property
-    def max_splits(self) -> int:
+    def max_splits(self, split: int = SPLIT) -> int:
         """Most splits of a sequence whose pages fit block_table."""
-        return max(1, -(-self.max_blocks * BLOCK_SIZE // SPLIT))
+        return max(1, -(-self.max_blocks * BLOCK_SIZE // split))
 
 
 def _device(name: str, array: Any, multiple: int) -> int:

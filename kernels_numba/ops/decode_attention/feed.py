@@ -22,7 +22,8 @@ from kernels_numba.ptx.cp_async import cp_async_16_zfill, cp_async_mbarrier_arri
 from kernels_numba.ptx.debug import make_mbarrier_wait
 from kernels_numba.ptx.mbarrier import mbarrier_expect_tx
 from kernels_numba.ptx.mbarrier_poll import mbarrier_poll
-from kernels_numba.ptx.tma import tma_load_2d
+from kernels_numba.ptx.policy import policy_evict_first
+from kernels_numba.ptx.tma import tma_load_2d_hint
 
 
 @cache
@@ -40,8 +41,10 @@ def make_feed(config: DecodeConfig) -> tuple[Any, int]:
     def by_tma(to: Any, full: Any, tensor_map: Any, cache: Any, row: Any, lane: Any) -> None:
         if lane == 0:
             mbarrier_expect_tx(full, chunk_bytes)
+            once = policy_evict_first()
             for box in range(boxes):
-                tma_load_2d(int32(to + box * BOX_BYTES), tensor_map, full, int32(box * BOX_COLUMNS), row)
+                column = int32(box * BOX_COLUMNS)
+                tma_load_2d_hint(int32(to + box * BOX_BYTES), tensor_map, full, column, row, once)
 
     @jit(device=True, forceinline=True)
     def by_cp_async(to: Any, full: Any, tensor_map: Any, cache: Any, row: Any, lane: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.attention_contract import LN2, SPLIT, TILE
+from kernels_numba.attention_contract import LN2, TILE
 from kernels_numba.attention_tile import LOWEST, make_group_max, make_group_weights, make_negated, make_quad
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.ops.decode_attention.config import (
@@ -55,7 +55,6 @@ from kernels_numba.ptx.predicated import (
 from kernels_numba.ptx.vector import ld_shared_v4, st_shared_v4
 
 SIGNATURE = f"void({', '.join(['int64'] * 11 + ['int32'] * 7 + ['float32'])})"
-SPLIT_SHIFT = SPLIT.bit_length() - 1
 
 
 def make_decode_kernel(
@@ -98,11 +97,11 @@ def make_decode_kernel(
     warp_columns = head_dim // CONSUMERS
     pairs = warp_columns // 16  # of 8 columns of o each
     held = warp_columns // 2
-    row_bytes, item = head_dim * 2, 2
+    row_bytes, item, split_shift = head_dim * 2, 2, build.split.bit_length() - 1
     # Of o's columns: which box a warp's are in, and from which unit on.
     units, box_shift = warp_columns // 8, (64 // warp_columns).bit_length() - 1
-    first_key, _, _ = make_schedule(window)
-    pages_of, tiles_of = make_ranges(window)
+    first_key, _, _ = make_schedule(window, build.split)
+    pages_of, tiles_of = make_ranges(window, build.split)
     _, full_arrivals = make_feed(config)
     stage_of, pause = make_stage_of(stages), make_stress(build.stress)
     produce, finish = make_produce(config, window, build), make_finish(config, dtype, with_lse, build)
@@ -318,7 +317,7 @@ def make_decode_kernel(
                     if base + splits > capacity:
                         trap()
                     first_slot = int32(base * heads + head)
-                    index = int64(first_slot) + int64(split - (first >> SPLIT_SHIFT)) * heads
+                    index = int64(first_slot) + int64(split - (first >> split_shift)) * heads
                     to = int64(partial + (index * group + r) * (head_dim * 4) + column * 4)
                     for k in range(held // 4):
                         st_global_v2_f32_if(low_in, int64(to + 32 * k), o[4 * k], o[4 * k + 1])

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.attention_contract import SPLIT
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, Build, DecodeConfig, smem_plan
 from kernels_numba.ops.decode_attention.feed import make_feed, make_stage_of, make_wait
@@ -26,7 +25,6 @@ from kernels_numba.ptx.shuffle import shfl_idx_i32
 from kernels_numba.ptx.tma import tma_prefetch_map
 from kernels_numba.ptx.vector import st_shared_v4
 
-SPLIT_PAGES = SPLIT // BLOCK_SIZE
 PAGE_SHIFT = BLOCK_SIZE.bit_length() - 1
 
 
@@ -45,10 +43,10 @@ def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
     chunk_at, record_at = plan.offset("chunk"), plan.offset("record")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     posted_at, taken_at = plan.offset("posted"), plan.offset("taken")
-    by_tma = config.feed == "tma"
+    by_tma, split_pages = config.feed == "tma", build.split // BLOCK_SIZE
     dependent, page_off = by_tma and build.pdl, int(build.mutant == "page")
-    first_key, count_units, locate = make_schedule(window)
-    pages_of, tiles_of = make_ranges(window)
+    first_key, count_units, locate = make_schedule(window, build.split)
+    pages_of, tiles_of = make_ranges(window, build.split)
     load_chunk, _ = make_feed(config)
     stage_of, pause = make_stage_of(stages), make_stress(build.stress)
     wait_empty, wait_taken = make_wait("empty", config, build), make_wait("taken", config, build)
@@ -57,7 +55,7 @@ def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
     @jit(device=True, forceinline=True)
     def own_page(table: Any, table_stride: Any, seq: Any, split: Any, length: Any, lane: Any) -> Any:
         """The lane's page of the split; the first or last one that is seen for those that are not."""
-        number = int32(split * SPLIT_PAGES + (lane & (SPLIT_PAGES - 1)))
+        number = int32(split * split_pages + (lane & (split_pages - 1)))
         first, last = int32(first_key(length) >> PAGE_SHIFT), int32((length - 1) >> PAGE_SHIFT)
         number = select_i32(int32(number < first), first, number)
         number = select_i32(int32(number > last), last, number)
@@ -75,9 +73,10 @@ def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
             tma_prefetch_map(maps)
             tma_prefetch_map(int64(maps + 128))
         words = cuda.local.array(4, np.int32)
-        whole, all_units = count_units(lens, num_seqs, lane)
+        e0, e1, e2, e3, e4 = count_units(lens, num_seqs, lane)
         number = int32(cuda.blockIdx.x)
-        want_cut, chunk, before, before_all = int32(0), int32(0), int32(0), int32(0)
+        kind, kind_start, kind_end = int32(0), int32(0), e0
+        chunk, before, before_all = int32(0), int32(0), int32(0)
         stage, phase, slot, slot_phase = int32(0), int32(0), int32(0), int32(0)
         waited = not dependent
         ahead = int32(0)
@@ -93,12 +92,14 @@ def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
                 int32(0),
                 int32(0),
             )
-            if unit < all_units:
-                if want_cut == 0 and unit >= whole:
-                    want_cut, chunk, before, before_all = int32(1), int32(0), int32(0), int32(0)
-                target = int32(unit - whole * want_cut)
+            if unit < e4:
+                while unit >= kind_end:
+                    kind, kind_start = int32(kind + 1), kind_end
+                    kind_end = select_i32(int32(kind == 1), e1, select_i32(int32(kind == 2), e2, e4))
+                    kind_end = select_i32(int32(kind == 3), e3, kind_end)
+                    chunk, before, before_all = int32(0), int32(0), int32(0)
                 seq, split, splits, base, length, chunk, before, before_all = locate(
-                    lens, num_seqs, lane, target, want_cut, chunk, before, before_all
+                    lens, num_seqs, lane, int32(unit - kind_start), kind, chunk, before, before_all
                 )
                 page = own_page(table, table_stride, seq, split, length, lane)
             following = int32(0)
@@ -128,7 +129,7 @@ def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
                             griddep_wait()
                             waited = True
                         ahead = int32(ahead + 1)
-                        from_lane = int32(place & (SPLIT_PAGES - 1))
+                        from_lane = int32(place & (split_pages - 1))
                         row = int32(((shfl_idx_i32(page, from_lane) + page_off) * heads + head) * BLOCK_SIZE)
                         pause(int32(2))
                         wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))

@@ -1,9 +1,10 @@
 """Which work there is and who does it, found by one warp from context_lens on the device.
 
 A unit is one split of one sequence, an item a unit and a kv head; items are numbered, and blocks take numbers.
-Units of whole splits come first, those that a sequence's end cuts short (or empty sequences) after them, so that
-small pieces of work fill the end. The order decides when something is computed, never its bits. Knows: lengths,
-numbers of splits. Refuses to know: pages, heads of what, tiles.
+Units are ordered by size, as far as a class says it: class 0 are whole splits, 1 to CUTS those that a sequence's
+end cuts short, by quarters of a split, the longest first; an empty sequence has one of the last class. So the
+end is filled with small pieces of work. The order decides when something is computed, never its bits. Knows:
+lengths, numbers of splits. Refuses to know: pages, heads of what, tiles.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ from kernels_numba.ptx.shuffle import shfl_idx_i32
 
 EACH = 4  # sequences of one lane
 CHUNK = 32 * EACH  # sequences that a warp looks at together
-SHIFT, TILE_SHIFT, SPLIT_TILES = SPLIT.bit_length() - 1, TILE.bit_length() - 1, SPLIT // TILE
+CUTS = 4
+TILE_SHIFT = TILE.bit_length() - 1
 
 
 @cache
-def make_schedule(window: int | None) -> tuple[Any, Any, Any]:
-    """(first_key, count_units, locate) for a window, or None.
+def make_schedule(window: int | None, split: int = SPLIT) -> tuple[Any, Any, Any]:
+    """(first_key, count_units, locate) for a window, or None, and splits of so many keys.
 
     first_key(length): the first key that is seen, on numbers of a lane's own.
-    count_units(lens, num_seqs, lane) -> (units of whole splits, all units).
-    locate(lens, num_seqs, lane, target, cut, chunk, before, before_all) -> (sequence, split, its number of
+    count_units(lens, num_seqs, lane) -> how many units the classes up to and with 0, 1, .. CUTS have.
+    locate(lens, num_seqs, lane, target, kind, chunk, before, before_all) -> (sequence, split, its number of
     splits, how many splits the sequences before it have, length, chunk, before, before_all): the target-th unit
-    of whole splits, or with cut = 1 of the others, at or after a chunk of CHUNK sequences which `before` such
-    units (`before_all` units of both kinds) precede; the last three are where the next search may begin.
+    of class `kind`, at or after a chunk of CHUNK sequences which `before` units of it, and `before_all` of all
+    classes, precede; the last three are where the next search of that class may begin.
     lens: address of i32[num_seqs]; called by whole warps.
     """
+    shift, mask, quarter = split.bit_length() - 1, split - 1, (split // CUTS).bit_length() - 1
     has_window, width = window is not None, window or 0
     int32, int64 = cuda.types.int32, cuda.types.int64
 
@@ -49,7 +52,8 @@ def make_schedule(window: int | None) -> tuple[Any, Any, Any]:
 
     @jit(device=True)
     def read(lens: Any, num_seqs: Any, lane: Any, chunk: Any, lengths: Any, whole: Any, cut: Any) -> None:
-        """Of the lane's EACH sequences: length (0 for negative ones), whole splits, and 1 for a unit more."""
+        """Of the lane's EACH sequences: length (0 for negative ones), whole splits, and the class of the cut one
+        (0: there is none)."""
         for i in range(EACH):
             seq = int32(chunk + lane * EACH + i)
             inside = int32(seq < num_seqs)
@@ -59,11 +63,12 @@ def make_schedule(window: int | None) -> tuple[Any, Any, Any]:
         for i in range(EACH):
             inside = int32(whole[i])
             length = select_i32(int32(lengths[i] > 0), lengths[i], 0)
-            begin = int32(first_key(length) >> SHIFT)
+            begin = int32(first_key(length) >> shift)
             lengths[i] = length
-            whole[i] = select_i32(inside, int32((length >> SHIFT) - begin), 0)
-            partial = int32(int32((length & (SPLIT - 1)) != 0) | int32(length == 0))
-            cut[i] = select_i32(inside, partial, 0)
+            whole[i] = select_i32(inside, int32((length >> shift) - begin), 0)
+            kind = int32(CUTS - ((length & mask) >> quarter))
+            partial = int32(int32((length & mask) != 0) | int32(length == 0))
+            cut[i] = select_i32(int32(inside & partial), kind, 0)
 
     @jit(device=True, forceinline=True)
     def with_lower(x: Any, lane: Any, delta: Any) -> Any:
@@ -75,24 +80,39 @@ def make_schedule(window: int | None) -> tuple[Any, Any, Any]:
         x = with_lower(with_lower(x, lane, 1), lane, 2)
         return with_lower(with_lower(with_lower(x, lane, 4), lane, 8), lane, 16)
 
+    @jit(device=True, forceinline=True)
+    def total(x: Any, lane: Any) -> Any:
+        return shfl_idx_i32(scan(x, lane), 31)
+
+    @jit(device=True, forceinline=True)
+    def of_kind(kind: Any, whole: Any, cut: Any) -> Any:
+        """How many units of a class a sequence has."""
+        return select_i32(int32(kind == 0), whole, int32(cut == kind))
+
     @jit(device=True)
     def count_units(lens: Any, num_seqs: Any, lane: Any) -> Any:
         lengths = cuda.local.array(EACH, np.int32)
         whole = cuda.local.array(EACH, np.int32)
         cut = cuda.local.array(EACH, np.int32)
-        units, both = int32(0), int32(0)
+        n0, n1, n2, n3, n4 = int32(0), int32(0), int32(0), int32(0), int32(0)
         chunk = int32(0)
         while chunk < num_seqs:
             read(lens, num_seqs, lane, chunk, lengths, whole, cut)
             for i in range(EACH):
-                units = int32(units + whole[i])
-                both = int32(both + whole[i] + cut[i])
+                n0 = int32(n0 + whole[i])
+                n1 = int32(n1 + int32(cut[i] == 1))
+                n2 = int32(n2 + int32(cut[i] == 2))
+                n3 = int32(n3 + int32(cut[i] == 3))
+                n4 = int32(n4 + int32(cut[i] == 4))
             chunk = int32(chunk + CHUNK)
-        return shfl_idx_i32(scan(units, lane), 31), shfl_idx_i32(scan(both, lane), 31)
+        n1, n2 = int32(n0 + n1), int32(n0 + n1 + n2)
+        n3 = int32(n2 + n3)
+        n4 = int32(n3 + n4)
+        return total(n0, lane), total(n1, lane), total(n2, lane), total(n3, lane), total(n4, lane)
 
     @jit(device=True)
     def locate(
-        lens: Any, num_seqs: Any, lane: Any, target: Any, want_cut: Any, chunk: Any, before: Any, before_all: Any
+        lens: Any, num_seqs: Any, lane: Any, target: Any, kind: Any, chunk: Any, before: Any, before_all: Any
     ) -> Any:  # fmt: skip
         lengths = cuda.local.array(EACH, np.int32)
         whole = cuda.local.array(EACH, np.int32)
@@ -103,8 +123,8 @@ def make_schedule(window: int | None) -> tuple[Any, Any, Any]:
             read(lens, num_seqs, lane, chunk, lengths, whole, cut)
             own, own_all = int32(0), int32(0)
             for i in range(EACH):
-                own = int32(own + select_i32(want_cut, cut[i], whole[i]))
-                own_all = int32(own_all + whole[i] + cut[i])
+                own = int32(own + of_kind(kind, whole[i], cut[i]))
+                own_all = int32(own_all + whole[i] + int32(cut[i] > 0))
             upto, upto_all = scan(own, lane), scan(own_all, lane)
             here = shfl_idx_i32(upto, 31)
             if target < before + here:
@@ -117,12 +137,12 @@ def make_schedule(window: int | None) -> tuple[Any, Any, Any]:
         at, at_all = int32(before + upto - own), int32(before_all + upto_all - own_all)
         seq, split, splits, base, length = int32(0), int32(0), int32(0), int32(0), int32(0)
         for i in range(EACH):
-            mine = select_i32(want_cut, cut[i], whole[i])
-            both = int32(whole[i] + cut[i])
+            mine = of_kind(kind, whole[i], cut[i])
+            both = int32(whole[i] + int32(cut[i] > 0))
             hit = int32(int32(at <= target) & int32(target < at + mine))
-            place = select_i32(want_cut, whole[i], int32(target - at))
+            place = select_i32(int32(kind == 0), int32(target - at), whole[i])
             seq = select_i32(hit, int32(chunk + lane * EACH + i), seq)
-            split = select_i32(hit, int32((first_key(lengths[i]) >> SHIFT) + place), split)
+            split = select_i32(hit, int32((first_key(lengths[i]) >> shift) + place), split)
             splits = select_i32(hit, both, splits)
             base = select_i32(hit, at_all, base)
             length = select_i32(hit, lengths[i], length)
@@ -136,14 +156,14 @@ def make_schedule(window: int | None) -> tuple[Any, Any, Any]:
 
 
 @cache
-def make_ranges(window: int | None) -> tuple[Any, Any]:
-    """(pages_of, tiles_of) for a window, or None.
+def make_ranges(window: int | None, split: int = SPLIT) -> tuple[Any, Any]:
+    """(pages_of, tiles_of) for a window, or None, and splits of so many keys.
 
     pages_of(tile, length) -> of the tile's pages 0 and 1, the first that is seen, and the one after the last.
-    tiles_of(split, length) -> of the split's tiles, the first that is seen, and the one after the last.
+    tiles_of(number, length) -> of that split's tiles, the first that is seen, and the one after the last.
     """
-    has_window = window is not None
-    first_key, _, _ = make_schedule(window)
+    has_window, tiles = window is not None, split // TILE
+    first_key, _, _ = make_schedule(window, split)
     int32 = cuda.types.int32
 
     @jit(device=True, forceinline=True)
@@ -156,8 +176,8 @@ def make_ranges(window: int | None) -> tuple[Any, Any]:
         return begin, end
 
     @jit(device=True, forceinline=True)
-    def tiles_of(split: Any, length: Any) -> Any:
-        begin, end = int32(split * SPLIT_TILES), int32(split * SPLIT_TILES + SPLIT_TILES)
+    def tiles_of(number: Any, length: Any) -> Any:
+        begin, end = int32(number * tiles), int32(number * tiles + tiles)
         if has_window:
             begin = int32(max(begin, int32(first_key(length) >> TILE_SHIFT)))
         return begin, int32(min(end, int32((length + TILE - 1) >> TILE_SHIFT)))

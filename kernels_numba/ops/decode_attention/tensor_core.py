@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels_numba.attention_contract import SPLIT
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch, address
 from kernels_numba.ops.decode_attention.config import (
@@ -51,6 +52,7 @@ def decode_kernel(
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
     words += [build.mutant] if build.mutant else []
+    words += [f"split{build.split}"] if build.split != SPLIT else []
     return Kernel(
         "_".join(words),
         lambda: make_decode_kernel(config, dtype, window, with_lse, build),
@@ -101,7 +103,7 @@ def prepared(
         box = (BLOCK_SIZE, BOX_COLUMNS)
         words = [encode_tensor_map(at, o.dtype, shape, stride, box) for at in (o.k_cache, o.v_cache)]
         maps = cuda.to_device(np.stack(words))
-    items = o.num_seqs * o.num_kv_heads * o.max_splits
+    items = o.num_seqs * o.num_kv_heads * o.max_splits(build.split)
     config = config or pick_config(o.head_dim, feed, items, num_sms())
     kernel = decode_kernel(config, o.dtype, window, o.lse != 0, build)
     arguments = (
@@ -130,6 +132,7 @@ def attend(
         return
     if workspace is None:
         heads = o.num_kv_heads * o.group
-        workspace = own_workspace(o.num_seqs, o.num_seqs * o.max_splits, heads, o.num_kv_heads, o.head_dim)
+        splits = o.num_seqs * o.max_splits(build.split)
+        workspace = own_workspace(o.num_seqs, splits, heads, o.num_kv_heads, o.head_dim)
     workspace.check(o)
     prepared(rung, o, workspace, window, build, config)[0](stream)
