@@ -38,7 +38,10 @@ def test_every_op_has_cases_at_real_sizes():
             cost = BENCH_OPS[op].cost(params)
             assert cost.bytes > 0, name
             assert set(next(iter(OPS[op].CASES.values()))) == set(params), "the keys of the op's own cases"
-        if op not in ("gemm", "qk_norm"):
+        if op.endswith("_attention"):
+            for heads in ("32/8/128", "28/4/128", "9/3/64", "32/8/64"):
+                assert any(name.startswith(f"{heads} ") for name in names)
+        elif op not in ("gemm", "qk_norm"):
             for model in ("llama3.2-1b", "qwen2.5-7b", "smollm2-135m"):
                 assert any(name.startswith(model) for name in names)
 

@@ -325,7 +325,7 @@ def test_wgmma_over_panels():
     assert text.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16") == 8
     assert "wait" not in text
     text = wgmma_panels.panels_text(64, 64, "float16", "registers", 16384, 8192)
-    assert "da," not in text
+    assert "}, da, db" not in text
     assert "{$76,$77,$78,$79}, db, p, 1, 1, 0;" in text
 
 

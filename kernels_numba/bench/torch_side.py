@@ -117,8 +117,8 @@ _QUICKEST: dict[Any, str] = {}  # case -> the backend that was quickest when it 
 
 
 def _quickest(torch: Any, case: Any, run: Callable[[], Any]) -> tuple[str, Callable[[], Any]]:
-    """(its name, run with it) of SDPA's backends, each tried four times and timed without its first. A backend
-    that refuses the case is left out; if all do, torch picks."""
+    """(its name, run with it) of SDPA's backends, each tried four times and timed without its first. A
+    backend that refuses the case is left out; if all do, torch picks."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def with_backend(kind: Any) -> Callable[[], Any]:
@@ -128,10 +128,8 @@ def _quickest(torch: Any, case: Any, run: Callable[[], Any]) -> tuple[str, Calla
 
         return inside
 
-    ways = {
-        "cuDNN": with_backend(SDPBackend.CUDNN_ATTENTION),
-        "flash": with_backend(SDPBackend.FLASH_ATTENTION),
-    }
+    kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+    ways = {name: with_backend(kind) for name, kind in kinds.items()}
     if case not in _QUICKEST:
         times = {}
         for name, way in ways.items():
@@ -154,7 +152,7 @@ def _quickest(torch: Any, case: Any, run: Callable[[], Any]) -> tuple[str, Calla
 def _attention(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
     """scaled_dot_product_attention on contiguous keys and values, taken from the pages before (which costs
     torch nothing here); one call for sequences of one shape, else one a sequence. None for a chunk behind a
-    context: with grouped heads, torch has no fast kernel for that mask. Of prompts the quickest backend."""
+    context: with grouped heads, torch has no fast kernel for that mask. Of prompts, the quickest backend."""
     contexts = c["context_lens"]
     query_lens = c.get("query_lens", (1,) * len(contexts))
     pairs = set(zip(query_lens, contexts, strict=True))
