@@ -26,6 +26,7 @@ from kernels_numba.ops.prefill_attention.config import (
     PRODUCER_REGISTERS,
     SMEM_LIMIT,
     TILE_ROWS,
+    WHOLE,
     Build,
     PrefillConfig,
     smem_plan,
@@ -108,6 +109,18 @@ def test_packed_rows_of_keys_give_the_same_bits():
     assert same_bits(run_in_numpy(batch, PrefillConfig(128, "rows")), by_contract(batch))
 
 
+def test_other_splits_are_attention_with_other_bits():
+    """What is measured to see what the folds cost."""
+    batch = make_batch(np.random.default_rng(5), [60], [2100], 1, 2, 64, spread=2)
+    want, truth = by_contract(batch), batch.truth()[0]
+    for split in (128, WHOLE):
+        got = run_in_numpy(batch, build=Build(split=split))
+        assert (
+            error_ratio(got[0].astype(np.float32), want[0].astype(np.float32), truth, "bfloat16", 2100) <= 1
+        )
+        assert not same_bits(got, want)
+
+
 def test_chunks_cut_anywhere_and_strangers_change_no_bit():
     rng = np.random.default_rng(7)
     batch = make_batch(rng, [190, 1, 77], [1300, 2, 1100], 1, 3, 64, spread=2)
@@ -138,7 +151,7 @@ def test_mistakes_are_noticed_in_numpy(mutant):
     batch = make_batch(np.random.default_rng(8), [100, 60], [1100, 1350], 1, 2, 128)
     assert is_right(batch)
     # What is a race is lost in some order of events.
-    assert not all(is_right(batch, mutant=mutant, seed=seed) for seed in range(6))
+    assert not all(is_right(batch, build=Build(mutant=mutant), seed=seed) for seed in range(6))
 
 
 def test_a_product_that_is_read_too_early_is_noticed():
@@ -304,6 +317,9 @@ def test_settings_that_do_not_exist_are_named():
             PrefillConfig(*arguments)
     with pytest.raises(ValueError, match="mutant is 'typo'; there are scale"):
         Build(mutant="typo")
+    for split in (64, 1000, 1 << 27):
+        with pytest.raises(ValueError, match=f"split is {split}; a power of two from 128"):
+            Build(split=split)
 
 
 # The door.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from kernels_numba.attention_contract import TILE
+from kernels_numba.attention_contract import SPLIT, TILE
 from kernels_numba.smem import SmemPlan
 
 HEAD_DIMS = (64, 128)
@@ -42,6 +42,7 @@ MUTANTS = (
     "lost_arrival",
 )
 Source = Literal["pages", "rows"]
+WHOLE = 1 << 26  # keys of a split that never ends: no fold, other bits
 
 
 @dataclass(frozen=True)
@@ -102,17 +103,21 @@ def smem_plan(config: PrefillConfig) -> SmemPlan:
 @dataclass(frozen=True)
 class Build:
     """How a kernel is built beside its numbers. debug: every wait for a barrier is bounded and fails with the
-    barrier's name; stress: warps pause at random; pdl: the launch may begin while the one before it ends.
-    mutant: one known mistake, which the tests must catch: a wrong scale, a mask that lets one key too many
-    in, a page too far, V's stale tail left in place, splits that are not folded, K handed back before it is
-    read, a wrong phase, a stage of V never handed back."""
+    barrier's name; stress: warps pause at random; pdl: the launch may begin while the one before it ends;
+    split: its keys, a power of two; another than the contract's gives other bits, for measuring what it
+    costs. mutant: one known mistake, which the tests must catch: a wrong scale, a mask that lets one key too
+    many in, a page too far, V's stale tail left in place, splits that are not folded, V handed back before it
+    is read, a wrong phase, a stage of V never handed back."""
 
     debug: bool = False
     stress: bool = False
     pdl: bool = True
+    split: int = SPLIT
     mutant: str = ""
 
     def __post_init__(self) -> None:
+        if self.split < TILE or self.split & (self.split - 1) or self.split > WHOLE:
+            raise ValueError(f"split is {self.split}; a power of two from {TILE} to {WHOLE} is required")
         if self.mutant not in MUTANTS:
             raise ValueError(f"mutant is {self.mutant!r}; there are {', '.join(MUTANTS[1:])}")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels_numba.attention_contract import SPLIT
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch, address
 from kernels_numba.ops.prefill_attention.config import (
@@ -48,6 +49,7 @@ def prefill_kernel(
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
+    words += [f"split{build.split}"] if build.split != SPLIT else []
     words += [build.mutant] if build.mutant else []
     return Kernel(
         "_".join(words),

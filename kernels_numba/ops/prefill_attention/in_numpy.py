@@ -16,6 +16,7 @@ from kernels_numba.attention_contract import exponent_scale
 from kernels_numba.ops.prefill_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
+    PRODUCT,
     THREADS,
     Build,
     PrefillConfig,
@@ -32,7 +33,7 @@ MAPS = 1 << 10  # stands for the address of the tensor maps
 def in_numpy(
     config: PrefillConfig, out: Any, q: Any, k: Any, v: Any, cu_seqlens_q: Any, context_lens: Any,
     table: Any, *, softmax_scale: float, window: int | None = None, lse: Any = None, grid: int = 2,
-    seed: int = 0, mutant: str = "", change: Callable[[str, str], str] = lambda name, text: text,
+    seed: int = 0, build: Build = PRODUCT, change: Callable[[str, str], str] = lambda name, text: text,
 ) -> Any:  # fmt: skip
     """The counters that the launch leaves; out[tokens, Hq, D] and lse[tokens, Hq] are written. bfloat16 bits
     as uint16.
@@ -57,7 +58,7 @@ def in_numpy(
         memory.put(table), memory.put(counters), len(context_lens), num_kv_heads, num_q_heads // num_kv_heads,
         q2.strides[0], out2.strides[0], table.strides[0] // 4, exponent_scale(softmax_scale),
     )  # fmt: skip
-    specialised = (config, "bfloat16", window, lse is not None, Build(mutant=mutant))
+    specialised = (config, "bfloat16", window, lse is not None, build)
     simt_warps.run(
         MODULES, "make_prefill_kernel", specialised, arguments, grid, THREADS, smem_plan(config).bytes,
         memory, maps, seed, change, GroupWarp,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.attention_contract import LN2, SPLIT, TILE
+from kernels_numba.attention_contract import LN2, TILE
 from kernels_numba.attention_tile import LOWEST, make_fold_factors, make_folded
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.ops.prefill_attention.config import (
@@ -67,7 +67,6 @@ from kernels_numba.ptx.wgmma_panels import make_hold, make_wgmma_panels
 
 SIGNATURE = f"void({', '.join(['int64'] * 8 + ['int32'] * 6 + ['float32'])})"
 TILE_SHIFT = TILE.bit_length() - 1
-SPLIT_TILES = SPLIT // TILE
 TURN, OWN = 1, 5  # named barriers: from here on, one a consumer
 
 
@@ -136,7 +135,7 @@ def make_prefill_kernel(
     scaled = np.float32(1.25 if build.mutant == "scale" else 1)
     lowest, zero, one, ln2 = np.float32(LOWEST), np.float32(0), np.float32(1), np.float32(LN2)
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
-    pdl = build.pdl
+    pdl, split_tiles = build.pdl, build.split // TILE
 
     @jit(device=True, forceinline=True)
     def following(stage: Any, phase: Any) -> Any:
@@ -306,7 +305,7 @@ def make_prefill_kernel(
                         if tile * TILE + TILE > my_least or (has_window and tile * TILE < my_most - width):
                             hide(s, at, low, high)
                         a_low, b_low, a_high, b_high = one, one, one, one
-                        ended = (tile & (SPLIT_TILES - 1)) == 0  # the split of the tile before this one
+                        ended = (tile & (split_tiles - 1)) == 0  # the split of the tile before this one
                         if ended:
                             kept_low, a_low, b_low = fold_factors(kept_low, m_low)
                             kept_high, a_high, b_high = fold_factors(kept_high, m_high)

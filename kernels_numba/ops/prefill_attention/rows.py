@@ -117,9 +117,9 @@ def make_rescale(head_dim: int) -> Any:
 def make_state(head_dim: int) -> tuple[Any, Any, Any]:
     """(sums, keep, fold_into): what the end of a split does to a thread's rows.
 
-    sums(places) -> l of a row, from the lane's four places. keep(o, state): o[head_dim / 2] to shared memory, 16
-    bytes at a time from address `state` on, for this thread alone. fold_into(o, state, a_low, b_low, a_high,
-    b_high): o becomes what was kept, folded with o.
+    sums(places) -> l of a row, from the lane's four places. keep(o, state): o[head_dim / 2] to shared memory,
+    16 bytes at a time from address `state` on, for this thread alone. fold_into(o, state, a_low, b_low,
+    a_high, b_high): o becomes what was kept, folded with o.
     """
     vectors, folded, quad = head_dim // 8, make_folded(), make_quad()
     quad_sum = quad[1]
