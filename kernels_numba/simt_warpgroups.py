@@ -110,7 +110,7 @@ class GroupWarp(Warp):
     def make_hold(self, n: int) -> Callable[[Array], None]:
         return lambda values: None
 
-    # named_barrier.py, control.py, tma.py, shuffle.py, matrix.py, predicated_vector.py
+    # named_barrier.py, control.py, ldst.py, tma.py, shuffle.py, matrix.py, predicated_vector.py
 
     def _arrive(self, name: int, threads: int) -> tuple[list[int], int]:
         arrived = self.both.named.setdefault(name, [0, 0])
@@ -128,6 +128,10 @@ class GroupWarp(Warp):
 
     def named_barrier_arrive(self, name: Any, threads: int) -> None:
         self._arrive(self.one(name), threads)
+
+    def prefetch_l2(self, address: Any) -> None:
+        for at in self.per_thread(address).tolist():
+            self.memory.bytes_at(at, 1)
 
     def setmaxnreg_dec(self, count: int) -> None:
         pass

@@ -82,7 +82,7 @@ def _fixed(config: PrefillConfig, stages: int) -> tuple[tuple[str, int, int, int
         ("state", ROWS * config.head_dim * 4, 1024, CONSUMERS),
         ("record", RECORD_BYTES, 32, RECORDS),
         *((f"{name}_{end}", 8, 8, stages) for name in "kv" for end in ("full", "empty")),
-        *((f"q_{end}", 8, 8, 1) for end in ("full", "empty")),
+        *((f"q_{end}", 8, 8, CONSUMERS) for end in ("full", "empty")),
         ("posted", 8, 8, RECORDS),
         ("taken", 8, 8, RECORDS),
     )

@@ -82,17 +82,19 @@ def make_prefill_kernel(
     block_table i32[num_seqs, ..], or with rows cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0
     again at the end. Then num_seqs, num_kv_heads, group, bytes from one token to the next of q and of out,
     entries from one row to the next of block_table; c (attention_contract.py).
-    Who does what: warpgroups 0 to consumers - 1: 64 rows of a tile each; then a warpgroup of producers: warp
-    0 keys and values, warp 1 queries, warp 2 which item comes next (schedule.py), producers.py has all three.
-    A row is (token, head of the group), token first, so that a tile is full even where tokens are few. A
-    consumer issues S of tile t + 1, then P V of tile t; while both run it makes t + 1's weights, and while it
-    does that the other consumers' products run: they take turns (named barriers TURN + consumer). Tiles in
-    which none of its 64 rows sees anything it only hands back.
-    A split's o is folded into what the consumer has kept in shared memory (a thread's own words, 16 bytes at
-    a time), because two float32 tiles of 64 x 128 beside S and P would be 224 registers a thread. Shared
-    memory: smem_plan(config); K, V and q in panels of 64 columns, 128-byte swizzle. Barriers: k_full[s],
-    v_full[s] hand a tile of keys, of values to the consumers, k_empty[s], v_empty[s] hand it back (an arrival
-    a warp); q_full, q_empty the same of the queries; posted[r] an item, taken[r] back.
+    Who does what: warpgroups 0 to consumers - 1: 64 rows of a tile each; then a warpgroup of producers
+    (producers.py): warp 0 keys and values, warp 1 which item comes next (schedule.py), warps 2 and 3 the
+    queries of a consumer each. A row is (token, head of the group), token first: a tile is full where tokens
+    are few.
+    A consumer issues S of tile t + 1, then P V of tile t; while both run it makes t + 1's weights, and while
+    it does that the other consumer's products run: they take turns (named barriers TURN + consumer). Tiles
+    in which none of its 64 rows sees anything it only hands back.
+    At the end of a split o is folded into what the consumer has kept in shared memory (a thread's own words,
+    16 bytes at a time): a second o beside the first, S and P would make 224 registers a thread.
+    Shared memory: smem_plan(config); K, V and q in panels of 64 columns, 128-byte swizzle. Barriers:
+    k_full[s], v_full[s] hand a tile of keys, of values to the consumers, k_empty[s], v_empty[s] hand it back
+    (an arrival a warp); q_full[w], q_empty[w] the same of a consumer's queries; posted[r] an item, taken[r] back. Named
+    barriers OWN + consumer are a consumer's own: around cleaned values and staged output.
     V rows that no row of the block sees are zeroed in shared memory (0 x NaN is NaN), scores hidden by
     selection. Pages in which nothing is seen, and table entries of such, are never read.
     Dependent launches: lengths and tables are read before the launches before this one have ended, so they
@@ -260,7 +262,7 @@ def make_prefill_kernel(
                 for k in range(4):
                     l_low[k] = zero
                     l_high[k] = zero
-                wait_full(int32(smem + q_full), q_phase)
+                wait_full(int32(smem + q_full + 8 * consumer), q_phase)
                 # Tiles before the window of this warpgroup's rows.
                 while has_window and tile < my_tile:
                     pass_by(smem, stage, phase, v_stage, v_phase, consumer, lane)
@@ -321,7 +323,7 @@ def make_prefill_kernel(
                             # that are to be made meanwhile; a wait that is over ends the block that they are
                             # in.
                             hold(s)
-                            wait_full(int32(smem + q_full), q_phase)
+                            wait_full(int32(smem + q_full + 8 * consumer), q_phase)
                         output_ready(o)
                         if not early and handed_back:
                             hand_back(int32(smem + v_empty + 8 * v_stage), lane)
@@ -349,7 +351,7 @@ def make_prefill_kernel(
                     hand_back(int32(smem + v_empty + 8 * v_stage), lane)
                     v_stage, v_phase = following(v_stage, v_phase)
                 # No product of this warpgroup reads the queries any more.
-                hand_back(int32(smem + q_empty), lane)
+                hand_back(int32(smem + q_empty + 8 * consumer), lane)
                 q_phase = int32(q_phase ^ 1)
                 # Tiles that other warpgroups' rows see.
                 while tile < tile_end:
@@ -417,11 +419,12 @@ def make_prefill_kernel(
                 mbarrier_init(int32(smem + v_full + 8 * k), 1)
                 mbarrier_init(int32(smem + k_empty + 8 * k), 4 * consumers)
                 mbarrier_init(int32(smem + v_empty + 8 * k), 4 * consumers)
-            mbarrier_init(int32(smem + q_full), 1)
-            mbarrier_init(int32(smem + q_empty), 4 * consumers)
+            for k in range(consumers):
+                mbarrier_init(int32(smem + q_full + 8 * k), 1)
+                mbarrier_init(int32(smem + q_empty + 8 * k), 4)
             for k in range(RECORDS):
                 mbarrier_init(int32(smem + posted_at + 8 * k), 1)
-                mbarrier_init(int32(smem + taken_at + 8 * k), 4 * consumers + 2)
+                mbarrier_init(int32(smem + taken_at + 8 * k), 5 * consumers + 1)
             fence_mbarrier_init()
         cuda.syncthreads()
         if consumer == consumers:
@@ -430,9 +433,9 @@ def make_prefill_kernel(
             if role == 0:
                 load_keys(smem, maps, table, heads, group, table_stride, lane)
             elif role == 1:
-                load_queries(smem, q, group, q_stride, lane)
-            elif role == 2:
                 schedule(smem, cu, lens, counters, num_seqs, heads, group, lane)
+            else:
+                load_queries(smem, q, group, q_stride, int32(role - 2), lane)
         else:
             setmaxnreg_inc(many)
             if pdl:

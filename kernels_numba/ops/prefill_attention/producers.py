@@ -1,4 +1,4 @@
-"""The three producer warps of the Hopper prefill kernel: which item is next, its queries, its keys and
+"""The producer warps of the Hopper prefill kernel: which item is next, its queries, its keys and
 values.
 
 Knows: how work and operands come to shared memory, and the barriers that say so. Refuses to know: what is
@@ -18,6 +18,7 @@ from kernels_numba.ops.prefill_attention.config import (
     BOX_COLUMNS,
     PANEL_BYTES,
     RECORDS,
+    ROWS,
     TILE_ROWS,
     WARP,
     Build,
@@ -31,7 +32,7 @@ from kernels_numba.ptx.control import griddep_wait
 from kernels_numba.ptx.cp_async import cp_async_16_zfill, cp_async_commit, cp_async_wait
 from kernels_numba.ptx.debug import make_mbarrier_wait, make_stress
 from kernels_numba.ptx.fences import fence_proxy_async
-from kernels_numba.ptx.ldst import ld_global_i32, ld_shared_b32, st_global_b32, st_shared_b32
+from kernels_numba.ptx.ldst import ld_global_i32, ld_shared_b32, prefetch_l2, st_global_b32, st_shared_b32
 from kernels_numba.ptx.mbarrier import mbarrier_arrive, mbarrier_expect_tx
 from kernels_numba.ptx.shuffle import shfl_idx_i32
 from kernels_numba.ptx.tma import tma_load_2d
@@ -45,7 +46,7 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
 
     schedule(smem, cu, lens, counters, num_seqs, heads, group, lane) takes items and posts them: i32[8] of
     sequence (-1: no more), head, first row, rows of the sequence, its first token, the position of that.
-    load_queries(smem, q, group, q_stride, lane): a tile's rows, zeros past the sequence's last.
+    load_queries(smem, q, group, q_stride, consumer, lane): a consumer's rows, zeros past the sequence's last.
     load_keys(smem, maps, table, heads, group, table_stride, lane): K, then V of each tile of keys that a row
     of the item sees, by TMA, page by page.
     """
@@ -58,7 +59,7 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
     record_at, posted_at, taken_at = plan.offset("record"), plan.offset("posted"), plan.offset("taken")
     tile_bytes, part_bytes, boxes = config.tile_bytes, config.tile_bytes // 2, head_dim // BOX_COLUMNS
     units, row_bytes, q_panel = head_dim // 8, head_dim * 2, tile_rows * 128
-    unit_shift = units.bit_length() - 1
+    unit_shift, lines = units.bit_length() - 1, WARP // units  # rows that a warp copies at once
     by_page, pdl, page_off = config.source == "pages", build.pdl, int(build.mutant == "page")
     has_window, width = window is not None, window or 0
     locate = make_schedule(tile_rows)
@@ -112,8 +113,11 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
                 st_global_b32(int64(counters + 4), 0)
 
     @jit(device=True)
-    def load_queries(smem: Any, q: Any, group: Any, q_stride: Any, lane: Any) -> None:
+    def load_queries(smem: Any, q: Any, group: Any, q_stride: Any, consumer: Any, lane: Any) -> None:
+        full, empty = int32(smem + q_full + 8 * consumer), int32(smem + q_empty + 8 * consumer)
         slot, phase, q_phase = int32(0), int32(0), int32(0)
+        unit, first_line = int32(lane & (units - 1)), int32(lane >> unit_shift)
+        to = int32(smem + q_at + consumer * (ROWS * 128) + (unit >> 3) * q_panel)
         if pdl:
             griddep_wait()
         working = True
@@ -130,26 +134,37 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
             if slot == RECORDS:
                 slot, phase = int32(0), int32(phase ^ 1)
             if working:
-                pause(int32(6))
-                wait_empty(int32(smem + q_empty), int32(q_phase ^ 1))
                 source = int64(q + int64(token0) * q_stride + int64(head) * group * row_bytes)
-                number = int32(lane)
-                while number < tile_rows * units:
-                    line, unit = int32(number >> unit_shift), int32(number & (units - 1))
-                    row = int32(row0 + line)
-                    valid = select_i32(int32(row < rows), 16, 0)
-                    row = select_i32(int32(row < rows), row, int32(rows - 1))
+                first_row = int32(row0 + consumer * ROWS)
+                for part in range(ROWS // WARP):
+                    # Into L2 while the queries of the item before this one are still in use.
+                    row = int32(first_row + part * WARP + lane)
+                    row = select_i32(int32(row < rows), row, 0)
                     token = int32(uint32(row) // uint32(group))
-                    at = int64(token) * q_stride + ((row - token * group) * row_bytes + unit * 16)
-                    to = int32(q_at + (unit >> 3) * q_panel + line * 128 + (((unit & 7) ^ (line & 7)) << 4))
-                    cp_async_16_zfill(int32(smem + to), int64(source + at), valid)
-                    number = int32(number + WARP)
+                    at = int64(token) * q_stride + (row - token * group) * row_bytes
+                    for line in range(boxes):
+                        prefetch_l2(int64(source + at + line * 128))
+                pause(int32(6))
+                wait_empty(empty, int32(q_phase ^ 1))
+                row, line = int32(first_row + first_line), first_line
+                token = int32(uint32(row) // uint32(group))
+                member = int32(row - token * group)  # head of the group
+                while line < ROWS:
+                    inside = int32(row < rows)
+                    at = int64(select_i32(inside, token, 0)) * q_stride + (member * row_bytes + unit * 16)
+                    place = int32(to + line * 128 + (((unit & 7) ^ (line & 7)) << 4))
+                    cp_async_16_zfill(place, int64(source + at), select_i32(inside, 16, 0))
+                    row, line, member = int32(row + lines), int32(line + lines), int32(member + lines)
+                    for _ in range(lines):
+                        over = int32(member >= group)
+                        member = select_i32(over, int32(member - group), member)
+                        token = int32(token + over)
                 cp_async_commit()
                 cp_async_wait(0)
                 fence_proxy_async()  # wgmma reads what was copied
                 cuda.syncwarp()
                 if lane == 0:
-                    mbarrier_arrive(int32(smem + q_full))
+                    mbarrier_arrive(full)
                 q_phase = int32(q_phase ^ 1)
 
     @jit(device=True, forceinline=True)
