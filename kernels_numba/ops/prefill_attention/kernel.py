@@ -93,8 +93,8 @@ def make_prefill_kernel(
     16 bytes at a time): a second o beside the first, S and P would make 224 registers a thread.
     Shared memory: smem_plan(config); K, V and q in panels of 64 columns, 128-byte swizzle. Barriers:
     k_full[s], v_full[s] hand a tile of keys, of values to the consumers, k_empty[s], v_empty[s] hand it back
-    (an arrival a warp); q_full[w], q_empty[w] the same of a consumer's queries; posted[r] an item, taken[r] back. Named
-    barriers OWN + consumer are a consumer's own: around cleaned values and staged output.
+    (an arrival a warp); q_full[w], q_empty[w] the same of a consumer's queries; posted[r] an item, taken[r]
+    back. Named barriers OWN + consumer are a consumer's own: around cleaned values and staged output.
     V rows that no row of the block sees are zeroed in shared memory (0 x NaN is NaN), scores hidden by
     selection. Pages in which nothing is seen, and table entries of such, are never read.
     Dependent launches: lengths and tables are read before the launches before this one have ended, so they
