@@ -1,15 +1,16 @@
 """The order of operations that every tensor-core attention keeps, in numpy: what makes a row's bits its own.
 
-A row is one query of one head. Whatever shares its launch, its result depends on the row, the keys and values it
-sees and their absolute positions alone, because every kernel does this, with these roundings:
+A row is one query of one head. Whatever shares its launch, its result depends on the row, the keys and values
+it sees and their absolute positions alone, because every kernel does this, with these roundings:
 
     splits   of SPLIT = 1,024 keys, aligned to key 0, ascending; each starts from m = -inf, l = 0, o = 0
-    tiles    of TILE = 128 keys, aligned to key 0, ascending. A tile in which the row sees nothing does nothing.
+    tiles    of TILE = 128 keys, aligned to key 0, ascending. A tile in which the row sees nothing does
+    nothing.
              S = Q K^T by tensor-core steps of 16 over head_dim, ascending from 0: queries M, keys N
              keys that the row does not see: S = -inf, by selection
              m' = max(m, max(S) c), the product rounded;  f = ex2(m - m');  p = ex2(fma(S, c, -m'))
-             l = fma(l, f, t), one for each of LANES = 16 places; place (g, i) adds the unrounded p of the keys
-             32 g + 8 j + 2 i and the next one: t = ((pair j=0 + pair 1) + pair 2) + pair 3
+             l = fma(l, f, t), one for each of LANES = 16 places; place (g, i) adds the unrounded p of the
+             keys 32 g + 8 j + 2 i and the next one: t = ((pair j=0 + pair 1) + pair 2) + pair 3
              o = o f, rounded; then o += P V, P rounded to the element type, by tensor-core steps of 16 keys,
              ascending; steps in which the row sees nothing may be left out, since they add exact zeros
     its end  l: of each g (l0 + l1) + (l2 + l3), then (g0 + g1) + (g2 + g3)
@@ -17,15 +18,15 @@ sees and their absolute positions alone, because every kernel does this, with th
              l = fma(l1, a, l2 b); o = fma(o1, a, o2 b)
     result   o (1 / l), rounded once; zeros where nothing is seen. Log-sum-exp: (m + log2 l) ln 2
 
-c is softmax_scale log2(e), rounded to float32 once; it is positive, so the largest score scaled is the largest
-scaled score, and a maximum that stays makes f exactly 1. Place (g, i) is what lane i of a quad holds of 32 keys in the
-accumulator layout that wgmma and mma.sync share (ptx/mma.py); g is a place too so that four warps can share a
-tile and each keep sums of its own.
+c is softmax_scale log2(e), rounded to float32 once; it is positive, so the largest score scaled is the
+largest scaled score, and a maximum that stays makes f exactly 1. Place (g, i) is what lane i of a quad holds
+of 32 keys in the accumulator layout that wgmma and mma.sync share (ptx/mma.py); g is a place too so that four
+warps can share a tile and each keep sums of its own.
 
-What numpy cannot fix is left to the instructions: how one tensor-core step rounds its 16 products (here: exact
-products and sum, added to the accumulator with one rounding), and the last bits of ex2 and log2. So two kernels
-are compared with each other bit by bit, and with this file within rounding. Knows: one row after another.
-Refuses to know: pages, batches, threads.
+What numpy cannot fix is left to the instructions: how one tensor-core step rounds its 16 products (here:
+exact products and sum, added to the accumulator with one rounding), and the last bits of ex2 and log2. So two
+kernels are compared with each other bit by bit, and with this file within rounding. Knows: one row after
+another. Refuses to know: pages, batches, threads.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Device functions of attention on tensor cores, shared by all kernels that keep attention_contract.py's order.
+"""Device functions of attention on tensor cores, shared by all kernels that keep attention_contract.py's
+order.
 
-All act on a warp's 16 rows in the accumulator layout of mma.sync and wgmma: lane 4 r + i holds rows r and r + 8
-(called low and high), of 8 keys j the keys 2 i and 2 i + 1: s[4 j], s[4 j + 1] low, s[4 j + 2], s[4 j + 3] high.
-A group is 32 keys, j = 0 to 3, 16 numbers from s[at] on. Knows: scores, weights, folds. Refuses to know: where
-scores come from, which warp has which keys.
+All act on a warp's 16 rows in the accumulator layout of mma.sync and wgmma: lane 4 r + i holds rows r and r +
+8 (called low and high), of 8 keys j the keys 2 i and 2 i + 1: s[4 j], s[4 j + 1] low, s[4 j + 2], s[4 j + 3]
+high. A group is 32 keys, j = 0 to 3, 16 numbers from s[at] on. Knows: scores, weights, folds. Refuses to
+know: where scores come from, which warp has which keys.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ def make_group_max() -> Any:
 @cache
 def make_group_weights(dtype: str) -> Any:
     """f(s, at, p, p_at, c, n_low, n_high) -> (t_low, t_high): the lane's sums of a group's weights
-    ex2(fma(s, c, n)), unrounded; p[p_at : p_at + 8] i32: the weights rounded, as A of two k-steps of 16 keys."""
+    ex2(fma(s, c, n)), unrounded; p[p_at : p_at + 8] i32: the weights rounded, as A of two k-steps of 16
+    keys."""
     pack = pack_bf16 if dtype == "bfloat16" else pack_f16
     zero = np.float32(0)
 

@@ -1,9 +1,10 @@
-"""A block whose warps go their own ways, in numpy: runs a warp-specialised kernel's own Python text without a GPU.
+"""A block whose warps go their own ways, in numpy: runs a warp-specialised kernel's own Python text without a
+GPU.
 
 Each warp is a Python thread of its own on simt.py's instructions, and only one runs at a time; where it waits
 (for an mbarrier, a named barrier), another one whose wait is over goes on, chosen at random. So a seed is an
-order of events, and the same seed gives the same one. Copies land when somebody waits for them and not before.
-If all wait, it says who waits for what. Blocks run one after another. Knows: the instructions of
+order of events, and the same seed gives the same one. Copies land when somebody waits for them and not
+before. If all wait, it says who waits for what. Blocks run one after another. Knows: the instructions of
 ops/decode_attention. Refuses to know: what simt.py refuses to; memory order (each access is seen at once).
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -20,95 +20,9 @@ import numpy as np
 
 from kernels_numba.layouts import swizzled_image
 from kernels_numba.simt import SMEM_START, Array, Block, Memory, lanes, to_bits
+from kernels_numba.simt_turns import Barrier, Turns
 
 WARP = 32
-
-
-class Stuck(RuntimeError):
-    """Every warp waits."""
-
-
-class Turns:
-    """Whose turn it is among the warps of a block."""
-
-    def __init__(self, count: int, rng: np.random.Generator) -> None:
-        self.rng, self.waiting = rng, [(lambda: True, "start")] * count
-        self.done, self.error = [False] * count, None  # type: list[bool], BaseException | None
-        self.gates = [threading.Semaphore(0) for _ in range(count)]
-
-    def next(self) -> None:
-        """Let one go on whose wait is over; if there is none, all go on with an error."""
-        able = [w for w, (over, _) in enumerate(self.waiting) if not self.done[w] and over()]
-        if able:
-            self.gates[int(self.rng.choice(able))].release()
-        elif not all(self.done):
-            waits = ", ".join(
-                f"warp {w} for {self.waiting[w][1]}" for w, done in enumerate(self.done) if not done
-            )
-            self.fail(Stuck(f"hangs: {waits}"))
-
-    def fail(self, error: BaseException) -> None:
-        self.error = self.error or error
-        for gate in self.gates:
-            gate.release()
-
-    def wait(self, warp: int, over: Callable[[], bool], what: str) -> None:
-        self.waiting[warp] = over, what
-        self.next()
-        self.gates[warp].acquire()
-        if self.error is not None:
-            raise self.error
-
-    def run(self, bodies: Sequence[Callable[[], None]]) -> None:
-        """Run every warp's body to its end; raises the first error."""
-
-        def thread(warp: int) -> None:
-            self.gates[warp].acquire()
-            try:
-                if self.error is None:
-                    bodies[warp]()
-                    self.done[warp] = True
-                    self.next()
-            except BaseException as error:  # to be raised where the block was started
-                self.done[warp] = True
-                self.fail(error)
-
-        threads = [threading.Thread(target=thread, args=(warp,), daemon=True) for warp in range(len(bodies))]
-        for one in threads:
-            one.start()
-        self.next()
-        for one in threads:
-            one.join()
-        if self.error is not None:
-            raise self.error
-
-
-class Barrier:
-    """An mbarrier: arrivals and bytes of a phase; copies that have not landed yet."""
-
-    def __init__(self, count: int) -> None:
-        self.count = self.left = count
-        self.bytes = self.phase = 0
-        self.flying: list[Callable[[], int]] = []
-
-    def arrive(self, count: int = 1) -> None:
-        if count > self.left:
-            raise RuntimeError(f"{count} arrivals at a barrier whose phase waits for {self.left}")
-        self.left -= count
-        self.turn()
-
-    def turn(self) -> None:
-        if self.left == 0 and self.bytes == 0 and not self.flying:
-            self.phase += 1
-            self.left = self.count
-
-    def ended(self, parity: int) -> bool:
-        if self.left == 0:
-            flying, self.flying = self.flying, []
-            for land in flying:
-                self.bytes -= land()
-            self.turn()
-        return self.phase % 2 != parity
 
 
 class Shared:
@@ -152,7 +66,7 @@ class Warp(Block):
         return np.asarray(value, np.float32)
 
     def ex2_f32(self, x: Any) -> Array:
-        return np.exp2(self.f32(x).astype(np.float64)).astype(np.float32)
+        return self.f32(np.exp2(self.f32(x).astype(np.float64)))
 
     def lg2_f32(self, x: Any) -> Array:
         with np.errstate(divide="ignore"):
@@ -160,7 +74,7 @@ class Warp(Block):
 
     def fma_f32(self, x: Any, y: Any, z: Any) -> Array:
         x, y, z = (self.f32(v).astype(np.float64) for v in (x, y, z))
-        return (x * y + z).astype(np.float32)
+        return self.f32(x * y + z)
 
     def mul_f32(self, x: Any, y: Any) -> Array:
         return self.f32(x) * self.f32(y)
@@ -196,7 +110,7 @@ class Warp(Block):
         return int(bits).bit_count()
 
     def shfl_xor_f32(self, x: Any, mask: int) -> Array:
-        return np.asarray(self.per_thread(x))[np.arange(WARP) ^ mask]
+        return self.f32(self.per_thread(x)[np.arange(WARP) ^ mask])
 
     def shfl_idx_i32(self, x: Any, source: Any) -> Any:
         return self.one(self.per_thread(x)[self.per_thread(source) & 31])
@@ -281,7 +195,8 @@ class Warp(Block):
         pair = np.stack([np.broadcast_to(to_bits(x), WARP) for x in (low, high)], axis=1)
         return np.ascontiguousarray(pair).view(np.int32)[:, 0]
 
-    # mbarrier.py, mbarrier_poll.py, debug.py, named_barrier.py, tma.py, cp_async.py, and what has no part here
+    # mbarrier.py, mbarrier_poll.py, debug.py, named_barrier.py, tma.py, cp_async.py, and what has no part
+    # here
 
     def mbarrier_init(self, bar: Any, count: int) -> None:
         self.both.barriers[self.one(bar)] = Barrier(count)

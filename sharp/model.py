@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from kernels_numba.attention_contract import SPLIT
 from kernels_numba.ops import resolve
 from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.gemm.door import best_rung, refusal
@@ -188,8 +189,8 @@ class Model:
         why_not = refusal(self.rungs["gemm"], device.capability, device.dtype, sizes)
         if why_not:
             raise ValueError(f"rung {self.rungs['gemm']!r} of gemm does not run this model: {why_not}")
-        # Never picked by itself while prefill has no tensor-core rung: decode would round otherwise than a chunk
-        # of the same tokens, and a request's bits would depend on how it was cut.
+        # Never picked by itself while prefill has no tensor-core rung: decode would round otherwise than a
+        # chunk of the same tokens, and a request's bits would depend on how it was cut.
         decode, group = self.rungs.get("decode_attention", ""), c.num_q_heads // c.num_kv_heads
         where = device.capability, device.dtype, c.head_dim, group, config.block_size
         why_not = decode_door.refusal(decode, *where)
@@ -213,7 +214,7 @@ class Model:
         observe("weights")
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         if decode in decode_door.NEEDS:  # before the pages are counted, which get what is left
-            splits = rows * -(-self.max_model_len // decode_door.SPLIT)
+            splits = rows * -(-self.max_model_len // SPLIT)
             space = decode_door.Workspace.of(rows, splits, c.num_q_heads, c.num_kv_heads, c.head_dim)
             self.ops.decode_attention = partial(self.ops.decode_attention, workspace=space)
         if prefill == prefill_door.RUNG:

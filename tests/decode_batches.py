@@ -23,8 +23,8 @@ def bits(array: Any) -> Any:
 
 @dataclass
 class Batch:
-    """q[B, Hq, D] (cut from a wider buffer), caches[num_blocks, Hkv, 64, D] in the element type, NaN where nobody
-    may look; context_lens, block_table with BAD_PAGE there; window."""
+    """q[B, Hq, D] (cut from a wider buffer), caches[num_blocks, Hkv, 64, D] in the element type, NaN where
+    nobody may look; context_lens, block_table with BAD_PAGE there; window."""
 
     q: Any
     k_cache: Any

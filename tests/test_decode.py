@@ -3,7 +3,6 @@ threads), the code that it becomes, and its numbers and bits on a GPU."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -18,9 +17,9 @@ from tolerance import error_ratio
 from kernels_numba import attention_contract as contract
 from kernels_numba.compiler import KernelsUnavailable
 from kernels_numba.ops.decode_attention.config import (
+    CONFIGS,
     HEAD_DIMS,
     MUTANTS,
-    CONFIGS,
     SMEM_LIMITS,
     Build,
     DecodeConfig,
@@ -29,7 +28,7 @@ from kernels_numba.ops.decode_attention.config import (
 )
 from kernels_numba.ops.decode_attention.door import Operands, Workspace, operands, refusal
 from kernels_numba.ops.decode_attention.in_numpy import in_numpy
-from kernels_numba.simt_warps import Stuck
+from kernels_numba.simt_turns import Stuck
 
 ROOT = Path(__file__).resolve().parent.parent
 # The mistakes that make wrong numbers; the others make kernels that hang or race.
@@ -128,8 +127,8 @@ def largest_difference(lse, want):
 
 
 def apart(batch, got):
-    """How far a result is from the contract's, in bfloat16's largest rounding of the result (of a row's small numbers, of an
-    eighth of its largest), or in 1e-5 of the log-sum-exp."""
+    """How far a result is from the contract's, in bfloat16's largest rounding of the result (of a row's small
+    numbers, of an eighth of its largest), or in 1e-5 of the log-sum-exp."""
     out, lse = by_contract(batch)
     scale = np.maximum(np.abs(out), np.abs(out).max(axis=-1, keepdims=True) / 8) + 2.0**-20
     error = np.nan_to_num(np.abs(got[0] - out) / scale, nan=np.inf).max() / 2.0**-8
@@ -204,7 +203,8 @@ from kernels_numba.ops.decode_attention.tensor_core import decode_kernel
 reports = []
 for feed, blocks, arch, head_dim, dtype, window, lse in (
     ("tma", 2, "sm_90a", 128, "bfloat16", None, True), ("tma", 2, "sm_90a", 64, "float16", 300, True),
-    ("cp_async", 1, "sm_80", 128, "float16", 300, True), ("cp_async", 1, "sm_120", 64, "bfloat16", None, True),
+    ("cp_async", 1, "sm_80", 128, "float16", 300, True), ("cp_async", 1, "sm_120", 64, "bfloat16", None,
+    True),
 ):
     report = assemble_kernel(decode_kernel(DecodeConfig(head_dim, feed, blocks), dtype, window, lse), arch)
     reports.append([asdict(report), report.problems, feed, head_dim])
@@ -231,8 +231,9 @@ def test_tiles_stay_in_registers(assembled):
     assert len(assembled) == 4
     for report, problems, feed, head_dim in assembled:
         assert problems == [], report
-        assert report["registers"] <= 128, report  # two blocks of 256 threads an SM
-        # 16 rows x 128 keys x head_dim: four warps share 8 x head_dim / 16 products of each kind, P V in pages.
+        assert report["registers"] <= (128 if feed == "tma" else 255), report  # 2 x 256 threads an SM, or 1
+        # 16 rows x 128 keys x head_dim: four warps share 8 x head_dim / 16 products of each kind, P V in
+        # pages.
         assert report["main_loop"]["HMMA"] >= head_dim // 8, report
         assert report["main_loop"]["LDSM"] >= head_dim // 16, report
         counts = report["instructions"]

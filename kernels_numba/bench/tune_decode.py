@@ -60,7 +60,7 @@ def read_gbs(rounds: int = 5) -> float:
     kernel = Kernel("read", make_read_kernel, (), "void(int64, int32, int64)", THREADS)
     launch = kernel.prepare(blocks, (address(data), turns, address(out)))
     times = [lane.elapsed_us(lambda: launch(lane.stream)) for _ in range(rounds + 1)]
-    return turns * each / min(times[1:]) / 1e3
+    return float(turns * each / min(times[1:]) / 1e3)
 
 
 def kv_bytes(params: Params) -> int:
@@ -82,7 +82,8 @@ def describe(case: str, params: Params, times: dict[int, float]) -> str:
     """The printed line: every length's time, and the contract's over the best one's."""
     each = ", ".join(f"{n} {us:.2f} us" for n, us in times.items())
     contract = times[SPLIT] / min(times.values())
-    return f"{case}: {each}; the contract's {kv_bytes(params) / times[SPLIT] / 1e3:.0f} GB/s, {contract:.3f}x the best"
+    gbs = kv_bytes(params) / times[SPLIT] / 1e3
+    return f"{case}: {each}; the contract's {gbs:.0f} GB/s, {contract:.3f}x the best"
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""Float32 arithmetic whose bits are fixed, base-2 exponential and logarithm, choices without a branch (PTX ISA,
-"ex2", "lg2", "fma", "mul", "add", "max", "selp").
+"""Float32 arithmetic whose bits are fixed, base-2 exponential and logarithm, choices without a branch (PTX
+ISA, "ex2", "lg2", "fma", "mul", "add", "max", "selp").
 
-What carries bits from one kernel to another writes its roundings down: with .rn neither compiler nor assembler
-contracts a product and a sum into one fma. ex2.approx has a relative error of at most 2^-22, and gives exactly 0
-for -inf and exactly 1 for 0. .ftz leaves what it leaves in every kernel: subnormal results of ex2 become 0.
+What carries bits from one kernel to another writes its roundings down: with .rn neither compiler nor
+assembler contracts a product and a sum into one fma. ex2.approx has a relative error of at most 2^-22, and
+gives exactly 0 for -inf and exactly 1 for 0. .ftz leaves what it leaves in every kernel: subnormal results of
+ex2 become 0.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Counters in global memory that blocks share, and what a warp's lanes agree on (PTX ISA, "atom", "vote.sync",
-"popc")."""
+"""Counters in global memory that blocks share, and what a warp's lanes agree on (PTX ISA, "atom",
+"vote.sync", "popc")."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kernels_numba.ptx.asm import instruction
 
 atom_add_i32 = instruction(
     "atom_add_i32", "atom.add.relaxed.gpu.global.s32 $0, [$1], $2;", "lr", "r",
-    doc="The value before adding, at an address: (address, value). Orders nothing else: fences.py does (atom).",
+    doc="The value before adding: (address, value); orders no other access, as fences.py does (atom).",
 )  # fmt: skip
 atom_add_acq_rel_i32 = instruction(
     "atom_add_acq_rel_i32",

@@ -22,19 +22,23 @@ BOX_COLUMNS = 64  # 128 bytes, the swizzle's width
 BOX_BYTES = BLOCK_SIZE * BOX_COLUMNS * ITEM
 TILE_CHUNKS = 2 * TILE // BLOCK_SIZE  # two pages of K, two of V
 MAX_STAGES = 24
+Feed = Literal["tma", "cp_async"]
 RECORDS, RECORD_BYTES = 2, 32
-# Of a block, by how many share an SM: on Hopper its 233,472 bytes, 1,024 of which go to the system for each; on
-# sm_86, 89 and 120 a block gets 101,376 at most.
-SMEM_LIMITS = {("tma", 2): 115_712, ("tma", 1): 232_448, ("cp_async", 1): 101_376}
+# Of a block, by how many share an SM: on Hopper its 233,472 bytes, 1,024 of which go to the system for each;
+# on sm_86, 89 and 120 a block gets 101,376 at most.
+SMEM_LIMITS: dict[tuple[Feed, int], int] = {
+    ("tma", 2): 115_712,
+    ("tma", 1): 232_448,
+    ("cp_async", 1): 101_376,
+}
 SPLITS = (256, 512, 1024, 2048)  # a warp holds the pages of one
 MUTANTS = ("", "scale", "mask", "page", "stale_tail", "wrong_phase", "lost_arrival")
-Feed = Literal["tma", "cp_async"]
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """head_dim 64 or 128; feed: how pages come to shared memory; blocks: that share an SM, 1 or, fed by TMA, 2.
-    ValueError for others."""
+    """head_dim 64 or 128; feed: how pages come to shared memory; blocks: that share an SM, 1 or, fed by TMA,
+    2. ValueError for others."""
 
     head_dim: int
     feed: Feed
@@ -43,8 +47,8 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or (self.feed, self.blocks) not in SMEM_LIMITS:
             raise ValueError(
-                f"decode_attention: head_dim is {self.head_dim}, feed {self.feed!r} with {self.blocks} blocks an "
-                f"SM; head_dim {' or '.join(map(str, HEAD_DIMS))}, and (feed, blocks) "
+                f"decode_attention: head_dim is {self.head_dim}, feed {self.feed!r} with "
+                f"{self.blocks} blocks an SM; head_dim {' or '.join(map(str, HEAD_DIMS))}, and (feed, blocks) "
                 f"{', '.join(map(str, SMEM_LIMITS))} are required"
             )
 
@@ -93,7 +97,8 @@ class Build:
     barrier's name; stress: warps pause at random; pdl: the launch may begin while the one before it ends (fed
     by TMA only). mutant: one known mistake, which the tests must catch: a wrong scale, a mask that lets one
     key too many in, a page too far, V's stale tail left in place, a wrong phase, a stage never handed back.
-    split: keys of a split, 256 to 2,048; any but SPLIT leaves the contract, to see what the contract costs."""
+    split: keys of a split, 256 to 2,048; any but SPLIT leaves the contract, to see what the contract
+    costs."""
 
     debug: bool = False
     stress: bool = False
@@ -112,8 +117,8 @@ PRODUCT = Build()
 
 
 def pick_config(head_dim: int, feed: Feed, items: int, num_sms: int) -> DecodeConfig:
-    """Two blocks an SM, so that one loads while the other starts or ends an item; where each item has an SM to
-    itself, one with twice the stages. Measured on an H100, 128 items of 1,024 keys: 5 % faster."""
+    """Two blocks an SM, so that one loads while the other starts or ends an item; where each item has an SM
+    to itself, one with twice the stages. Measured on an H100, 128 items of 1,024 keys: 5 % faster."""
     return DecodeConfig(head_dim, feed, 1 if feed == "cp_async" or items <= num_sms else 2)
 
 

@@ -31,8 +31,8 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Operands:
-    """Device addresses (lse 0 if not wanted), sizes, bytes from one row of q and out to the next, entries from
-    one row of block_table to the next, c of attention_contract.py as a float, the element type."""
+    """Device addresses (lse 0 if not wanted), sizes, bytes from one row of q and out to the next, entries
+    from one row of block_table to the next, c of attention_contract.py as a float, the element type."""
 
     out: int
     q: int
@@ -84,8 +84,9 @@ def operands(
     out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, softmax_scale: float,
     window: Any = None, lse: Any = None,
 ) -> Operands:  # fmt: skip
-    """Check out, q T[B, Hq, D], caches T[num_blocks, Hkv, 64, D], context_lens i32[B], block_table i32[B, P], lse
-    f32[B, Hq] or None; T bfloat16 bits as uint16 or float16, D 64 or 128, Hq / Hkv a whole number up to 16.
+    """Check out, q T[B, Hq, D], caches T[num_blocks, Hkv, 64, D], context_lens i32[B], block_table i32[B, P],
+    lse f32[B, Hq] or None; T bfloat16 bits as uint16 or float16, D 64 or 128, Hq / Hkv a whole number up to
+    16.
 
     Rows of q, out and block_table may be cut from wider ones. ValueError names what is wrong and what is
     required.
@@ -120,10 +121,11 @@ def operands(
         addresses[-1] = _device("lse", lse, 4)
         check(OP, "lse", lse, (FLOAT32,), (num_seqs, num_q_heads))
     table_row = _stride("block_table", block_table) if block_table.size else 4
+    out_at, q_at, k_at, v_at, lens_at, table_at, lse_at = addresses
     return Operands(
-        *addresses, num_seqs, num_kv_heads, group, head_dim, num_blocks, int(block_table.shape[1]),
-        _stride("q", q) if q.size else 0, _stride("out", out) if out.size else 0, table_row // 4,
-        float(exponent_scale(softmax_scale)), NAMES[out.dtype],
+        out_at, q_at, k_at, v_at, lens_at, table_at, lse_at, num_seqs, num_kv_heads, group, head_dim,
+        num_blocks, int(block_table.shape[1]), _stride("q", q) if q.size else 0,
+        _stride("out", out) if out.size else 0, table_row // 4, float(exponent_scale(softmax_scale)), NAMES[out.dtype],
     )  # fmt: skip
 
 
@@ -140,12 +142,12 @@ class Workspace:
 
     @staticmethod
     def of(num_seqs: int, num_splits: int, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Workspace:
-        """For up to num_seqs sequences with num_splits splits of 1,024 keys between them (a sequence has one at
-        least). ValueError if that is not possible, or not countable in 31 bits."""
+        """For up to num_seqs sequences with num_splits splits of 1,024 keys between them (a sequence has one
+        at least). ValueError if that is not possible, or not countable in 31 bits."""
         if num_seqs < 1 or num_splits < num_seqs or num_splits * num_q_heads >= 1 << 31:
             raise ValueError(
-                f"{OP}: a workspace for {num_seqs} sequences and {num_splits} splits of {num_q_heads} heads; at "
-                "least one split a sequence, and under 2**31 splits times heads, are required"
+                f"{OP}: a workspace for {num_seqs} sequences and {num_splits} splits of {num_q_heads} heads; "
+                "at least one split a sequence, and under 2**31 splits times heads, are required"
             )
         return Workspace(
             cuda.device_array((num_splits, num_q_heads, head_dim), np.float32),
@@ -172,8 +174,8 @@ class Workspace:
 def refusal(
     rung: str, capability: tuple[int, int] | None, dtype: str, head_dim: int, group: int, block_size: int
 ) -> str:
-    """Why a rung cannot run a model's attention, or "" if it can; capability None: no GPU. Rungs without needs
-    of their own pass."""
+    """Why a rung cannot run a model's attention, or "" if it can; capability None: no GPU. Rungs without
+    needs of their own pass."""
     if rung not in NEEDS:
         return ""
     (major, minor), only_major = NEEDS[rung]

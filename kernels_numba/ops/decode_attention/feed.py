@@ -1,7 +1,8 @@
-"""How a page of one head comes to shared memory: by the copy engine, or 16 bytes a lane. Both leave the same picture.
+"""How a page of one head comes to shared memory: by the copy engine, or 16 bytes a lane. Both leave the same
+picture.
 
-Knows: one chunk, 64 keys x head_dim, as the 128-byte swizzle lays it, 64 columns after another. Refuses to know:
-which page, and when.
+Knows: one chunk, 64 keys x head_dim, as the 128-byte swizzle lays it, 64 columns after another. Refuses to
+know: which page, and when.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from kernels_numba.ptx.tma import tma_load_2d_hint
 def make_feed(config: DecodeConfig) -> tuple[Any, int]:
     """(f(to, full, tensor_map, cache, row, lane), arrivals that end a phase of `full`), for a whole warp.
 
-    f queues the copy of 64 rows from `row` on of the cache as a matrix [rows, head_dim] to shared address `to`;
-    full: the barrier that it ends on."""
+    f queues the copy of 64 rows from `row` on of the cache as a matrix [rows, head_dim] to shared address
+    `to`; full: the barrier that it ends on."""
     chunk_bytes, boxes = config.chunk_bytes, config.head_dim // BOX_COLUMNS
     row_units, row_bytes = config.head_dim // 8, config.head_dim * 2
     rounds = BLOCK_SIZE * row_units // WARP

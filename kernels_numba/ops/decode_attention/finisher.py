@@ -1,4 +1,5 @@
-"""The finisher warps of the tensor-core decode kernel: they see which sequence's splits are all there, and fold them.
+"""The finisher warps of the tensor-core decode kernel: they see which sequence's splits are all there, and
+fold them.
 
 They wait for memory so that the warps that multiply need not. Knows: partial results and counters in global
 memory. Refuses to know: how a partial result comes about.
@@ -34,12 +35,13 @@ BARRIER = 2  # the finishers' own
 
 @cache
 def make_finish(config: DecodeConfig, dtype: str, with_lse: bool, build: Build) -> Any:
-    """f(smem, out, lse, partial, partial_ml, counters, heads, group, out_stride, thread): the warps' whole life;
-    arguments as the kernel's, thread: 0 to 95.
+    """f(smem, out, lse, partial, partial_ml, counters, heads, group, out_stride, thread): the warps' whole
+    life; arguments as the kernel's, thread: 0 to 95.
 
     Of every item they wait until the consumers have stored its result. If that was one of several splits, one
     thread counts it in counters[2 + sequence x heads + head] (acquire and release: what the block stored is
-    seen by whoever finds a higher count), and where it was the last, all of them fold, and the counter is 0 again.
+    seen by whoever finds a higher count), and where it was the last, all of them fold, and the counter is 0
+    again.
     """
     plan, head_dim = smem_plan(config), config.head_dim
     record_at, last_at = plan.offset("record"), plan.offset("last")
@@ -61,10 +63,11 @@ def make_finish(config: DecodeConfig, dtype: str, with_lse: bool, build: Build) 
 
     @jit(device=True)
     def fold(
-        out: Any, lse: Any, partial: Any, partial_ml: Any, first_slot: Any, splits: Any, heads: Any, group: Any,
-        thread: Any,
+        out: Any, lse: Any, partial: Any, partial_ml: Any, first_slot: Any, splits: Any, heads: Any,
+        group: Any, thread: Any,
     ) -> None:  # fmt: skip
-        """All of a sequence's splits of one kv head, left to right; out, lse: of its first row of this head."""
+        """All of a sequence's splits of one kv head, left to right; out, lse: of its first row of this
+        head."""
         ml = cuda.local.array(2, np.float32)
         loaded = cuda.local.array(4, np.float32)
         ms = cuda.local.array(flying, np.float32)

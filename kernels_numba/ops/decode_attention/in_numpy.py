@@ -1,6 +1,7 @@
 """The tensor-core decode kernel on numpy arrays, without a GPU: for reading, breaking and testing it.
 
-Knows: what the launcher passes. Refuses to know: speed (a tile of 128 keys takes some hundredths of a second).
+Knows: what the launcher passes. Refuses to know: speed (a tile of 128 keys takes some hundredths of a
+second).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Decode attention on tensor cores, over pages, in the order of attention_contract.py: one text, two ways to feed it.
+"""Decode attention on tensor cores, over pages, in the order of attention_contract.py: one text, two ways to
+feed it.
 
-Knows: one warp-specialised kernel. Refuses to know how many sequences share it, in the strict sense: a row's bits
-depend on its query, its keys and values, their positions and the window alone.
+Knows: one warp-specialised kernel. Refuses to know how many sequences share it, in the strict sense: a row's
+bits depend on its query, its keys and values, their positions and the window alone.
 """
 
 from __future__ import annotations
@@ -58,22 +59,23 @@ SIGNATURE = f"void({', '.join(['int64'] * 11 + ['int32'] * 7 + ['float32'])})"
 
 
 def make_decode_kernel(
-    config: DecodeConfig, dtype: str, window: int | None = None, with_lse: bool = False, build: Build = PRODUCT
+    config: DecodeConfig, dtype: str, window: int | None = None, with_lse: bool = False,
+    build: Build = PRODUCT,
 ) -> Any:  # fmt: skip
     """out[b, h] = softmax(softmax_scale q[b, h] k^T) v over the visible keys of sequence b.
 
-    Arguments: addresses of: tensor maps u64[2, 16] of the K and V cache as matrices of rows of head_dim, boxes
-    of 64 x 64 (fed by TMA); k_cache, v_cache T[num_blocks, num_kv_heads, 64, D] (fed by cp.async); q and out
-    T[num_seqs, num_q_heads, D]; lse f32[num_seqs, num_q_heads] (with_lse); context_lens i32[num_seqs];
-    block_table i32[num_seqs, ..]; partial o f32[capacity, num_kv_heads, group, D] and (m, l)
+    Arguments: addresses of: tensor maps u64[2, 16] of the K and V cache as matrices of rows of head_dim,
+    boxes of 64 x 64 (fed by TMA); k_cache, v_cache T[num_blocks, num_kv_heads, 64, D] (fed by cp.async); q
+    and out T[num_seqs, num_q_heads, D]; lse f32[num_seqs, num_q_heads] (with_lse); context_lens
+    i32[num_seqs]; block_table i32[num_seqs, ..]; partial o f32[capacity, num_kv_heads, group, D] and (m, l)
     f32[capacity, num_kv_heads, group, 2]; counters i32[2 + num_seqs num_kv_heads], all 0, and 0 again at the
-    end. Then num_seqs, num_kv_heads, group, bytes from one row to the next of q and of out, entries from one row
-    to the next of block_table, capacity; c (attention_contract.py).
-    Who does what: warp 4 takes items (schedule.py), tells the others which, and loads their pages, K then V of
-    each tile of 128 keys, page by page (producer.py). Of a tile warp w < 4 scores keys 32 w on for the group's
-    rows (16, those past the group are zeros), and after the weights have been exchanged makes head_dim / 4
-    columns of o. What is one split goes straight to out; of several, each leaves its (m, l, o), and warps 5 to 7
-    of the block that was last fold them (finisher.py).
+    end. Then num_seqs, num_kv_heads, group, bytes from one row to the next of q and of out, entries from one
+    row to the next of block_table, capacity; c (attention_contract.py).
+    Who does what: warp 4 takes items (schedule.py), tells the others which, and loads their pages, K then V
+    of each tile of 128 keys, page by page (producer.py). Of a tile warp w < 4 scores keys 32 w on for the
+    group's rows (16, those past the group are zeros), and after the weights have been exchanged makes
+    head_dim / 4 columns of o. What is one split goes straight to out; of several, each leaves its (m, l, o),
+    and warps 5 to 7 of the block that was last fold them (finisher.py).
     Shared memory: smem_plan(config). Chunks lie as the 128-byte swizzle puts them, 64 columns at a time.
     Barriers: full[s] hands a loaded page to the consumers, empty[s] hands it back (one arrival a warp);
     posted[r] hands an item to consumers and finishers, taken[r] back, stored[r] its stored result to the
@@ -81,9 +83,9 @@ def make_decode_kernel(
     weights are overwritten only after the barrier of the next maxima, which everybody reaches after reading
     them. V rows that are not seen are zeroed in shared memory (0 x NaN is NaN), scores of K's by selection.
     Pages in which nothing is seen, and table entries of such, are never read.
-    Dependent launches: context_lens, block_table and all keys and values but each sequence's newest may be read
-    before the launches before this one have ended, so those must not write them: a step's are written by copies
-    and by earlier steps.
+    Dependent launches: context_lens, block_table and all keys and values but each sequence's newest may be
+    read before the launches before this one have ended, so those must not write them: a step's are written by
+    copies and by earlier steps.
     """
     head_dim, stages, chunk_bytes = config.head_dim, config.stages, config.chunk_bytes
     plan = smem_plan(config)
@@ -132,7 +134,8 @@ def make_decode_kernel(
 
     @jit(device=True, forceinline=True)
     def accumulate(o: Any, weights: Any, values: Any, line: Any, unit: Any, swizzle: Any) -> None:
-        """o += P V over a page's 64 keys; weights: the lane's place in P, values: the page's, the warp's box."""
+        """o += P V over a page's 64 keys; weights: the lane's place in P, values: the page's, the warp's
+        box."""
         a = cuda.local.array(4, np.int32)
         b = cuda.local.array(4, np.int32)
         for step in range(4):
@@ -332,9 +335,9 @@ def make_decode_kernel(
                     mbarrier_arrive(int32(smem + stored_at + 8 * mine_slot))
 
     def decode_kernel(
-        maps: Any, k_cache: Any, v_cache: Any, q: Any, out: Any, lse: Any, lens: Any, table: Any, partial: Any,
-        partial_ml: Any, counters: Any, num_seqs: Any, heads: Any, group: Any, q_stride: Any, out_stride: Any,
-        table_stride: Any, capacity: Any, c: Any,
+        maps: Any, k_cache: Any, v_cache: Any, q: Any, out: Any, lse: Any, lens: Any, table: Any,
+        partial: Any, partial_ml: Any, counters: Any, num_seqs: Any, heads: Any, group: Any, q_stride: Any,
+        out_stride: Any, table_stride: Any, capacity: Any, c: Any,
     ) -> None:  # fmt: skip
         if pdl:
             griddep_launch()

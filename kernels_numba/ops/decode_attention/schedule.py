@@ -1,10 +1,10 @@
 """Which work there is and who does it, found by one warp from context_lens on the device.
 
-A unit is one split of one sequence, an item a unit and a kv head; items are numbered, and blocks take numbers.
-Units are ordered by size, as far as a class says it: class 0 are whole splits, 1 to CUTS those that a sequence's
-end cuts short, by quarters of a split, the longest first; an empty sequence has one of the last class. So the
-end is filled with small pieces of work. The order decides when something is computed, never its bits. Knows:
-lengths, numbers of splits. Refuses to know: pages, heads of what, tiles.
+A unit is one split of one sequence, an item a unit and a kv head; items are numbered, and blocks take
+numbers. Units are ordered by size, as far as a class says it: class 0 are whole splits, 1 to CUTS those that
+a sequence's end cuts short, by quarters of a split, the longest first; an empty sequence has one of the last
+class. So the end is filled with small pieces of work. The order decides when something is computed, never its
+bits. Knows: lengths, numbers of splits. Refuses to know: pages, heads of what, tiles.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def make_schedule(window: int | None, split: int = SPLIT) -> tuple[Any, Any, Any
     first_key(length): the first key that is seen, on numbers of a lane's own.
     count_units(lens, num_seqs, lane) -> how many units the classes up to and with 0, 1, .. CUTS have.
     locate(lens, num_seqs, lane, target, kind, chunk, before, before_all) -> (sequence, split, its number of
-    splits, how many splits the sequences before it have, length, chunk, before, before_all): the target-th unit
-    of class `kind`, at or after a chunk of CHUNK sequences which `before` units of it, and `before_all` of all
-    classes, precede; the last three are where the next search of that class may begin.
+    splits, how many splits the sequences before it have, length, chunk, before, before_all): the target-th
+    unit of class `kind`, at or after a chunk of CHUNK sequences which `before` units of it, and `before_all`
+    of all classes, precede; the last three are where the next search of that class may begin.
     lens: address of i32[num_seqs]; called by whole warps.
     """
     shift, mask, quarter = split.bit_length() - 1, split - 1, (split // CUTS).bit_length() - 1
@@ -52,8 +52,8 @@ def make_schedule(window: int | None, split: int = SPLIT) -> tuple[Any, Any, Any
 
     @jit(device=True)
     def read(lens: Any, num_seqs: Any, lane: Any, chunk: Any, lengths: Any, whole: Any, cut: Any) -> None:
-        """Of the lane's EACH sequences: length (0 for negative ones), whole splits, and the class of the cut one
-        (0: there is none)."""
+        """Of the lane's EACH sequences: length (0 for negative ones), whole splits, and the class of the cut
+        one (0: there is none)."""
         for i in range(EACH):
             seq = int32(chunk + lane * EACH + i)
             inside = int32(seq < num_seqs)

@@ -1,4 +1,5 @@
-"""Launches of the tensor-core decode kernel: rungs "hopper" (pages by TMA) and "mma_sync" (pages by cp.async).
+"""Launches of the tensor-core decode kernel: rungs "hopper" (pages by TMA) and "mma_sync" (pages by
+cp.async).
 
 Knows: specialisations, prepared launches, grids. Refuses to know: what the kernel does.
 """
@@ -57,7 +58,8 @@ def decode_kernel(
         "_".join(words),
         lambda: make_decode_kernel(config, dtype, window, with_lse, build),
         (config, dtype, window, with_lse, build),
-        SIGNATURE, THREADS, smem_plan(config).bytes, pdl=build.pdl and config.feed == "tma", archs=ARCHS[config.feed],
+        SIGNATURE, THREADS, smem_plan(config).bytes,
+        pdl=build.pdl and config.feed == "tma", archs=ARCHS[config.feed],
     )  # fmt: skip
 
 
@@ -108,8 +110,10 @@ def prepared(
     kernel = decode_kernel(config, o.dtype, window, o.lse != 0, build)
     arguments = (
         0 if maps is None else address(maps), o.k_cache, o.v_cache, o.q, o.out, o.lse, o.context_lens,
-        o.block_table, address(workspace.partial), address(workspace.partial_ml), address(workspace.counters),
-        o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride, o.table_stride, workspace.capacity, o.c,
+        o.block_table,
+        address(workspace.partial), address(workspace.partial_ml), address(workspace.counters),
+        o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride, o.table_stride,
+        workspace.capacity, o.c,
     )  # fmt: skip
     return kernel.prepare(min(items, config.blocks * num_sms()), arguments), maps
 
@@ -124,8 +128,9 @@ def attend(
 
     lse: f32[B, Hq], gets the log-sum-exp of each row's scaled scores, or None. workspace: Workspace.of(...),
     the caller's; launches that share one must follow each other. context_lens and block_table must not be
-    written by a launch right before this one, nor may keys but the newest (make_decode_kernel). build, config:
-    another kind of kernel than pick_config's (tests, tuning). ValueError for what is wrong at the door.
+    written by a launch right before this one, nor may keys but the newest (make_decode_kernel). build,
+    config: another kind of kernel than pick_config's (tests, tuning). ValueError for what is wrong at the
+    door.
     """
     o = operands(out, q, k_cache, v_cache, context_lens, block_table, softmax_scale, window, lse)
     if o.num_seqs == 0:
