@@ -295,8 +295,8 @@ def run(
 ) -> None:  # fmt: skip
     """Run all blocks of a kernel, one after another, each warp in a thread.
 
-    names: modules, the kernel's own last; kind: the warps' instructions; the rest as in simt.run. Raises IndexError for an access outside an
-    array, Stuck where all warps wait."""
+    names: modules, the kernel's own last; kind: the warps' instructions; the rest as in simt.run. Raises
+    IndexError for an access outside an array, Stuck where all warps wait."""
     rng = np.random.default_rng(seed)
     for index in range(grid):
         shared = Shared(threads // WARP, smem, rng)

@@ -127,7 +127,8 @@ class Batch:
 
 def make_batch(
     rng: np.random.Generator, query_lens: Any, context_lens: Any, num_kv_heads: int, group: int,
-    head_dim: int, *, dtype: str = "bfloat16", window: int | None = None, spread: float = 1.0, margin: int = 0,
+    head_dim: int, *, dtype: str = "bfloat16", window: int | None = None, spread: float = 1.0,
+    margin: int = 0,
 ) -> Batch:  # fmt: skip
     """Random numbers; spread: of the queries, so that some keys outweigh the others; margin: rows of q before
     the first sequence and after the last that belong to none."""

@@ -34,8 +34,9 @@ from kernels_numba.ops.prefill_attention.config import (
 from kernels_numba.ops.prefill_attention.door import operands, refusal
 from kernels_numba.ops.prefill_attention.in_numpy import in_numpy
 from kernels_numba.ops.prefill_attention.schedule import TOP
+from kernels_numba.simt_turns import Stuck
 from kernels_numba.simt_warpgroups import GroupWarp
-from kernels_numba.simt_warps import Shared, Stuck
+from kernels_numba.simt_warps import Shared
 
 ROOT = Path(__file__).resolve().parent.parent
 # The mistakes that make wrong numbers; the others make kernels that hang or race.
@@ -138,35 +139,38 @@ def test_any_order_of_warps_gives_the_same_bits():
     assert all(same_bits(run_in_numpy(batch, grid=1 + seed % 3, seed=seed), want) for seed in range(6))
 
 
-def is_right(batch, **how):
+def is_right(batch, want, **how):
     """Whether the numbers are the contract's; False for an access outside of an array, or a hang."""
     try:
-        return same_bits(run_in_numpy(batch, **how), by_contract(batch))
+        return same_bits(run_in_numpy(batch, **how), want)
     except (IndexError, Stuck, RuntimeError):
         return False
 
 
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if m])
 def test_mistakes_are_noticed_in_numpy(mutant):
-    batch = make_batch(np.random.default_rng(8), [100, 60], [1100, 1350], 1, 2, 128)
-    assert is_right(batch)
+    batch = make_batch(np.random.default_rng(8), [80, 30], [1100, 1190], 1, 2, 128)
+    want = by_contract(batch)
+    assert is_right(batch, want)
     # What is a race is lost in some order of events.
-    assert not all(is_right(batch, build=Build(mutant=mutant), seed=seed) for seed in range(6))
+    assert not all(is_right(batch, want, build=Build(mutant=mutant), seed=seed) for seed in range(6))
 
 
 def test_a_product_that_is_read_too_early_is_noticed():
     """Numpy's wgmma is not done before its wait, and reads A and B then."""
     batch = make_batch(np.random.default_rng(8), [100], [400], 1, 2, 64)
+    want = by_contract(batch)
     for line in ("scores_ready(s)", "output_ready(o)"):
 
         def without(name, text, line=line):
             return text.replace(line, "pass") if name.endswith("kernel") else text
 
-        assert not is_right(batch, change=without), line
+        assert not is_right(batch, want, change=without), line
 
 
 def test_a_product_without_its_inputs_is_noticed():
     batch = make_batch(np.random.default_rng(8), [100], [400], 1, 2, 64)
+    want = by_contract(batch)
     for line in (
         "wait_full(int32(smem + v_full + 8 * v_stage), v_phase)",
         "wait_full(int32(smem + k_full + 8 * stage), phase)",
@@ -175,7 +179,7 @@ def test_a_product_without_its_inputs_is_noticed():
         def without(name, text, line=line):
             return text.replace(line, "pass") if name.endswith("kernel") else text
 
-        assert not all(is_right(batch, change=without, seed=seed) for seed in range(6)), line
+        assert not all(is_right(batch, want, change=without, seed=seed) for seed in range(6)), line
 
 
 # The schedule.
@@ -247,7 +251,6 @@ reports = []
 for head_dim, source, overlap, dtype, window, lse in (
     (128, "pages", True, "bfloat16", None, True), (64, "pages", True, "float16", None, False),
     (128, "pages", False, "float16", None, False), (128, "rows", True, "bfloat16", 300, True),
-    (64, "rows", True, "bfloat16", 300, False),
 ):
     kernel = prefill_kernel(PrefillConfig(head_dim, source, overlap=overlap), dtype, window, lse)
     report = assemble.assemble_kernel(kernel, "sm_90a")
@@ -275,7 +278,7 @@ def assembled():
 
 
 def test_tiles_stay_in_registers(assembled):
-    assert len(assembled) == 5
+    assert len(assembled) == 4
     for report, problems, head_dim, _, _, registers in assembled:
         assert problems == [], report
         assert report["setmaxnreg"] == [PRODUCER_REGISTERS, CONSUMER_REGISTERS]

@@ -4,7 +4,6 @@ tests/ptx_kernels.py a small kernel around each. Open the file for the job:
 
 Moving data
 ldst.py           one value a thread: ld, st, prefetch
-predicated_vector.py  16 bytes, unless a lane's condition is 0: @p st
 vector.py         8 and 16 bytes a thread, with cache hints: ld.v4, ld.global.nc, st.global.cs
 cp_async.py       16 bytes, global to shared memory, while the thread goes on: cp.async (sm_80)
 matrix.py         8 x 8 matrices, shared memory to a warp's registers and back: ldmatrix, stmatrix (.trans)
@@ -14,7 +13,6 @@ policy.py         what the L2 cache should keep: createpolicy, for every functio
 Multiplying matrices
 mma.py            a warp's 16 x 8 x 16 product: mma.sync (sm_80), and who holds which element
 wgmma.py          a warpgroup's 64 x N product from shared memory: wgmma (sm_90a), and its descriptors
-wgmma_panels.py   the same over rows longer than 128 bytes
 epilogue.py       its accumulators out of registers: packed, staged by stmatrix, stored, a bias added
 
 Waiting for one another

@@ -40,7 +40,7 @@ def in_numpy(
 
     k, v, table: pages and block_table, or as config.source says rows [keys, Hkv, D] and cu_seqlens_k; grid:
     blocks; seed: of the order in which warps go on; change: see simt_warps.link. IndexError where the kernel
-    leaves an array, simt_warps.Stuck where it would hang.
+    leaves an array, simt_turns.Stuck where it would hang.
     """
     tokens, num_q_heads, head_dim = out.shape
     num_kv_heads = k.shape[1]
