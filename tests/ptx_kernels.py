@@ -10,6 +10,8 @@ import numpy as np
 
 from kernels_numba.compiler import cuda
 from kernels_numba.ptx import (
+    arith,
+    atomics,
     cluster,
     control,
     cp_async,
@@ -19,9 +21,11 @@ from kernels_numba.ptx import (
     ldst,
     matrix,
     mbarrier,
+    mbarrier_poll,
     mma,
     named_barrier,
     policy,
+    predicated,
     predicated_vector,
     shuffle,
     tma,
@@ -519,6 +523,51 @@ def make_warps():
         st_global_b32(at + 44, shuffle.shfl_xor_i32(thread, 6))
 
     return warps
+
+
+def make_choices():
+    """(x, counters, out), 64 threads: arithmetic and choices of x f32[64, 2], counters i32[2]; out i32[64,
+    20], as test_arithmetic_and_choices lists them."""
+
+    def choices(x, counters, out):
+        thread = cuda.threadIdx.x
+        lane = control.lane_id()
+        at = out + 80 * thread
+        value = cuda.local.array(2, np.float32)
+        vector.ld_global_v2(value, x + 8 * thread)
+        a, b = value[0], value[1]
+        smem = dynamic_shared()
+        st_global_f32(at, arith.ex2_f32(a))
+        st_global_f32(at + 4, arith.lg2_f32(arith.max_f32(b, np.float32(0.5))))
+        st_global_f32(at + 8, arith.fma_f32(a, b, a))
+        st_global_f32(at + 12, arith.add_f32(arith.mul_f32(a, b), a))
+        st_global_f32(at + 16, arith.divide_f32(a, b))
+        st_global_f32(at + 20, arith.select_f32(a < b, a, b))
+        st_global_b32(at + 24, arith.select_i32(lane & 2, thread, -7))
+        st_global_b32(at + 28, atomics.ballot(i32(a < b)))
+        st_global_b32(at + 32, atomics.popc(thread * 1021))
+        st_global_b32(at + 36, atomics.shfl_up_i32(thread, 4))
+        predicated.st_global_b32_if(lane & 1, at + 40, thread)
+        predicated.st_global_f32_if(lane & 2, at + 44, b)
+        predicated.st_global_v2_f32_if(lane & 4, at + 48, a, b)
+        st_global_b32(at + 56, atomics.atom_add_i32(counters, 3))
+        st_global_b32(at + 60, atomics.atom_add_acq_rel_i32(counters + 4, thread))
+        row = smem + 16 * thread
+        for k in range(4):
+            st_shared_b32(row + 4 * k, thread)
+        predicated.st_shared_zero_16_if(lane & 1, row)
+        predicated.st_shared_f32_if(lane & 2, row + 4, a)
+        st_global_b32(at + 64, ld_shared_b32(row))
+        st_global_b32(at + 68, ld_shared_b32(row + 4))
+        bar = smem + 1024
+        if thread == 0:
+            mbarrier.mbarrier_init(bar, 64)
+        cuda.syncthreads()
+        mbarrier.mbarrier_arrive(bar)
+        mbarrier_poll.mbarrier_poll(bar, 0)
+        st_global_b32(at + 72, 1)
+
+    return choices
 
 
 def make_hand_over(rounds):

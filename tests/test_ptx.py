@@ -130,14 +130,38 @@ CALLS = {
     "cluster_arrive_relaxed": ("cluster", "", "barrier.cluster.arrive.relaxed"),
     "cluster_wait": ("cluster", "", "barrier.cluster.wait.acquire"),
     "cluster_address": ("cluster", "s, 1", "mapa.shared::cluster.u32"),
+    "ex2_f32": ("arith", "f", "ex2.approx.ftz.f32"),
+    "lg2_f32": ("arith", "f", "lg2.approx.ftz.f32"),
+    "fma_f32": ("arith", "f, f, f", "fma.rn.f32"),
+    "mul_f32": ("arith", "f, f", "mul.rn.f32"),
+    "add_f32": ("arith", "f, f", "add.rn.f32"),
+    "max_f32": ("arith", "f, f", "max.f32"),
+    "divide_f32": ("arith", "f, f", "div.rn.f32"),
+    "select_f32": ("arith", "i, f, f", "selp.f32"),
+    "select_i32": ("arith", "i, i, 3", "selp.b32"),
+    "atom_add_i32": ("atomics", "g, i", "atom.add.relaxed.gpu.global.s32"),
+    "atom_add_acq_rel_i32": ("atomics", "g, i", "atom.add.acq_rel.gpu.global.s32"),
+    "ballot": ("atomics", "i", "vote.sync.ballot.b32"),
+    "popc": ("atomics", "i", "popc.b32"),
+    "shfl_up_i32": ("atomics", "i, 1", "shfl.sync.up.b32"),
+    "mbarrier_poll": ("mbarrier_poll", "s, i", "mbarrier.test_wait.parity.shared::cta.b64"),
+    "st_global_b32_if": ("predicated", "i, g, i", "@p st.global.b32"),
+    "st_global_f32_if": ("predicated", "i, g, f", "@p st.global.f32"),
+    "st_global_v2_f32_if": ("predicated", "i, g, f, f", "@p st.global.v2.f32"),
+    "st_shared_f32_if": ("predicated", "i, s, f", "@p st.shared.f32"),
+    "st_shared_zero_16_if": ("predicated", "i, s", "@p st.shared.v4.b32"),
 }
+# The folder's page is among the sources of recorded GEMM rows: these files go onto it when those are measured
+# anew.
+NOT_ON_THE_PAGE = {"arith", "atomics", "mbarrier_poll", "predicated", "predicated_vector", "wgmma_panels"}
 # In every kernel of test_gemm.py or ptx_kernels.py.
 ELSEWHERE = {"dynamic_shared", "shared_address", "descriptor_k_major"}
 # What older GPUs have too is assembled for sm_80 beside sm_90a.
 OLDER = [
     name
     for name, (module, _, _) in CALLS.items()
-    if module in ("mma", "vector", "cp_async", "policy") or name.startswith("ldmatrix")
+    if module in ("mma", "vector", "cp_async", "policy", "arith", "atomics", "predicated")
+    or name.startswith("ldmatrix")
     if name != "cp_async_mbarrier_arrive"  # .shared::cta came later
 ]
 WRONG = {
@@ -174,9 +198,14 @@ def kernel_{name}(s, g, i, f):
         ldst.st_global_b32(g + 4 * k, w[k])
         ldst.st_global_f32(g + 4 * k, x[k])
 """
+USED_FLOATS = """
+def kernel_{name}(s, g, i, f):
+    ldst.st_global_f32(g, {module}.{name}({arguments}))
+"""
 USED_NAMES = (
     "policy_evict_first", "policy_evict_last", "policy_evict_normal", "lane_id", "cluster_rank",
-    "cluster_address", "pack_bf16", "pack_f16",
+    "cluster_address", "pack_bf16", "pack_f16", "select_i32", "ballot", "popc", "shfl_up_i32",
+    "atom_add_i32", "atom_add_acq_rel_i32",
 )  # fmt: skip
 CHILD = """
 import json, subprocess, sys, tempfile
@@ -206,6 +235,8 @@ print(json.dumps(out))
 def template(name, arguments):
     if {"w", "x"} & set(arguments.split(", ")):
         return ARRAYS
+    if CALLS.get(name, ("",))[0] == "arith" and name not in USED_NAMES:
+        return USED_FLOATS
     return USED if name in USED_NAMES else PLAIN
 
 
@@ -275,8 +306,10 @@ def test_every_module_names_its_sections():
     for module in sorted({module for module, _, _ in CALLS.values()} | {"wgmma", "wgmma_panels", "epilogue"}):
         doc = importlib.import_module(f"kernels_numba.ptx.{module}").__doc__
         assert re.search(r'PTX\s+ISA,\s+"', doc), module
-        assert re.search(rf"^{module}\.py ", page.__doc__, re.MULTILINE), module
+        on_page = re.search(rf"^{module}\.py ", page.__doc__, re.MULTILINE)
+        assert bool(on_page) != (module in NOT_ON_THE_PAGE), module
     files = {path.name for path in (ROOT / "kernels_numba" / "ptx").glob("[a-z]*.py")}
+    files -= {f"{module}.py" for module in NOT_ON_THE_PAGE}
     assert set(re.findall(r"^(\w+\.py) ", page.__doc__, re.MULTILINE)) == files
 
 

@@ -55,6 +55,7 @@ KERNELS = [
     ("make_bulk", (True,), "lli", 32, "sm_90a"),
     ("make_vectors", (), "ll", 32, "sm_80"),
     ("make_warps", (), "ll", 64, "sm_90a"),
+    ("make_choices", (), "lll", 64, "sm_80"),
     ("make_hand_over", (5,), "l", 64, "sm_80"),
     ("make_pipeline", (20, 3, True), "l", 64, "sm_90a"),
     ("make_pipeline", (20, 3, True, 1), "l", 64, "sm_90a"),
@@ -513,6 +514,49 @@ def test_shuffles_lanes_and_packing(rng):
     np.testing.assert_array_equal(got[:, 9], as_bits[np.where(lane >= 3, thread - 3, thread)])
     np.testing.assert_array_equal(got[:, 10], as_bits[thread ^ 9])
     np.testing.assert_array_equal(got[:, 11], thread ^ 6)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_arithmetic_and_choices(rng):
+    x = rng.standard_normal((64, 2)).astype(np.float32)
+    x[0, 0], x[1, 0] = 0, -np.inf
+    a, b, wide = x[:, 0], x[:, 1], x.astype(np.float64)
+    out, counters = device(np.full((64, 20), -9, np.int32)), device(np.zeros(2, np.int32))
+    run(jitted("make_choices"), (device(x), counters, out), threads=64, smem=2048)
+    got = out.copy_to_host()
+    numbers = got.view(np.float32)
+    thread = np.arange(64)
+    lane = thread % 32
+    assert (numbers[0, 0], numbers[1, 0]) == (1, 0)  # exactly
+    np.testing.assert_allclose(numbers[:, 0], np.exp2(wide[:, 0]), rtol=2.0**-22)
+    np.testing.assert_allclose(
+        numbers[:, 1], np.log2(np.maximum(wide[:, 1], 0.5)), rtol=2.0**-20, atol=2.0**-21
+    )
+    with np.errstate(invalid="ignore"):
+        fused = (wide[:, 0] * wide[:, 1] + wide[:, 0]).astype(np.float32)
+        apart = a * b + a
+        np.testing.assert_array_equal(numbers[:, 4], a / b)
+    np.testing.assert_array_equal(numbers[:, 2], fused)
+    np.testing.assert_array_equal(numbers[:, 3], apart)
+    assert (fused[2:] != apart[2:]).any()
+    np.testing.assert_array_equal(numbers[:, 5], np.minimum(a, b))
+    np.testing.assert_array_equal(got[:, 6], np.where(lane & 2, thread, -7))
+    for first in (0, 32):
+        part = slice(first, first + 32)
+        mask = sum(1 << int(i) for i in np.flatnonzero((a < b)[part]))
+        np.testing.assert_array_equal(got[part, 7].view(np.uint32), mask)
+    np.testing.assert_array_equal(got[:, 8], [int(n * 1021).bit_count() for n in thread])
+    np.testing.assert_array_equal(got[:, 9], np.where(lane >= 4, thread - 4, thread))
+    np.testing.assert_array_equal(got[:, 10], np.where(lane & 1, thread, -9))
+    np.testing.assert_array_equal(got[:, 11], np.where(lane & 2, x.view(np.int32)[:, 1], -9))
+    np.testing.assert_array_equal(got[:, 12:14], np.where(lane[:, None] & 4, x.view(np.int32), -9))
+    np.testing.assert_array_equal(np.sort(got[:, 14]), 3 * thread)
+    assert counters.copy_to_host().tolist() == [192, int(thread.sum())]
+    np.testing.assert_array_equal(got[:, 16], np.where(lane & 1, 0, thread))
+    zeroed = np.where(lane & 1, 0, thread)
+    np.testing.assert_array_equal(got[:, 17], np.where(lane & 2, x.view(np.int32)[:, 0], zeroed))
+    np.testing.assert_array_equal(got[:, 18], 1)
 
 
 def turns(rounds):

@@ -9,7 +9,7 @@ from kernels_numba.ptx.asm import instruction
 
 def _store(name: str, text: str, operands: str, doc: str) -> Any:
     body = f"{{\n.reg .pred p;\nsetp.ne.s32 p, $0, 0;\n@p {text}\n}}"
-    return instruction(name, body, "r" + operands, doc=f"{doc}, unless `condition` is 0.")
+    return instruction(name, body, "r" + operands, doc=f"{doc}, unless `condition` is 0 (st).")
 
 
 st_global_b32_if = _store(

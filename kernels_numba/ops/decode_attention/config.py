@@ -48,8 +48,8 @@ class DecodeConfig:
         if self.head_dim not in HEAD_DIMS or (self.feed, self.blocks) not in SMEM_LIMITS:
             raise ValueError(
                 f"decode_attention: head_dim is {self.head_dim}, feed {self.feed!r} with "
-                f"{self.blocks} blocks an SM; head_dim {' or '.join(map(str, HEAD_DIMS))}, and (feed, blocks) "
-                f"{', '.join(map(str, SMEM_LIMITS))} are required"
+                f"{self.blocks} blocks an SM; head_dim {' or '.join(map(str, HEAD_DIMS))}, "
+                f"and (feed, blocks) {', '.join(map(str, SMEM_LIMITS))} are required"
             )
 
     @property

@@ -125,7 +125,8 @@ def operands(
     return Operands(
         out_at, q_at, k_at, v_at, lens_at, table_at, lse_at, num_seqs, num_kv_heads, group, head_dim,
         num_blocks, int(block_table.shape[1]), _stride("q", q) if q.size else 0,
-        _stride("out", out) if out.size else 0, table_row // 4, float(exponent_scale(softmax_scale)), NAMES[out.dtype],
+        _stride("out", out) if out.size else 0, table_row // 4,
+        float(exponent_scale(softmax_scale)), NAMES[out.dtype],
     )  # fmt: skip
 
 
