@@ -291,18 +291,18 @@ def link(block: Any, names: Sequence[str], change: Callable[[str, str], str]) ->
 def run(
     names: Sequence[str], factory: str, specialised: Sequence[Any], arguments: Sequence[Any], grid: int,
     threads: int, smem: int, memory: Memory, maps: Mapping[int, Any], seed: int = 0,
-    change: Callable[[str, str], str] = lambda name, text: text,
+    change: Callable[[str, str], str] = lambda name, text: text, kind: type[Warp] = Warp,
 ) -> None:  # fmt: skip
     """Run all blocks of a kernel, one after another, each warp in a thread.
 
-    names: modules, the kernel's own last; the rest as in simt.run. Raises IndexError for an access outside an
-    array, Stuck where all warps wait."""
+    names: modules, the kernel's own last; kind: the warps' instructions; the rest as in simt.run. Raises
+    IndexError for an access outside an array, Stuck where all warps wait."""
     rng = np.random.default_rng(seed)
     for index in range(grid):
         shared = Shared(threads // WARP, smem, rng)
         bodies = []
         for warp in range(shared.warps):
-            one = Warp(shared, memory, maps, index, grid, warp)
+            one = kind(shared, memory, maps, index, grid, warp)
             kernel = link(one, names, change)[factory](*specialised)
             bodies.append(lambda kernel=kernel: kernel(*arguments))
         shared.turns.run(bodies)

@@ -36,6 +36,7 @@ from kernels_numba.attention_contract import SPLIT
 from kernels_numba.ops import resolve
 from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.gemm.door import best_rung, refusal
+from kernels_numba.ops.prefill_attention import door as prefill_door
 from sharp.budget import Budget, plan_memory
 from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
@@ -195,6 +196,10 @@ class Model:
         why_not = decode_door.refusal(decode, *where)
         if why_not:
             raise ValueError(f"rung {decode!r} of decode_attention does not run this model: {why_not}")
+        prefill = self.rungs.get("prefill_attention", "")
+        why_not = prefill_door.refusal(*where) if prefill == prefill_door.RUNG else ""
+        if why_not:
+            raise ValueError(f"rung {prefill!r} of prefill_attention does not run this model: {why_not}")
         refuse_if_too_large(
             self.config,
             config,
@@ -212,6 +217,9 @@ class Model:
             splits = rows * -(-self.max_model_len // SPLIT)
             space = decode_door.Workspace.of(rows, splits, c.num_q_heads, c.num_kv_heads, c.head_dim)
             self.ops.decode_attention = partial(self.ops.decode_attention, workspace=space)
+        if prefill == prefill_door.RUNG:
+            counters = prefill_door.Workspace.of()
+            self.ops.prefill_attention = partial(self.ops.prefill_attention, workspace=counters)
         self.budget: Budget = plan_memory(
             self.config,
             config,

@@ -26,10 +26,12 @@ from kernels_numba.ptx import (
     named_barrier,
     policy,
     predicated,
+    predicated_vector,
     shuffle,
     tma,
     vector,
     wgmma,
+    wgmma_panels,
 )
 from kernels_numba.ptx.control import dynamic_shared
 from kernels_numba.ptx.epilogue import make_store_rows
@@ -89,6 +91,64 @@ def make_wgmma_tile(n, dtype="bfloat16", a="shared", a_major="k", b_major="k"):
         store(acc, out + (row * n + pair) * 4, i32(4 * n), i32(pair), i32(n), i32(1), i32(1))
 
     return wgmma_tile
+
+
+def make_wgmma_panels_tile(n, k, dtype, a):
+    """(image, words, a_rows, out), 128 threads: out f32[64, n] = 2 A B^T. image: panels of 64 columns of A,
+    then of B, as they must lie in shared memory; a_rows: A row-major, for a="registers"."""
+    held, fragments, steps = n // 2, k // 4, k // 16
+    a_panel, b_panel = 64 * 128, n * 128
+    b_at = k // 64 * a_panel
+    multiply = wgmma_panels.make_wgmma_panels(n, k, dtype, a, a_panel, b_panel)
+    hold = wgmma_panels.make_hold(n)
+    finish, store = wgmma.make_wgmma_wait(n), make_store_rows(n, "float32")
+    describe, from_registers = wgmma.descriptor_k_major, a == "registers"
+
+    def wgmma_panels_tile(image, words, a_rows, out):
+        smem = dynamic_shared()
+        thread = cuda.threadIdx.x
+        at = thread
+        while at < words:
+            st_shared_b32(smem + 4 * at, ld_global_i32(image + 4 * at))
+            at += 128
+        fences.fence_proxy_async()
+        cuda.syncthreads()
+        lane = thread & 31
+        row = (thread >> 5) * 16 + (lane >> 2)
+        pair = (lane & 3) * 2
+        acc = cuda.local.array(held, np.float32)
+        for i in range(held):
+            acc[i] = np.float32(7)  # scale_d 0 must drop it
+        if from_registers:
+            fragment = cuda.local.array(fragments, np.int32)
+            for step in range(steps):
+                start = a_rows + (row * k + step * 16 + pair) * 2
+                fragment[4 * step] = ld_global_i32(start)
+                fragment[4 * step + 1] = ld_global_i32(start + 16 * k)
+                fragment[4 * step + 2] = ld_global_i32(start + 16)
+                fragment[4 * step + 3] = ld_global_i32(start + 16 * k + 16)
+            multiply(acc, fragment, describe(smem + b_at), 0)
+            multiply(acc, fragment, describe(smem + b_at), 1)
+        else:
+            multiply(acc, describe(smem), describe(smem + b_at), 0)
+            multiply(acc, describe(smem), describe(smem + b_at), 1)
+        finish(acc)
+        hold(acc)
+        store(acc, out + (row * n + pair) * 4, i32(4 * n), i32(pair), i32(n), i32(1), i32(1))
+
+    return wgmma_panels_tile
+
+
+def make_predicated():
+    """(x, out), 32 threads: out u32[32, 4] = x[32, 4] where the lane is a multiple of 3; the rest stays."""
+
+    def predicated(x, out):
+        words = cuda.local.array(4, np.int32)
+        at = 16 * cuda.threadIdx.x
+        vector.ld_global_v4(words, x + at)
+        predicated_vector.st_global_v4_if(i32(cuda.threadIdx.x % 3 == 0), out + at, words)
+
+    return predicated
 
 
 def make_wgmma_gemm(n):

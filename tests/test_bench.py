@@ -38,7 +38,10 @@ def test_every_op_has_cases_at_real_sizes():
             cost = BENCH_OPS[op].cost(params)
             assert cost.bytes > 0, name
             assert set(next(iter(OPS[op].CASES.values()))) == set(params), "the keys of the op's own cases"
-        if op not in ("gemm", "qk_norm", "decode_attention"):
+        if op.endswith("_attention"):
+            for heads in ("32/8/128", "28/4/128", "9/3/64", "32/8/64"):
+                assert any(name.startswith(f"{heads} ") for name in names)
+        elif op not in ("gemm", "qk_norm"):
             for model in ("llama3.2-1b", "qwen2.5-7b", "smollm2-135m"):
                 assert any(name.startswith(model) for name in names)
 
@@ -323,8 +326,8 @@ def test_figures_of_a_measurement():
 def test_references_are_of_cases_that_exist_and_of_one_gpu():
     for op, case in peers.REFERENCES:
         assert case in cases.bench_cases(op), case
-    value, source = peers.reference("prefill_attention", "llama3-8b 1x16384", "NVIDIA H100 80GB HBM3")
+    value, source = peers.reference("prefill_attention", "32/8/128 1x16384", "NVIDIA H100 80GB HBM3")
     assert value == 727
     assert "FlashAttention 3" in source
-    assert peers.reference("prefill_attention", "llama3-8b 1x16384", "NVIDIA H200") == (None, None)
+    assert peers.reference("prefill_attention", "32/8/128 1x16384", "NVIDIA H200") == (None, None)
     assert peers.reference("gemm", "x", "NVIDIA H100 80GB HBM3") == (None, None)

@@ -213,10 +213,10 @@ def test_rows_and_lines_of_a_measurement(capsys, gpu, tmp_path):
 
 
 def test_warm_rows_say_so_and_peers_are_cited(capsys, gpu):
-    words = ["prefill_attention", "--case", "llama3-8b 1x16384", "--rung", "plain", "--commit", COMMIT]
+    words = ["prefill_attention", "--case", "32/8/128 1x16384", "--rung", "plain", "--commit", COMMIT]
     _, lines = run(capsys, *words, "--warm", "--against", "none")
     [row] = json.loads(lines[-1])
-    assert row["case"] == "llama3-8b 1x16384 warm"
+    assert row["case"] == "32/8/128 1x16384 warm"
     assert row["reference"] == 727
     assert (row["baseline"], row["ratio"]) == (None, None)
     assert any("peer: 727, FlashAttention 3" in line and "no baseline" in line for line in lines)

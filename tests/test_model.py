@@ -134,6 +134,7 @@ def test_a_step_over_the_workspace_is_refused():
         ({"max_model_len": 1 << 20}, "max_model_len 1048576 is over the model's"),
         ({"rungs": {"gemm": "plain"}}, "rung 'plain' of gemm does not run on device 'cpu'"),
         ({"rungs": {"gemm": "hopper"}}, "'hopper' of gemm .* capability 9.0, here is no GPU"),
+        ({"rungs": {"prefill_attention": "hopper"}}, "'hopper' of prefill_attention .* here is no GPU"),
         ({"rungs": {"gemm": "nonsense"}}, "no rung 'nonsense'"),
         ({"rungs": {"nonsense": "plain"}}, "no op 'nonsense'"),
     ],

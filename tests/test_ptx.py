@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kernels_numba.compiler import KernelsUnavailable
-from kernels_numba.ptx import asm, debug, mbarrier, tma, wgmma
+from kernels_numba.ptx import asm, debug, mbarrier, tma, wgmma, wgmma_panels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -121,6 +121,7 @@ CALLS = {
     "st_global_v2_f32": ("vector", "g, f, f", "st.global.v2.f32"),
     "ld_shared_v4": ("vector", "x, s", "ld.shared.v4.b32"),
     "st_shared_v4": ("vector", "s, w", "st.shared.v4.b32"),
+    "st_global_v4_if": ("predicated_vector", "i, g, w", "st.global.v4.b32"),
     "cp_async_16": ("cp_async", "s, g", "cp.async.cg.shared.global"),
     "cp_async_16_zfill": ("cp_async", "s, g, i", "cp.async.cg.shared.global"),
     "cp_async_commit": ("cp_async", "", "cp.async.commit_group"),
@@ -152,7 +153,7 @@ CALLS = {
 }
 # The folder's page is among the sources of recorded GEMM rows: these files go onto it when those are measured
 # anew.
-NOT_ON_THE_PAGE = {"arith", "atomics", "mbarrier_poll", "predicated"}
+NOT_ON_THE_PAGE = {"arith", "atomics", "mbarrier_poll", "predicated", "predicated_vector", "wgmma_panels"}
 # In every kernel of test_gemm.py or ptx_kernels.py.
 ELSEWHERE = {"dynamic_shared", "shared_address", "descriptor_k_major"}
 # What older GPUs have too is assembled for sm_80 beside sm_90a.
@@ -302,7 +303,7 @@ def test_every_module_names_its_sections():
     """Each file that offers instructions names the manual's sections; the folder's page names each file."""
     import kernels_numba.ptx as page
 
-    for module in sorted({module for module, _, _ in CALLS.values()} | {"wgmma", "epilogue"}):
+    for module in sorted({module for module, _, _ in CALLS.values()} | {"wgmma", "wgmma_panels", "epilogue"}):
         doc = importlib.import_module(f"kernels_numba.ptx.{module}").__doc__
         assert re.search(r'PTX\s+ISA,\s+"', doc), module
         on_page = re.search(rf"^{module}\.py ", page.__doc__, re.MULTILINE)
@@ -346,6 +347,33 @@ def test_wgmma_of_every_width(n):
     assert (
         text.index("wgmma.fence") < text.index("wgmma.mma_async") < text.index("commit") < text.index("wait")
     )
+
+
+def test_wgmma_over_panels():
+    """A head of 128 is two panels: steps go on behind the first, for each operand by its own distance."""
+    text = wgmma_panels.panels_text(128, 128, "bfloat16", "shared", 16384, 8192)
+    for operand, panel in (("da", 16384), ("db", 8192)):
+        offsets = [(step // 4 * panel + step % 4 * 32) // 16 for step in range(8)]
+        assert [int(x) for x in re.findall(rf"add.s64 {operand}, \$\d+, (\d+);", text)] == offsets
+    assert text.count("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16") == 8
+    assert "wait" not in text
+    text = wgmma_panels.panels_text(64, 64, "float16", "registers", 16384, 8192)
+    assert "}, da, db" not in text
+    assert "{$76,$77,$78,$79}, db, p, 1, 1, 0;" in text
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ((12, 64, "bfloat16", "shared", 16384, 16384), "n is 12"),
+    ((64, 64, "float32", "shared", 16384, 16384), "dtype 'float32'"),
+    ((64, 64, "bfloat16", "global", 16384, 16384), "a 'global'"),
+    ((64, 72, "bfloat16", "shared", 16384, 16384), "k is 72"),
+    ((64, 64, "bfloat16", "shared", 16384, 8), "16384 and 8 bytes apart"),
+])  # fmt: skip
+def test_wgmma_over_wrong_panels(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wgmma_panels.make_wgmma_panels(*arguments)
+    with pytest.raises(ValueError, match="n is 12"):
+        wgmma_panels.make_hold(12)
 
 
 def test_a_debug_wait_has_an_identifier():

@@ -30,6 +30,9 @@ KERNELS = [
     ("make_wgmma_tile", (128, "float16", "registers", "k", "mn"), "lill", 128, "sm_90a"),
     ("make_wgmma_tile", (192, "bfloat16", "shared", "mn"), "lill", 128, "sm_90a"),
     ("make_wgmma_tile", (96, "bfloat16", "shared", "mn", "mn"), "lill", 128, "sm_90a"),
+    ("make_wgmma_panels_tile", (128, 128, "bfloat16", "shared"), "lill", 128, "sm_90a"),
+    ("make_wgmma_panels_tile", (64, 192, "float16", "registers"), "lill", 128, "sm_90a"),
+    ("make_predicated", (), "ll", 32, "sm_80"),
     ("make_wgmma_gemm", (64,), "llil", 128, "sm_90a"),
     ("make_mma_gemm", ("bfloat16", False), "lliill", 32, "sm_80"),
     ("make_mma_gemm", ("float16", True), "lliill", 32, "sm_80"),
@@ -225,6 +228,36 @@ def test_wgmma(n, dtype, a, a_major, b_major, rng):
     arguments = (device(image), len(image) // 4, device(x_bits), out)
     run(kernel, arguments, threads=128, smem=len(image))
     np.testing.assert_array_equal(out.copy_to_host(), 2 * (x @ y.T))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("n", [64, 128])
+@pytest.mark.parametrize("k", [64, 128, 192])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("a", ["shared", "registers"])
+def test_wgmma_over_panels(n, k, dtype, a, rng):
+    x, y = integers(rng, 64, k), integers(rng, n, k)
+    x_bits, y_bits = bits(x, dtype), bits(y, dtype)
+    panels = [
+        tile_image(np.ascontiguousarray(side[:, at : at + 64]), "k")
+        for side in (x_bits, y_bits)
+        for at in range(0, k, 64)
+    ]
+    image, out = np.concatenate(panels), empty((64, n), np.float32)
+    arguments = (device(image), len(image) // 4, device(x_bits), out)
+    run(jitted("make_wgmma_panels_tile", n, k, dtype, a), arguments, threads=128, smem=len(image))
+    np.testing.assert_array_equal(out.copy_to_host(), 2 * (x @ y.T))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_stores_that_lanes_leave_out(rng):
+    source = rng.integers(0, 1 << 31, (32, 4)).astype(np.uint32)
+    out = device(np.full((32, 4), 5, np.uint32))
+    run(jitted("make_predicated"), (device(source), out))
+    wanted = np.where((np.arange(32) % 3 == 0)[:, None], source, 5)
+    np.testing.assert_array_equal(out.copy_to_host(), wanted)
 
 
 @pytest.mark.gpu

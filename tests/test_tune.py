@@ -1,4 +1,5 @@
-"""The sweep over the tiles of the GEMM, with measurements made up: what it tries, takes and writes."""
+"""Sweeps of the GEMM's tiles, of decode attention's splits and of the parts of prefill attention, with
+measurements made up: what they try, take and write."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kernels_numba.bench import tune_gemm
+from kernels_numba.bench import tune_decode, tune_gemm, tune_prefill
+from kernels_numba.bench.cases import bench_cases
 from kernels_numba.bench.contest import BASELINE
 from kernels_numba.bench.tune_gemm import faster, promising, table_text
 from kernels_numba.ops.gemm import hopper
@@ -53,7 +55,8 @@ class MadeUp:
     def compare(self, contenders, rounds):
         times = next(self.looks)
         measured = {name: SimpleNamespace(us=times.get(name, 500.0)) for name in contenders}
-        return SimpleNamespace(measured={BASELINE: SimpleNamespace(us=100.0), **measured})
+        refused = {name: "7 times the tolerance" for name in contenders if times.get(name) == 0}
+        return SimpleNamespace(measured={BASELINE: SimpleNamespace(us=100.0), **measured}, refused=refused)
 
 
 @pytest.mark.parametrize(("again", "table"), [(80.0, {(8, 3072, 576): "128x96"}), (99.9, {})])
@@ -86,15 +89,11 @@ def test_a_part_of_the_grid_leaves_the_rest_of_the_table(monkeypatch, tmp_path):
 def test_the_price_of_a_fixed_split_is_told(monkeypatch, capsys):
     """Of made-up times: every length stands in the line, the fixed one over the best; a wrong result is no
     time."""
-    from types import SimpleNamespace
-
-    from kernels_numba.bench import tune_decode
-
     times = {256: 12.0, 512: 8.0, 1024: 10.0, 2048: 11.0}
     measured = {str(n): SimpleNamespace(us=us) for n, us in times.items()}
     outcome = SimpleNamespace(refused={}, measured=measured)
 
-    class MadeUp:
+    class Sizes:
         def __init__(self, *_):
             pass
 
@@ -108,7 +107,7 @@ def test_the_price_of_a_fixed_split_is_told(monkeypatch, capsys):
             assert [one.keywords["build"].split for one in contenders.values()] == list(times)
             return outcome
 
-    monkeypatch.setattr(tune_decode, "Workload", MadeUp)
+    monkeypatch.setattr(tune_decode, "Workload", Sizes)
     monkeypatch.setattr(tune_decode, "read_gbs", lambda rounds: 3000.0)
     monkeypatch.setattr("sys.argv", ["tune", "--case", "28/4/128 B=1 kv=4096"])
     tune_decode.main()
@@ -122,3 +121,25 @@ def test_the_price_of_a_fixed_split_is_told(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tune", "--case", "no such case"])
     with pytest.raises(SystemExit):
         tune_decode.main()
+
+
+def test_the_parts_of_prefill_attention_and_what_folds_cost(monkeypatch, capsys):
+    times = {name: 1000.0 + 10 * i for i, name in enumerate(tune_prefill.builds(128))}
+    made = {**times, "no folds": 800.0}
+    monkeypatch.setattr(tune_prefill, "Workload", lambda *_, **__: MadeUp([made]))
+    monkeypatch.setattr("sys.argv", ["tune", "--case", "32/8/128 1x16384", "--rounds", "1"])
+    tune_prefill.main()
+    said = capsys.readouterr().out
+    flops = (
+        tune_prefill.BENCH_OPS["prefill_attention"]
+        .cost(bench_cases("prefill_attention")["32/8/128 1x16384"])
+        .flops
+    )
+    assert f"as it is {flops / 1e9:.1f}, no turns" in said
+    assert "folds cost +25.0%" in said
+    monkeypatch.setattr(tune_prefill, "Workload", lambda *_, **__: MadeUp([{"no turns": 0}]))
+    with pytest.raises(ArithmeticError, match="no turns: 7 times the tolerance"):
+        tune_prefill.main()
+    monkeypatch.setattr("sys.argv", ["tune", "--case", "none such"])
+    with pytest.raises(SystemExit):
+        tune_prefill.main()

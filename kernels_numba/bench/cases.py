@@ -30,8 +30,6 @@ MODELS: dict[str, Params] = {
     "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152, "num_q_heads": 9,
                      "num_kv_heads": 3, "head_dim": 64},
 }  # fmt: skip
-# For attention alone: the heads that published figures are about.
-ATTENTION_MODELS = {**MODELS, "llama3-8b": {"num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128}}
 QUICK_MODELS = ("llama3.2-1b",)
 TOKENS = (64, 1024, 8192)
 QUICK_TOKENS = (64, 8192)
@@ -39,20 +37,21 @@ BLOCK_SIZE = 64
 MAX_POS = 8192
 
 
-def _mixed(low: int, high: int, count: int) -> tuple[int, ...]:
+def _mixed(low: int, high: int, count: int, seed: int = 0) -> tuple[int, ...]:
     """`count` lengths from low to high, the same ones always."""
-    return tuple(np.random.default_rng(0).integers(low, high + 1, count).tolist())
+    return tuple(np.random.default_rng(seed).integers(low, high + 1, count).tolist())
 
 
-# name -> (query_lens, context_lens)
-PREFILLS = {
-    "4x512": ((512,) * 4,) * 2,
-    "8x2048": ((2048,) * 8,) * 2,
-    "1x16384": ((16384,),) * 2,
-    "64x16..2048": (_mixed(16, 2048, 64),) * 2,
-    "2048 behind 14336": ((2048,), (16384,)),
+_MIX = {f"64mix16-2048{f' seed {n}' if n else ''}": (_mixed(16, 2048, 64, n),) * 2 for n in range(3)}
+_CHUNKS = {f"2048on{n}": ((2048,), (n + 2048,)) for n in (8192, 32768)}  # behind that much context
+# Heads q/kv/head_dim -> what the sequences are called -> (query_lens, context_lens).
+PREFILLS: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
+    "32/8/128": {"8x2048": ((2048,) * 8,) * 2, "1x16384": ((16384,),) * 2, **_MIX, **_CHUNKS},
+    "28/4/128": {"8x2048": ((2048,) * 8,) * 2, "1x16384": ((16384,),) * 2, **_MIX},
+    "9/3/64": {"8x2048": ((2048,) * 8,) * 2, "1x16384": ((16384,),) * 2, **_MIX},
+    "32/8/64": {"4x512": ((512,) * 4,) * 2, "8x2048": ((2048,) * 8,) * 2},
 }
-QUICK_PREFILLS = ("4x512", "8x2048")
+QUICK_HEADS, QUICK_PREFILLS = "32/8/64", ("4x512", "8x2048")
 # Heads q/kv/head_dim -> (what the sequences are called, context_lens) of each case.
 DECODES: dict[str, dict[str, tuple[int, ...]]] = {
     "28/4/128": {
@@ -102,15 +101,16 @@ def _store_kv(quick: bool) -> dict[str, Params]:
 
 
 def _prefill(quick: bool) -> dict[str, Params]:
-    heads = ("num_q_heads", "num_kv_heads", "head_dim")
-    return {
-        f"{model} {name}": {
-            **_pick(ATTENTION_MODELS[model], *heads), "block_size": BLOCK_SIZE,
-            "query_lens": PREFILLS[name][0], "context_lens": PREFILLS[name][1],
-        }
-        for model in (QUICK_MODELS if quick else ATTENTION_MODELS)
-        for name in (QUICK_PREFILLS if quick else PREFILLS)
-    }  # fmt: skip
+    cases = {}
+    for heads, batches in PREFILLS.items():
+        num_q_heads, num_kv_heads, head_dim = map(int, heads.split("/"))
+        for name, (query_lens, context_lens) in batches.items():
+            if not quick or (heads == QUICK_HEADS and name in QUICK_PREFILLS):
+                cases[f"{heads} {name}"] = {
+                    "num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim,
+                    "block_size": BLOCK_SIZE, "query_lens": query_lens, "context_lens": context_lens,
+                }  # fmt: skip
+    return cases
 
 
 def _decode(quick: bool) -> dict[str, Params]:

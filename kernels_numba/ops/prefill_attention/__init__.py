@@ -178,5 +178,21 @@ CASES: dict[str, dict[str, Any]] = {
     "llama3_8b_chunk": {**_LLAMA3, "query_lens": (100,), "context_lens": (333,)},
     "odd": {**_SMOLLM2, "head_dim": 80, "block_size": 48, "query_lens": (7, 5), "context_lens": (7, 201)},
 }
-rungs: dict[str, Rung] = {"reference": prefill_attention_reference, "plain": prefill_attention}
+
+
+def prefill_attention_hopper(
+    out: Any, q: Any, k_cache: Any, v_cache: Any, cu_seqlens_q: Any, context_lens: Any, block_table: Any, *,
+    softmax_scale: float, window: int | None = None, stream: Any = None, **how: Any,
+) -> None:  # fmt: skip
+    """Rung "hopper" (sm_90a): wgmma, pages by TMA; see hopper.py, whose attend takes the rest. It has not run
+    on a GPU yet: only who names it gets it."""
+    from kernels_numba.ops.prefill_attention.hopper import attend
+
+    arrays = (out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table)
+    attend(*arrays, softmax_scale=softmax_scale, window=window, stream=stream, **how)
+
+
+rungs: dict[str, Rung] = {
+    "reference": prefill_attention_reference, "plain": prefill_attention, "hopper": prefill_attention_hopper,
+}  # fmt: skip
 register = make_register(OP, rungs)

@@ -1,0 +1,125 @@
+"""Sizes of the Hopper prefill kernel: tiles, stages, registers, shared memory, kinds of builds.
+
+Knows: bytes and counts. Refuses to know: the kernel. No choice made here shows in a bit of a result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from kernels_numba.attention_contract import SPLIT, TILE
+from kernels_numba.smem import SmemPlan
+
+HEAD_DIMS = (64, 128)
+BLOCK_SIZE = 64  # keys of a page: two are a tile
+MAX_GROUP = 16  # query heads of a kv head; longer groups would do, and no model has them
+ITEM = 2
+WARP, WARPGROUP = 32, 128
+ROWS = 64  # of a consumer warpgroup
+BOX_COLUMNS = 64  # 128 bytes, the swizzle's width: a panel
+BOX_BYTES = BLOCK_SIZE * BOX_COLUMNS * ITEM
+PANEL_BYTES = TILE * BOX_COLUMNS * ITEM
+RECORDS, RECORD_BYTES = 2, 32
+MAX_STAGES = 4
+SMEM_LIMIT = 232_448  # of a block
+CONSUMERS = 2  # warpgroups; a third, at head_dim 64, would have 152 registers a thread and spill
+TILE_ROWS, THREADS = (
+    CONSUMERS * ROWS,
+    (CONSUMERS + 1) * WARPGROUP,
+)  # the last warpgroup's warps are the producers
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread; 168 each at the start
+MUTANTS = (
+    "",
+    "scale",
+    "mask",
+    "page",
+    "stale_tail",
+    "no_fold",
+    "early_release",
+    "wrong_phase",
+    "lost_arrival",
+)
+Source = Literal["pages", "rows"]
+WHOLE = 1 << 26  # keys of a split that never ends: no fold, other bits
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """head_dim 64 or 128; source: keys and values in pages, or as rows of packed sequences; turns: whether
+    the consumers' products take turns; overlap: whether a consumer makes weights while its own P V runs
+    (which of both pays is for a GPU to say). ValueError for others."""
+
+    head_dim: int
+    source: Source = "pages"
+    turns: bool = True
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in HEAD_DIMS or self.source not in ("pages", "rows"):
+            raise ValueError(
+                f"prefill_attention: head_dim is {self.head_dim}, source {self.source!r}; "
+                f"head_dim {' or '.join(map(str, HEAD_DIMS))}, source pages or rows is required"
+            )
+
+    @property
+    def tile_bytes(self) -> int:
+        """A tile of K or V."""
+        return TILE * self.head_dim * ITEM
+
+    @property
+    def stages(self) -> int:
+        """Tiles of K, and as many of V, in flight: what fits beside the rest."""
+        fixed = sum(size * count for _, size, _, count in _fixed(self, MAX_STAGES))
+        return min(MAX_STAGES, (SMEM_LIMIT - fixed) // (2 * self.tile_bytes))
+
+
+def _fixed(config: PrefillConfig, stages: int) -> tuple[tuple[str, int, int, int], ...]:
+    """What a block holds beside its stages: (name, bytes of a piece, alignment, pieces)."""
+    return (
+        ("q", TILE_ROWS * config.head_dim * ITEM, 1024, 1),
+        ("state", ROWS * config.head_dim * 4, 1024, CONSUMERS),
+        ("record", RECORD_BYTES, 32, RECORDS),
+        *((f"{name}_{end}", 8, 8, stages) for name in "kv" for end in ("full", "empty")),
+        *((f"q_{end}", 8, 8, CONSUMERS) for end in ("full", "empty")),
+        ("posted", 8, 8, RECORDS),
+        ("taken", 8, 8, RECORDS),
+    )
+
+
+@cache
+def smem_plan(config: PrefillConfig) -> SmemPlan:
+    """Stages of K and of V, then: the queries; what each consumer has folded so far, f32[head_dim / 4 /
+    2][128 threads][4]; items for everybody; barriers."""
+    return SmemPlan.of(
+        ("k", config.tile_bytes, 1024, config.stages),
+        ("v", config.tile_bytes, 1024, config.stages),
+        *_fixed(config, config.stages),
+        limit=SMEM_LIMIT,
+    )
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a kernel is built beside its numbers. debug: every wait for a barrier is bounded and fails with the
+    barrier's name; stress: warps pause at random; pdl: the launch may begin while the one before it ends;
+    split: its keys, a power of two; another than the contract's gives other bits, for measuring what it
+    costs. mutant: one known mistake, which the tests must catch: a wrong scale, a mask that lets one key too
+    many in, a page too far, V's stale tail left in place, splits that are not folded, V handed back before it
+    is read, a wrong phase, a stage of V never handed back."""
+
+    debug: bool = False
+    stress: bool = False
+    pdl: bool = True
+    split: int = SPLIT
+    mutant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.split < TILE or self.split & (self.split - 1) or self.split > WHOLE:
+            raise ValueError(f"split is {self.split}; a power of two from {TILE} to {WHOLE} is required")
+        if self.mutant not in MUTANTS:
+            raise ValueError(f"mutant is {self.mutant!r}; there are {', '.join(MUTANTS[1:])}")
+
+
+PRODUCT = Build()
