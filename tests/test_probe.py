@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +287,10 @@ def test_host_readings_follow_what_is_allocated() -> None:
     size = 64 << 20
     before = meter.used()
     held = np.ones(size, np.uint8)
+    for _ in range(50):  # some kernels count what was touched a moment later
+        if meter.used() - before > 0.9 * size:
+            break
+        time.sleep(0.1)
     assert 0.9 * size < meter.used() - before < 1.5 * size
     meter.start_peak()
     np.ones(size, np.uint8).sum()  # taken and given back at once
