@@ -21,8 +21,8 @@ from sharp.running import RunningTable
 from sharp.scheduler import Scheduler
 
 Patch = Callable[[pytest.MonkeyPatch], None]
-# Most that a mutant may need to be seen; the dearest need some 200. Which ones are drawn depends on the modules
-# that are loaded (hypothesis takes constants from them), so it must be far from the mean.
+# Most that a mutant may need to be seen; the dearest need some 200. Which ones are drawn depends on the
+# modules that are loaded (hypothesis takes constants from them), so it must be far from the mean.
 WORKLOADS = 2000
 
 
