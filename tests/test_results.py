@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from sharp import bench_engine, results
+from sharp import bench_engine, bench_scheduler, results
 
 
 @pytest.fixture
@@ -99,7 +99,9 @@ def test_what_is_recorded_keeps_the_rules():
         assert recorded["err"] is not None
         assert recorded["err"] <= 1, recorded
         assert results.format_row(recorded)
-        sources = bench_engine.SOURCES if recorded["op"] == "engine" else results.op_sources(recorded["op"])
+        op = recorded["op"]
+        above = {"engine": bench_engine.SOURCES, "scheduler": bench_scheduler.SOURCES}
+        sources = above[op] if op in above else results.op_sources(op)
         assert recorded["source_hash"] == results.source_hash(sources), (
             f"{recorded['op']} {recorded['case']}: its source changed since it was measured"
         )
