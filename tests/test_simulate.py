@@ -266,7 +266,7 @@ def files(tmp_path: Path) -> list[str]:
 
 def test_a_table_of_policies(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--policy", "fcfs", "--policy", "latency-target", "--set", "target_itl_ms=50"]
-    assert main([*files, *words, "--set", "max_num_seqs=4"]) == 0
+    assert main([*files, *words, "--set", "max_num_seqs=4", "--set", "prefix_caching=False"]) == 0
     out = capsys.readouterr().out
     assert "max_num_seqs 4" in out
     head, *rows = out.splitlines()[1:]
@@ -294,6 +294,7 @@ def test_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["--set", "max_num_seqs=many"], "max_num_seqs is 'many'; it must be a whole number"),
         (["--set", "seed=1"], "--set is 'seed=1'; it must be OPTION=VALUE, OPTION one of"),
         (["--set", "max_num_seqs"], "--set is 'max_num_seqs'"),
+        (["--set", "prefix_caching=no"], "prefix_caching is 'no'; it must be true or false"),
         (["--set", "admission=hope"], "admission must be one of"),
     ],
 )  # fmt: skip

@@ -18,6 +18,12 @@ from sharp.workloads import read_workload
 
 # What a simulation has no use for, or takes from --policy and from the probe.
 ELSEWHERE = {"scheduling_policy", "block_size", "memory_limit", "seed", "device", "dtype", "rungs"}
+READ: dict[str, tuple[Callable[[str], Any], str]] = {
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "bool": (lambda text: {"true": True, "false": False}[text.lower()], "true or false"),
+    "str": (str, "text"),
+}
 OPTIONS = {field.name: str(field.type) for field in fields(EngineConfig) if field.name not in ELSEWHERE}
 
 
@@ -95,11 +101,10 @@ def parse_settings(settings: Iterable[str]) -> dict[str, Any]:
             raise CommandError(
                 f"--set is {setting!r}; it must be OPTION=VALUE, OPTION one of {', '.join(OPTIONS)}", 2
             )
-        kind = OPTIONS[name]
+        read, what = READ[OPTIONS[name].partition(" ")[0]]
         try:
-            given[name] = int(text) if kind.startswith("int") else float(text) if "float" in kind else text
-        except ValueError:
-            what = "a whole number" if kind.startswith("int") else "a number"
+            given[name] = read(text)
+        except (ValueError, KeyError):
             raise CommandError(f"--set {name} is {text!r}; it must be {what}", 2) from None
     return given
 
