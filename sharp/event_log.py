@@ -9,8 +9,6 @@ them.
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zlib
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from kernels_numba.files import write_whole
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.request import Request
 from sharp.scheduler import Scheduler
@@ -132,15 +131,7 @@ class EventLog:
 
     def save(self, path: str | Path) -> None:
         """Write the log to a file, whole or not at all. Raises OSError where that cannot be done."""
-        path = Path(path)
-        handle, part = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.writelines(line + b"\n" for line in self.lines())
-            os.replace(part, path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+        write_whole(Path(path), b"".join(line + b"\n" for line in self.lines()))
 
 
 def _plain(value: Any) -> Any:
