@@ -21,8 +21,40 @@ def bits(array: Any) -> Any:
     return array.view(np.uint16) if array.dtype == BF16 else array
 
 
+def attend(q: Any, k: Any, v: Any, scale: float) -> tuple[Any, Any]:
+    """(out[Hq, D], log-sum-exp[Hq]) in float64 of q[Hq, D] over k, v[n, D], one key at least."""
+    scores = q.astype(np.float64) @ k.T * scale
+    top = scores.max(axis=1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(axis=1, keepdims=True)
+    return weights / total @ v, (top + np.log(total))[:, 0]
+
+
+def largest_difference(lse: Any, want: Any) -> float:
+    """Of finite numbers; inf where one is finite and the other is not."""
+    seen = np.isfinite(want)
+    if not np.array_equal(np.isfinite(lse), seen):
+        return float("inf")
+    return float(np.abs(np.where(seen, lse, 0) - np.where(seen, want, 0)).max())
+
+
+class Heads:
+    """What follows from q[.., Hq, D] and k_cache[.., Hkv, ..]."""
+
+    q: Any
+    k_cache: Any
+
+    @property
+    def group(self) -> int:
+        return int(self.q.shape[1] // self.k_cache.shape[1])
+
+    @property
+    def scale(self) -> float:
+        return float(self.q.shape[2] ** -0.5)
+
+
 @dataclass
-class Batch:
+class Batch(Heads):
     """q[B, Hq, D] (cut from a wider buffer), caches[num_blocks, Hkv, 64, D] in the element type, NaN where
     nobody may look; context_lens, block_table with BAD_PAGE there; window."""
 
@@ -32,14 +64,6 @@ class Batch:
     context_lens: Any
     block_table: Any
     window: int | None
-
-    @property
-    def group(self) -> int:
-        return int(self.q.shape[1] // self.k_cache.shape[1])
-
-    @property
-    def scale(self) -> float:
-        return float(self.q.shape[2] ** -0.5)
 
     def keys_values(self, seq: int, head: int) -> tuple[Any, Any]:
         """What row `seq` of a kv head sees: k, v[n, D] in the element type."""
@@ -58,12 +82,7 @@ class Batch:
                 k, v = (x.astype(np.float64) for x in self.keys_values(seq, head))
                 if len(k):
                     mine = slice(head * self.group, (head + 1) * self.group)
-                    scores = self.q[seq, mine].astype(np.float64) @ k.T * self.scale
-                    top = scores.max(axis=1, keepdims=True)
-                    weights = np.exp(scores - top)
-                    total = weights.sum(axis=1, keepdims=True)
-                    out[seq, mine] = weights / total @ v
-                    lse[seq, mine] = (top + np.log(total))[:, 0]
+                    out[seq, mine], lse[seq, mine] = attend(self.q[seq, mine], k, v, self.scale)
         return out, lse
 
     def only(self, seq: int) -> Batch:

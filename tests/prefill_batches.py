@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from decode_batches import BAD_PAGE, ELEMENTS, PAGE, bits
+from decode_batches import BAD_PAGE, ELEMENTS, PAGE, Heads, attend, bits
 
 from kernels_numba.attention_contract import attention, first_visible
 
 
 @dataclass
-class Batch:
+class Batch(Heads):
     """q[T, Hq, D] (cut from a wider buffer), caches[num_blocks, Hkv, 64, D] in the element type, NaN where
     nobody may look; cu_seqlens_q, context_lens, block_table with BAD_PAGE there; window. Rows of q outside of
     sequences are NaN."""
@@ -26,14 +26,6 @@ class Batch:
     context_lens: Any
     block_table: Any
     window: int | None
-
-    @property
-    def group(self) -> int:
-        return int(self.q.shape[1] // self.k_cache.shape[1])
-
-    @property
-    def scale(self) -> float:
-        return float(self.q.shape[2] ** -0.5)
 
     @property
     def query_lens(self) -> Any:
@@ -73,11 +65,7 @@ class Batch:
             out[row, mine], lse[row, mine] = 0, -np.inf
             if length:
                 k, v = (x[first:length] for x in held[seq, head])
-                scores = self.q[row, mine].astype(np.float64) @ k.T * self.scale
-                top = scores.max(axis=1, keepdims=True)
-                weights = np.exp(scores - top)
-                total = weights.sum(axis=1, keepdims=True)
-                out[row, mine], lse[row, mine] = weights / total @ v, (top + np.log(total))[:, 0]
+                out[row, mine], lse[row, mine] = attend(self.q[row, mine], k, v, self.scale)
         return out, lse
 
     def by_contract(self) -> tuple[Any, Any]:

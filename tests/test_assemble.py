@@ -6,11 +6,11 @@ The compiler runs in a subprocess: here, in the tests' own process, the simulato
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import no_simulator
 import pytest
 
 from kernels_numba import tools
@@ -22,11 +22,10 @@ TOOLS_MISSING = 3
 
 
 def without_simulator(*arguments, timeout=240):
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=no_simulator.environment(),
         timeout=timeout,
         capture_output=True,
         text=True,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import no_simulator
 import pytest
 
 from kernels_numba import cubins
@@ -79,12 +77,9 @@ sys.exit(main({words!r}))
 
 def build(folder, modules, *words):
     pytest.importorskip("numba")
-    settings = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    settings["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    settings["XDG_CACHE_HOME"] = str(folder)
     code = BUILD.format(modules=modules, words=["kernels", *words])
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, env=settings, timeout=120)
+    here = {"PYTHONPATH": no_simulator.WITH_TESTS, "XDG_CACHE_HOME": str(folder)}
+    return no_simulator.run(code, timeout=120, **here)
 
 
 @pytest.mark.skipif("not sys.platform.startswith('linux')", reason="moves the cache by XDG_CACHE_HOME")

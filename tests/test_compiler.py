@@ -3,11 +3,11 @@ missing."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import no_simulator
 import numpy as np
 import pytest
 
@@ -55,10 +55,13 @@ print("fine")
     "names", [["numba"], ["numba.cuda"], ["cuda"], ["numba_cuda", "numba", "cuda", "llvmlite"]]
 )
 def test_everything_imports_where_numba_cuda_cannot(names):
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     code = BLOCKED.replace("{names!r}", repr(names))
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=no_simulator.environment(),
+        capture_output=True,
+        text=True,
     )
     assert result.stdout == "fine\n", result.stderr
 

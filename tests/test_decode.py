@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import no_simulator
 import numpy as np
 import pytest
-from decode_batches import BF16, ELEMENTS, bits, make_batch
+from decode_batches import BF16, ELEMENTS, bits, largest_difference, make_batch
 from tolerance import error_ratio
 
 from kernels_numba import attention_contract as contract
@@ -118,14 +119,6 @@ def run_in_numpy(batch, feed, **how):
     return out.astype(np.float32), lse
 
 
-def largest_difference(lse, want):
-    """Of finite numbers; inf where one is finite and the other is not."""
-    seen = np.isfinite(want)
-    if not np.array_equal(np.isfinite(lse), seen):
-        return np.inf
-    return float(np.abs(np.where(seen, lse, 0) - np.where(seen, want, 0)).max())
-
-
 def apart(batch, got):
     """How far a result is from the contract's, in bfloat16's largest rounding of the result (of a row's small
     numbers, of an eighth of its largest), or in 1e-5 of the log-sum-exp."""
@@ -212,19 +205,9 @@ print(json.dumps(reports))
 """
 
 
-def in_compiler(code):
-    pytest.importorskip("numba")
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    return child.stdout.splitlines()[-1]
-
-
 @pytest.fixture(scope="module")
 def assembled():
-    return json.loads(in_compiler(COMPILE.format(root=str(ROOT))))
+    return json.loads(no_simulator.last_line(COMPILE.format(root=str(ROOT))))
 
 
 def test_tiles_stay_in_registers(assembled):

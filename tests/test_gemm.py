@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import no_simulator
 import numpy as np
 import pytest
 
@@ -48,20 +49,9 @@ print(json.dumps(reports))
 SOME = ("64x48", "128x144", "128x256")
 
 
-def in_compiler(code):
-    """Standard output of `code` in a process that has the compiler instead of the simulator."""
-    pytest.importorskip("numba")
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    return child.stdout.splitlines()[-1]
-
-
 @pytest.fixture(scope="module")
 def assembled():
-    return json.loads(in_compiler(COMPILE.format(root=str(ROOT), some=SOME)))
+    return json.loads(no_simulator.last_line(COMPILE.format(root=str(ROOT), some=SOME)))
 
 
 def test_every_epilogue_keeps_its_accumulators_in_registers(assembled):
@@ -102,9 +92,9 @@ print("fenced")
 
 
 def test_staged_output_is_fenced_before_it_is_sent():
-    assert in_compiler(FENCES.format(root=str(ROOT), mutant="")) == "fenced"
+    assert no_simulator.last_line(FENCES.format(root=str(ROOT), mutant="")) == "fenced"
     with pytest.raises(AssertionError, match="without a fence"):
-        in_compiler(FENCES.format(root=str(ROOT), mutant="no_fence"))
+        no_simulator.last_line(FENCES.format(root=str(ROOT), mutant="no_fence"))
 
 
 def test_the_heuristic_prefers_full_waves():

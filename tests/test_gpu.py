@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import no_simulator
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -248,7 +249,7 @@ def test_groups_take_every_kernel_test_once():
     arguments = ["tests/test_ops.py", "--device=cuda", "--collect-only", "-q", "-p", "no:cacheprovider"]
 
     def collected(*selection):
-        env = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
+        env = no_simulator.environment()
         command = [sys.executable, "-c", COLLECT, *arguments, *selection]
         out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
         assert out.returncode == 0, out.stdout + out.stderr

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import no_simulator
 import numpy as np
 import pytest
 from tolerance import assert_close, error_ratio
@@ -280,11 +278,8 @@ BUILDS = [
 @pytest.fixture(scope="module")
 def assembled(request):
     pytest.importorskip("numba")
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     code = COMPILE.format(root=str(ROOT), builds=BUILDS)
-    child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=180
-    )
+    child = no_simulator.run(code, timeout=180)
     if child.returncode == 3 and not request.config.getoption("--strict-tools"):
         pytest.skip(child.stderr.strip())
     assert child.returncode == 0, child.stderr[-3000:]

@@ -6,7 +6,6 @@ Compiling happens in children: here, in the tests' own process, the simulator ta
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import no_simulator
 import pytest
 
 from kernels_numba import launch, prebuild
@@ -24,17 +24,12 @@ TESTS = ROOT / "tests"
 
 
 def environment(**more):
-    kept = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    return {**kept, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)]), **more}
+    return no_simulator.environment(PYTHONPATH=no_simulator.WITH_TESTS, **more)
 
 
 def child(code, timeout=120, **more):
     """Run code without the simulator: (what it printed as JSON in its last line, stderr)."""
-    pytest.importorskip("numba")
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(**more), timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = no_simulator.outcome(code, timeout=timeout, PYTHONPATH=no_simulator.WITH_TESTS, **more)
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 

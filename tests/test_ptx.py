@@ -5,12 +5,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import no_simulator
 import pytest
 
 from kernels_numba.compiler import KernelsUnavailable
@@ -250,13 +248,8 @@ def compiled(calls, folder, older=()):
         template(name, a).format(name=name, module=m, arguments=a) for name, (m, a, _) in calls.items()
     ]
     (folder / "calls.py").write_text("\n".join(imports) + "".join(kernels), encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     code = CHILD.format(root=str(ROOT), folder=str(folder), names=list(calls), older=list(older))
-    child = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
-    return json.loads(child.stdout.splitlines()[-1])
+    return json.loads(no_simulator.last_line(code, timeout=240))
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,10 @@ Matrix products are of small integers wherever they must be equal to the bit: th
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
+import no_simulator
 import numpy as np
 import ptx_kernels
 import pytest
@@ -95,11 +93,7 @@ print(json.dumps(out))
 
 
 def without_simulator(code, timeout=240):
-    environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(TESTS)])
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=timeout
-    )
+    return no_simulator.run(code, timeout=timeout, PYTHONPATH=no_simulator.WITH_TESTS)
 
 
 @pytest.fixture(scope="module")

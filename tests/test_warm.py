@@ -5,11 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import no_simulator
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,14 +56,9 @@ print(json.dumps([launch.compiles, len(kernels), marks]))
 
 
 def run(code, *words, timeout=60):
-    pytest.importorskip("numba")
-    settings = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    settings["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    command = [sys.executable, "-c", code, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=settings, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    paths = [no_simulator.WITH_TESTS, os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(path for path in paths if path)
+    return no_simulator.outcome(code, *words, timeout=timeout, PYTHONPATH=path).stdout
 
 
 def best_of(count, code, *words):
