@@ -43,17 +43,23 @@ def decode(model, config, prompts, new_tokens, preempt_at=()):
     seen = {request.request_id: [] for request in requests}
     while (plan := scheduler.plan()) is not None:
         plan.check(config.block_size)
-        batch = model.stage(plan)
-        logits = model.forward(batch)
-        sampled = model.sample(logits, batch)
-        host = np.array(model.device.download(logits), copy=True)
-        for row, seq in enumerate(plan.logits_seqs):
-            seen[plan.request_ids[seq]].append(host[row])
+        sampled = compute(model, plan, seen)
         for request in scheduler.commit(plan, sampled):
             if len(request.output_token_ids) in preempt_at and request in scheduler.running:
                 scheduler.preempt(request)
         scheduler.check()
     return [r.output_token_ids for r in requests], [np.stack(seen[r.request_id]) for r in requests]
+
+
+def compute(model, plan, seen):
+    """What a plan's step samples; its logits rows are appended to those `seen` of each request."""
+    batch = model.stage(plan)
+    logits = model.forward(batch)
+    sampled = model.sample(logits, batch)
+    host = np.array(model.device.download(logits), copy=True)
+    for row, seq in enumerate(plan.logits_seqs):
+        seen[plan.request_ids[seq]].append(host[row])
+    return sampled
 
 
 def poison(model):
@@ -160,12 +166,7 @@ def history(model, config, prompts, new_tokens, rng=None, samples=1):
             scheduler.preempt(running[rng.integers(len(running))])
         plan = scheduler.plan()
         plan.check(config.block_size)
-        batch = model.stage(plan)
-        out = model.forward(batch)
-        sampled = model.sample(out, batch)
-        host = np.array(model.device.download(out), copy=True)
-        for row, seq in enumerate(plan.logits_seqs):
-            logits[plan.request_ids[seq]].append(host[row])
+        sampled = compute(model, plan, logits)
         pages = {r.request_id: (r.block_ids, r.num_computed_tokens) for r in scheduler.running}
         for request in scheduler.commit(plan, sampled):
             if request.finish_reason:  # its pages are free, but nothing has been written since

@@ -19,31 +19,23 @@ import numpy as np
 from fake_model import FakeTokenizer, engine_config, model_config
 
 from sharp.engine import Engine
+from sharp.host_time import NoModel
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.request import SamplingParams
 
 BEGINNINGS = [random.Random(i).choices(range(2, 300), k=12) for i in range(50)]
 
 
-class InstantModel:
+class InstantModel(NoModel):
     """Ids from nothing but the row: fast enough for a million requests."""
 
     def __init__(self, num_blocks: int) -> None:
-        self.config, self.num_blocks, self.block_size = model_config(), num_blocks, 4
-
-    def stage(self, plan: BatchPlan) -> BatchPlan:
-        return plan
-
-    def forward(self, plan: BatchPlan) -> Any:
-        return None
+        super().__init__(model_config(), num_blocks, 4)
 
     def sample(self, logits: Any, plan: BatchPlan) -> SampleOutput:
         rows = len(plan.logits_rows)
         ids = (plan.seeds % np.uint64(200)).astype(np.int32) + plan.output_indices % 7 + 2
         return SampleOutput(ids.astype(np.int32), (None,) * rows)
-
-    def close(self) -> None:
-        pass
 
 
 def resident_bytes() -> int:
