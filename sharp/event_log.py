@@ -19,7 +19,6 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from kernels_numba.files import write_whole
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.request import Request
 from sharp.scheduler import Scheduler
@@ -131,6 +130,8 @@ class EventLog:
 
     def save(self, path: str | Path) -> None:
         """Write the log to a file, whole or not at all. Raises OSError where that cannot be done."""
+        from kernels_numba.files import write_whole  # here: an engine that saves nothing needs no kernels
+
         write_whole(Path(path), b"".join(line + b"\n" for line in self.lines()))
 
 
