@@ -50,8 +50,12 @@ class HostMeter:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def used(self) -> int:
-        """Bytes of anonymous memory of this process (where /proc is absent: its largest size so far)."""
-        return _status("RssAnon") or _largest()
+        """Bytes of anonymous memory of this process.
+
+        A /proc that does not tell anonymous memory apart gives all that is resident; where there is no /proc
+        either, the largest size so far stands in, which never falls.
+        """
+        return _status("RssAnon") or _status("VmRSS") or _largest()
 
     def start_peak(self) -> None:
         """From here on peak() counts. Linux forgets its old high-water mark when asked; others do not."""
