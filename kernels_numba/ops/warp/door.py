@@ -153,7 +153,6 @@ class Sizes:
 
     hidden_size: int
     intermediate_size: int
-    num_kv_heads: int
     head_dim: int
     block_size: int
 
