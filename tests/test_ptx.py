@@ -161,8 +161,8 @@ CALLS = {
 # The folder's page is among the sources of recorded GEMM rows: these files go onto it when those are measured
 # anew.
 NOT_ON_THE_PAGE = {
-    "arith", "atomics", "halves", "mbarrier_poll", "packs", "predicated", "predicated_vector", "quotients",
-    "wgmma_panels",
+    "arith", "atomics", "halves", "mbarrier_poll", "mma_tile", "packs", "predicated", "predicated_vector",
+    "quotients", "wgmma_panels",
 }  # fmt: skip
 FLOATS = ("arith", "halves", "quotients")  # whose results are float32
 # In every kernel of test_gemm.py or ptx_kernels.py.
