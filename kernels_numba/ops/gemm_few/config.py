@@ -1,0 +1,171 @@
+"""Tiles of the GEMM for few tokens: what one is made of, what fits into a block, and which suits a shape.
+
+Knows: sizes, counts and a model of time. Refuses to know: the kernel. No choice made here shows in a bit of a
+result. The model's three rates come from measurements of another kernel (see below); none of its own times is
+measured yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+from kernels_numba.smem import SmemPlan
+
+TILE_K = 64
+ITEM = 2  # bytes of an element of x and weight
+ROW = TILE_K * ITEM  # bytes of a tile's row: one line of the 128-byte swizzle
+GROUP_N = 64  # rows of weights that one warpgroup multiplies: wgmma's M
+WARP, WARPGROUP = 32, 128
+SMEM_OF_SM, SMEM_OF_BLOCK, SMEM_OF_SYSTEM = 233_472, 232_448, 1_024  # the last: what a block costs besides
+REGISTERS_OF_QUARTER = 16_384  # of an SM; every fourth warp of a block is there
+STORE_TOKENS = 16  # that a warpgroup stores at once, 8 threads a token
+MUTANTS = ("", "wrong_phase", "lost_arrival", "early_arrival", "descending", "no_barrier")
+
+
+@dataclass(frozen=True)
+class Build:
+    """How a kernel is built beside its numbers. debug: every wait for a barrier is bounded and fails with the
+    barrier's name; stress: warps pause at random; pdl: the launch may begin while the one before it ends;
+    mutant: one known mistake, which the tests must catch: consumers that wait for the wrong phase, never hand
+    a stage back, or hand it back while it is read; K walked downward; staged results stored before they are
+    all there."""
+
+    debug: bool = False
+    stress: bool = False
+    pdl: bool = True
+    mutant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.mutant not in MUTANTS:
+            raise ValueError(f"mutant is {self.mutant!r}; there are {', '.join(MUTANTS[1:])}")
+
+
+PRODUCT = Build()
+
+
+@dataclass(frozen=True)
+class FewConfig:
+    """A tile of tile_n rows of weights x tile_t tokens; `blocks` of them live on an SM at a time.
+
+    tile_n: 64 or 128, each 64 have a consumer warpgroup; tile_t: a multiple of 8 up to 256. ValueError for
+    others, and where fewer than two stages fit.
+    """
+
+    tile_n: int
+    tile_t: int
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tile_n not in (64, 128):
+            raise ValueError(f"tile_n is {self.tile_n}; 64 or 128 is required")
+        if self.tile_t % 8 or not 8 <= self.tile_t <= 256:
+            raise ValueError(f"tile_t is {self.tile_t}; a multiple of 8 from 8 to 256 is required")
+        if self.blocks < 1 or self.stages < 2:
+            raise ValueError(f"{self}: {self.stages} stages fit; 2 are required")
+
+    def __str__(self) -> str:
+        return f"{self.tile_n}x{self.tile_t}" + (f"x{self.blocks}" if self.blocks > 1 else "")
+
+    @property
+    def consumers(self) -> int:
+        return self.tile_n // GROUP_N
+
+    @property
+    def threads(self) -> int:
+        """The consumers' warpgroups, then the producer's warp."""
+        return self.consumers * WARPGROUP + WARP
+
+    @property
+    def registers(self) -> int:
+        """What a thread can have if `blocks` share an SM, whichever of its quarters their first warps get."""
+        warps = self.blocks * -(-self.threads // (4 * WARP))
+        return min(255, REGISTERS_OF_QUARTER // (warps * WARP) // 8 * 8)
+
+    @property
+    def smem_limit(self) -> int:
+        """Bytes of shared memory of one of `blocks` on an SM."""
+        return min(SMEM_OF_BLOCK, SMEM_OF_SM // self.blocks - SMEM_OF_SYSTEM)
+
+    @property
+    def round_tokens(self) -> int:
+        """Tokens staged at a time. The widest tile's accumulators leave no registers for four stores at
+        once: 136 bytes were spilled."""
+        return min(self.tile_t, 32 if self.tile_t > 192 else 64)
+
+    @property
+    def staged_bytes(self) -> int:
+        """A consumer's staged results: round_tokens of its 64 columns, in whole stores."""
+        tokens = self.round_tokens
+        return -(-tokens // STORE_TOKENS) * STORE_TOKENS * GROUP_N * ITEM
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.tile_n + self.tile_t) * ROW
+
+    @property
+    def stages(self) -> int:
+        """Steps of K in flight: as many as fit beside the staged results. Each has two barriers of 8
+        bytes."""
+        room = self.smem_limit - self.consumers * self.staged_bytes
+        return room // (self.stage_bytes + 16)
+
+
+@cache
+def smem_plan(config: FewConfig) -> SmemPlan:
+    """Weight stages, x stages, each consumer's staged results, barriers; see SmemPlan.picture()."""
+    return SmemPlan.of(
+        ("weight", config.tile_n * ROW, 1024, config.stages),
+        ("x", config.tile_t * ROW, 1024, config.stages),
+        ("out", config.staged_bytes, 1024, config.consumers),
+        ("full", 8, 8, config.stages),
+        ("empty", 8, 8, config.stages),
+        limit=config.smem_limit,
+    )
+
+
+# Two blocks an SM where half the shared memory holds what must be in flight, and registers allow it: one
+# stores while the other multiplies, and the next launch finds room to fetch its weights before this one ends.
+CONFIGS = (
+    *(FewConfig(64, tile_t, 2) for tile_t in (8, 16, 32, 64)), FewConfig(64, 128),
+    *(FewConfig(128, tile_t, 2) for tile_t in (8, 16, 32)),
+    *(FewConfig(128, tile_t) for tile_t in (64, 128, 256)),
+)  # fmt: skip
+
+# Bytes a second on an H100. DRAM: what streaming kernels reach. INGEST: into one SM; another swapped GEMM
+# drew 85 (16 tokens) to 96 GB/s (64) an SM at 4096 x 14336, with 32 blocks of 180 KB in flight. L2: to all
+# SMs together, assumed.
+DRAM, INGEST, L2 = 3.0e12, 90e9, 5.5e12
+LATENCY = (
+    1.0e-6  # seconds from asking for a byte to having it, under load: bytes in flight / LATENCY a second
+)
+START = 2.5e-6  # a launch, the first bytes, the last stores
+TENSOR = 4096 * 1.7e9  # operations a second of an SM in wgmma
+
+
+def model_seconds(config: FewConfig, m: int, n: int, k: int, num_sms: int) -> float:
+    """Time of the whole product: the slowest of DRAM, L2, the way into the busiest SM, its tensor cores."""
+    token_tiles = -(-m // config.tile_t)
+    tiles = -(-n // config.tile_n) * token_tiles
+    resident = min(config.blocks, -(-tiles // num_sms))
+    in_flight = resident * config.stages * config.stage_bytes
+    most = -(-tiles // num_sms)  # tiles of the busiest SM
+    tile_bytes = (config.tile_n + config.tile_t) * k * ITEM
+    dram = (n * k + m * k + m * n) * ITEM / DRAM
+    ingest = most * tile_bytes / min(INGEST, in_flight / LATENCY)
+    tensor = most * 2 * config.tile_n * config.tile_t * k / TENSOR
+    return START + max(dram, tiles * tile_bytes / L2, ingest, tensor)
+
+
+@lru_cache(maxsize=4096)
+def pick_few_config(m: int, n: int, k: int, num_sms: int) -> FewConfig:
+    """The tile that the model finds fastest.
+
+    Up to 64 tokens of the tiles that are just wide enough, beyond it of the wide ones. Ties go to two blocks
+    an SM, then to 128 rows, which read x half as often.
+    """
+    narrowest = min(c.tile_t for c in CONFIGS if c.tile_t >= min(m, 64))
+    wide = [c for c in CONFIGS if (c.tile_t == narrowest if m <= 64 else c.tile_t >= 64)]
+    return min(
+        wide, key=lambda c: (round(model_seconds(c, m, n, k, num_sms) * 1e7), -c.blocks, -c.tile_n, c.tile_t)
+    )
