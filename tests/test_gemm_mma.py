@@ -43,9 +43,7 @@ class Product:
     """One product's arrays, each cut from a wider one. Rows of x, residual and out from `real` on do not
     exist in the memory that the kernel sees: reading or writing them is an IndexError."""
 
-    def __init__(
-        self, m, n, k, *, dtype="bfloat16", out_dtype="", bias=False, form="none", real=None, seed=0
-    ):
+    def __init__(self, m, n, k, *, dtype="bfloat16", out_dtype="", bias=False, form="", real=None, seed=0):
         rng = np.random.default_rng([m, n, k, seed])
         self.dtype, self.out_dtype, self.form = dtype, out_dtype or dtype, form
         self.real = m if real is None else real
@@ -57,7 +55,7 @@ class Product:
         self.x, self.weight = cut(m, k), cut(n, k, k**-0.5)
         self.bias = in_numpy.rounded(rng.standard_normal(n), dtype) if bias else None
         self.residual = cut(m, n) if form == "residual" else None
-        columns = n // 2 if form == "silu_mul" else n
+        columns = n // 2 if form == "silu" else n
         self.buffer = in_numpy.rounded(np.full((m + 1, columns + 8), np.nan), self.out_dtype)
         self.out = self.buffer[:m, :columns]
 
@@ -78,7 +76,7 @@ class Product:
             rows(self.out), rows(self.x), arrays.view(self.weight),
             None if self.bias is None else arrays.view(self.bias),
             None if self.residual is None else rows(self.residual),
-            num_rows, self.form == "silu_mul", config,
+            num_rows, "silu" if self.form == "silu" else "", config,
         )  # fmt: skip
         return in_numpy.run_plan(arrays, plan, seed=seed, change=change)
 
@@ -97,7 +95,7 @@ class Product:
         if self.real == 0:
             return self.out[:0]
         arrays = Arrays()
-        if self.form == "silu_mul":
+        if self.form == "silu":
             out = np.empty((self.real, product.shape[1] // 2), product.dtype)
             plan = silu_mul.plan_silu_mul(arrays.view(out), arrays.view(product), None)
             arrays.run("silu_mul", "make_silu_mul_kernel", plan)
@@ -133,7 +131,7 @@ def test_every_tile_keeps_the_order(config):
     assert_close(got, plain, truth, "bfloat16", 200, str(config))
 
 
-@pytest.mark.parametrize("form", ["none", "residual", "silu_mul"])
+@pytest.mark.parametrize("form", ["", "residual", "silu"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_fused_forms_have_the_bits_of_the_unfused(form, dtype, bias):
@@ -171,10 +169,8 @@ def test_any_shape(data):
     config = data.draw(st.sampled_from([*CONFIGS[2:], SMALL]))
     m = data.draw(st.integers(1, 2 * config.tile_m))
     n, k = (8 * data.draw(st.integers(1, most // 8)) for most in (2 * config.tile_n, 5 * config.tile_k))
-    form = data.draw(
-        st.sampled_from(["none", "residual", "silu_mul"] if n % 16 == 0 else ["none", "residual"])
-    )
-    out_dtype = data.draw(st.sampled_from(["bfloat16", "float32"] if form == "none" else ["bfloat16"]))
+    form = data.draw(st.sampled_from(["", "residual", "silu"] if n % 16 == 0 else ["", "residual"]))
+    out_dtype = data.draw(st.sampled_from(["bfloat16", "float32"] if form == "" else ["bfloat16"]))
     product = Product(
         m, n, k, out_dtype=out_dtype, bias=data.draw(st.booleans()), form=form,
         real=data.draw(st.integers(0, m)),
@@ -234,7 +230,7 @@ def test_a_mutant_is_noticed(name):
     def make():
         # A K of whole tiles, so that none of the mutants only fails by leaving an array.
         return Product(
-            130, 144, 320 + 16 * (name == "K past its end is read"), form="silu_mul", real=100,
+            130, 144, 320 + 16 * (name == "K past its end is read"), form="silu", real=100,
             bias=True,
         )  # fmt: skip
 
@@ -363,8 +359,8 @@ def test_the_launch_for_good_arguments():
     assert plan.grid == 1
     assert plan.arguments == (1 << 20, 1 << 20, 1 << 20, 0, 0, 64, 40, 64, 128, 128, 272, 256, 0, 1)
     assert plan_gemm_mma(standing(0, 64), standing(0, 128), weight) is None
-    gated = plan_gemm_mma(standing(40, 32), x, weight, standing(64), silu_mul=True)
-    assert (gated.arguments[7], gated.kernel.key[3:]) == (64, (True, "silu_mul"))
+    gated = plan_gemm_mma(standing(40, 32), x, weight, standing(64), activation="silu")
+    assert (gated.arguments[7], gated.kernel.key[3:]) == (64, (True, "silu"))
     assert plan_gemm_mma(out, x, weight, residual=standing(40, 64, at=32)).arguments[4] == 32
 
 
@@ -374,11 +370,12 @@ def test_the_launch_for_good_arguments():
     ({"residual": standing(40, 72)}, r"residual has shape \(40, 72\); \(40, 64\)"),
     ({"residual": standing(40, 64, at=8)}, "residual starts at address 0x8; a multiple of 16"),
     ({"residual": standing(40, 64, pitch=68)}, r"residual.strides\[0\] is 136 bytes; a multiple of 16"),
-    ({"residual": standing(40, 64), "silu_mul": True}, "residual was given with silu_mul; one of the two"),
+    ({"residual": standing(40, 64), "activation": "silu"}, "is given beside activation 'silu'; one of the"),
     ({"residual": standing(40, 64), "out": standing(40, 64, dtype=np.float32)}, "out has dtype float32"),
-    ({"silu_mul": True}, r"weight has shape \(64, 128\); \(2 x out's columns, any\), out's shape is"),
-    ({"silu_mul": True, "out": standing(40, 32, dtype=np.float32)}, "out has dtype float32; uint16"),
-    ({"silu_mul": True, "out": standing(40, 32), "bias": standing(32)}, r"bias has shape \(32,\); \(64\)"),
+    ({"activation": "silu"}, r"weight has shape \(64, 128\); \(2 x out's columns, any\), out's shape"),
+    ({"activation": "gelu"}, "activation is 'gelu'"),
+    ({"activation": "silu", "out": standing(40, 32, dtype=np.float32)}, "out has dtype float32; uint16"),
+    ({"activation": "silu", "out": standing(40, 32), "bias": standing(32)}, r"bias has shape \(32,\); \(64\)"),
     ({"num_rows": standing(2, dtype=np.int32)}, r"num_rows has shape \(2,\)"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named(more, message):
@@ -388,10 +385,10 @@ def test_wrong_arguments_are_named(more, message):
 
 
 def test_forms_and_tiles_that_do_not_exist_are_named():
-    with pytest.raises(ValueError, match="epilogue is 'gelu'; there are none, residual, silu_mul"):
+    with pytest.raises(ValueError, match="epilogue is 'gelu'; there are '', 'residual', 'silu'"):
         make_gemm_mma_kernel(SMALL, "bfloat16", "bfloat16", False, "gelu")
-    with pytest.raises(ValueError, match="epilogue silu_mul from bfloat16 to float32: bfloat16 is required"):
-        make_gemm_mma_kernel(SMALL, "bfloat16", "float32", False, "silu_mul")
+    with pytest.raises(ValueError, match="epilogue 'silu' from bfloat16 to float32: bfloat16 is required"):
+        make_gemm_mma_kernel(SMALL, "bfloat16", "float32", False, "silu")
     with pytest.raises(ValueError, match="dtype is 'float32'; known here: bfloat16, float16"):
         mma_tile.make_mma_tile(1, 1, "float32")
     with pytest.raises(ValueError, match="8 x 10 blocks; 1 to 64"):
@@ -407,15 +404,15 @@ from dataclasses import asdict
 from kernels_numba.assemble import assemble_kernel
 from kernels_numba.ops.gemm_mma.config import CONFIGS
 from kernels_numba.ops.gemm_mma.kernel import mma_kernel
-plain = ("bfloat16", "bfloat16", False, "none")
+plain = ("bfloat16", "bfloat16", False, "")
 wanted = [(config, plain, arch) for arch in ("sm_80", "sm_120") for config in CONFIGS]
 wanted += [(config, plain, arch) for arch in ("sm_86", "sm_89", "sm_90a") for config in CONFIGS[:1]]
 wanted += [
     (config, form, arch)
     for form, arch in (
-        (("bfloat16", "float32", True, "none"), "sm_89"),
+        (("bfloat16", "float32", True, ""), "sm_89"),
         (("bfloat16", "bfloat16", True, "residual"), "sm_80"),
-        (("float16", "float16", False, "silu_mul"), "sm_120"),
+        (("float16", "float16", False, "silu"), "sm_120"),
     )
     for config in (CONFIGS[0], CONFIGS[-1])
 ]

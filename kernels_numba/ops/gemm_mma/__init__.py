@@ -1,7 +1,7 @@
 """Linear layer on everybody's card (sm_80, 86, 89, 120; sm_90 too): mma.sync, cp.async, many tokens and few.
 
     config.py     tiles, and which suits a shape       kernel.py    the kernel
-    epilogues.py  what is fused behind the product      in_numpy.py  its text and its order without a GPU
+    in_numpy.py   its text and its order without a GPU
 
 Not run on a GPU yet. It is no rung of an op until it has been: what an engine calls "mma_sync" is still the
 ladder's step (ops/gemm/ladder/mma_sync.py), and the session that measures this one puts it in that place.
@@ -18,6 +18,7 @@ from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.gemm.door import BFLOAT16, FLOAT16, Operands, operands, require_capability
+from kernels_numba.ops.gemm_few.door import ACTIVATIONS
 from kernels_numba.ops.gemm_mma.config import CONFIGS, SM_SMEM, MmaConfig, pick_config
 from kernels_numba.ops.gemm_mma.kernel import mma_kernel
 from kernels_numba.ops.warp.door import Plan, View, count_address, packed, row_bytes, view, view_count
@@ -43,9 +44,9 @@ def card() -> Card:
     return Card(int(device.MULTIPROCESSOR_COUNT), int(device.MAX_SHARED_MEMORY_PER_MULTIPROCESSOR))
 
 
-def _operands(out: View, x: View, weight: View, bias: View | None, silu_mul: bool) -> Operands:
-    """The door's, with N of the product: silu_mul writes half as many columns."""
-    if not silu_mul:
+def _operands(out: View, x: View, weight: View, bias: View | None, activation: str) -> Operands:
+    """The door's, with N of the product: silu writes half as many columns."""
+    if not activation:
         return operands(out, x, weight, bias, INPUTS)
     if out.ndim != 2 or weight.ndim != 2 or weight.shape[0] != 2 * out.shape[1]:
         wanted = f"(2 x out's columns, any), out's shape is {out.shape}"
@@ -61,13 +62,15 @@ def _operands(out: View, x: View, weight: View, bias: View | None, silu_mul: boo
 
 def plan_gemm_mma(
     out: View, x: View, weight: View, bias: View | None = None, residual: View | None = None,
-    num_rows: View | None = None, silu_mul: bool = False, config: MmaConfig | None = None,
+    num_rows: View | None = None, activation: str = "", config: MmaConfig | None = None,
     on: Card = SMALL_CARD,
 ) -> Plan | None:  # fmt: skip
     """The launch for these operands on a card; None for nothing to do. ValueError names what is wrong."""
-    if silu_mul and residual is not None:
-        fail(OP, "residual", "was given with silu_mul", "one of the two")
-    o = _operands(out, x, weight, bias, silu_mul)
+    if activation not in ACTIVATIONS:
+        fail(OP, "activation", f"is {activation!r}", '"" or "silu"')
+    if activation and residual is not None:
+        fail(OP, "residual", f"is given beside activation {activation!r}", "one of the two")
+    o = _operands(out, x, weight, bias, activation)
     residual_at = residual_stride = 0
     if residual is not None:
         check(OP, "residual", residual, (x.dtype,), out.shape, rows=1)
@@ -78,7 +81,7 @@ def plan_gemm_mma(
         return None
     picked, group = pick_config(o.m, o.n, o.k, on.num_sms, on.sm_smem)
     config = config or picked
-    epilogue = "silu_mul" if silu_mul else "residual" if residual is not None else "none"
+    epilogue = "residual" if residual is not None else activation
     kernel = mma_kernel(config, o.dtype, o.out_dtype, bias is not None, epilogue)
     arguments = (
         o.out, o.x, o.weight, o.bias, residual_at, count, o.m, o.n, o.k, o.out_stride, o.x_stride,
@@ -90,31 +93,31 @@ def plan_gemm_mma(
 @lru_cache(maxsize=4096)
 def prepared(
     out: View, x: View, weight: View, bias: View | None, residual: View | None, num_rows: View | None,
-    silu_mul: bool, config: MmaConfig | None,
+    activation: str, config: MmaConfig | None,
 ) -> Launch | None:  # fmt: skip
     """plan_gemm_mma's launch on the current card, ready to be repeated. ValueError on one that is too old."""
     require_capability("mma_sync")
-    plan = plan_gemm_mma(out, x, weight, bias, residual, num_rows, silu_mul, config, card())
+    plan = plan_gemm_mma(out, x, weight, bias, residual, num_rows, activation, config, card())
     return None if plan is None else plan.kernel.prepare(plan.grid, plan.arguments)
 
 
 def gemm_mma(
     out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None, num_rows: Any = None,
-    config: MmaConfig | None = None, residual: Any = None, silu_mul: bool = False,
+    config: MmaConfig | None = None, residual: Any = None, activation: str = "",
 ) -> None:  # fmt: skip
     """out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) on tensor cores of sm_80 and newer, in float32.
 
     x, weight, bias: bfloat16 (bits as uint16) or float16; out: the same, or float32. N and K are multiples of
     8. num_rows: device i32[1] with the real M, read when the kernel runs: rows of x, residual and out from
     there on are neither read nor written. residual [M, N], which may be out: out = residual + product, the
-    product rounded first. silu_mul: weight's rows are gates and ups in blocks of 8, out [M, N / 2] =
+    product rounded first. activation "silu": weight's rows are gates and ups in blocks of 8, out [M, N / 2] =
     silu(gate) up. Both give the bits of the ops they stand for. config forces a tile; no choice of it shows
     in a bit. ValueError for wrong dtypes, shapes, strides, alignment, or a GPU that is too old.
     """
     given = [None if a is None else view(OP, name, a) for name, a in (("bias", bias), ("residual", residual))]
     launch = prepared(
         view(OP, "out", out), view(OP, "x", x), view(OP, "weight", weight), given[0], given[1],
-        view_count(OP, num_rows), silu_mul, config,
+        view_count(OP, num_rows), activation, config,
     )  # fmt: skip
     if launch is not None:
         launch(stream)
@@ -126,5 +129,5 @@ def every_kernel() -> Iterator[Kernel]:
     for config in CONFIGS:
         for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
             yield mma_kernel(config, "bfloat16", out_dtype, has_bias)
-        for epilogue in ("residual", "silu_mul"):
+        for epilogue in ("residual", "silu"):
             yield mma_kernel(config, "bfloat16", "bfloat16", False, epilogue)

@@ -25,7 +25,7 @@ from kernels_numba.simt_warps import WARP
 
 MODULES = (
     "kernels_numba.ops.warp.elements",
-    "kernels_numba.ops.gemm_mma.epilogues",
+    "kernels_numba.ops.gemm_few.epilogue",
     "kernels_numba.ops.gemm_mma.kernel",
 )
 STEP = 16

@@ -13,8 +13,8 @@ import numpy as np
 
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel
+from kernels_numba.ops.gemm_few.epilogue import EPILOGUES, make_finish
 from kernels_numba.ops.gemm_mma.config import ITEM, MmaConfig, smem_plan
-from kernels_numba.ops.gemm_mma.epilogues import EPILOGUES, make_add_pack, make_silu_mul_pack
 from kernels_numba.ops.warp.elements import make_real_rows
 from kernels_numba.ptx.control import dynamic_shared
 from kernels_numba.ptx.cp_async import cp_async_16_zfill, cp_async_commit, cp_async_wait
@@ -35,14 +35,14 @@ HELD = 4  # packs of the residual that a thread has on their way
 
 
 def make_gemm_mma_kernel(
-    config: MmaConfig, dtype: str, out_dtype: str, has_bias: bool, epilogue: str = "none"
+    config: MmaConfig, dtype: str, out_dtype: str, has_bias: bool, epilogue: str = ""
 ) -> Any:
     """out[m, n] = finish(sum over k of x[m, k] weight[n, k] (+ bias[n])), accumulated in float32.
 
-    Arguments: addresses of out O[rows, N] (silu_mul: [rows, N / 2]), x T[rows, K], weight T[N, K], bias T[N],
+    Arguments: addresses of out O[rows, N] (silu: [rows, N / 2]), x T[rows, K], weight T[N, K], bias T[N],
     residual T[rows, N] (may be out), num_rows i32[1] with the real number of rows, or 0; rows; n; k; bytes
     from row to row of out, x, weight and residual; group: row tiles walked together.
-    finish: rounding to O; residual: rounding to T, then residual + that in float32, rounded; silu_mul: gate
+    finish: rounding to O; residual: rounding to T, then residual + that in float32, rounded; silu: gate
     and up rounded to T, then silu(gate) up, rounded, of columns 16 j + c and 16 j + 8 + c.
     Who does what: a block makes one tile_m x tile_n tile, warp w the warp_m x warp_n outputs at rows (w /
     warps_n) warp_m and columns (w % warps_n) warp_n. All threads copy, 16 bytes a cp.async: thread t unit t %
@@ -58,9 +58,9 @@ def make_gemm_mma_kernel(
     stages too (after the last step they come from a stage that is not needed, and are not used).
     """
     if epilogue not in EPILOGUES:
-        raise ValueError(f"epilogue is {epilogue!r}; there are {', '.join(EPILOGUES)}")
-    if out_dtype != dtype and (out_dtype != "float32" or epilogue != "none"):
-        raise ValueError(f"epilogue {epilogue} from {dtype} to {out_dtype}: {dtype} is required")
+        raise ValueError(f"epilogue is {epilogue!r}; there are {', '.join(map(repr, EPILOGUES))}")
+    if out_dtype != dtype and (out_dtype != "float32" or epilogue):
+        raise ValueError(f"epilogue {epilogue!r} from {dtype} to {out_dtype}: {dtype} is required")
     tile_m, tile_n, tile_k, stages = config.tile_m, config.tile_n, config.tile_k, config.stages
     warps_n, warp_m, warp_n = config.warps_n, config.warp_m, config.warp_n
     row_bytes, lines, threads, pitch = config.row_bytes, config.lines, config.threads, config.pitch
@@ -75,13 +75,13 @@ def make_gemm_mma_kernel(
     add_bias = make_add_bias_tile(row_blocks, column_blocks, dtype)
     stage_tile = make_stage_tile(row_blocks, column_blocks, dtype, pitch)
     store_tile = make_store_tile(row_blocks, column_blocks)
-    staged, gated, added = out_dtype != "float32", epilogue == "silu_mul", epilogue == "residual"
+    staged, gated, added = out_dtype != "float32", epilogue == "silu", epilogue == "residual"
     out_units = tile_n // 16 if gated else tile_n // 8
     out_lines = threads // out_units
     held = min(HELD, -(-tile_m // out_lines))
     rounds = -(-tile_m // (out_lines * held))
     held_words, unit_bytes = 4 * held, 32 if gated else 16
-    real_rows, add_pack, silu_mul_pack = make_real_rows(), make_add_pack(dtype), make_silu_mul_pack(dtype)
+    real_rows, finish = make_real_rows(), make_finish(epilogue, dtype)
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
     @jit(device=True)
@@ -109,7 +109,7 @@ def make_gemm_mma_kernel(
         load_b(b, int32(b_at + (b_unit ^ (32 * step))))
 
     @jit(device=True, forceinline=True)
-    def finish(
+    def store_staged(
         smem: Any, thread: Any, out: Any, residual: Any, rows: Any, cols: Any, out_stride: Any,
         residual_stride: Any,
     ) -> None:  # fmt: skip
@@ -135,10 +135,11 @@ def make_gemm_mma_kernel(
                     at = int32(smem + row * pitch + unit * unit_bytes)
                     ld_shared_v4(words, at)
                     if added:
-                        add_pack(words, more, 4 * i)
+                        for word in range(4):
+                            others[word] = more[4 * i + word]
                     if gated:
                         ld_shared_v4(others, int32(at + 16))
-                        silu_mul_pack(words, others)
+                    finish(words, others)
                     to = int64(out + int64(row) * int64(out_stride) + int64(unit) * 16)
                     st_global_v4_if_at(may, to, words, 0)
 
@@ -243,7 +244,7 @@ def make_gemm_mma_kernel(
                 cols = int32(((n - col0) >> 1) if gated else n - col0)
                 corner = int64(out + int64(row0) * int64(out_stride) + int64(first) * ITEM)
                 other = int64(residual + int64(row0) * int64(residual_stride) + int64(first) * ITEM)
-                finish(smem, thread, corner, other, int32(m - row0), cols, out_stride, residual_stride)
+                store_staged(smem, thread, corner, other, int32(m - row0), cols, out_stride, residual_stride)
             else:
                 at = int64(out + int64(row0 + my_row) * int64(out_stride) + int64(col0 + my_col) * 4)
                 store_tile(acc, at, out_stride, int32(m - row0 - my_row), int32(n - col0 - warp_col))
@@ -252,12 +253,10 @@ def make_gemm_mma_kernel(
 
 
 @cache
-def mma_kernel(
-    config: MmaConfig, dtype: str, out_dtype: str, has_bias: bool, epilogue: str = "none"
-) -> Kernel:
+def mma_kernel(config: MmaConfig, dtype: str, out_dtype: str, has_bias: bool, epilogue: str = "") -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
     words = [str(config), dtype, out_dtype, *(["bias"] if has_bias else [])]
-    words += [epilogue] if epilogue != "none" else []
+    words += [epilogue] if epilogue else []
     return Kernel(
         "_".join(["gemm_mma", *words]),
         lambda: make_gemm_mma_kernel(config, dtype, out_dtype, has_bias, epilogue),
