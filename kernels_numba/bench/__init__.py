@@ -7,6 +7,7 @@
     torch_side.py  the baseline
     contest.py     all of it together: `measure` is what a sweep over configurations calls
     tune_gemm.py   such a sweep: the tiles of the GEMM
+    tune_mma.py    the same of the mma.sync GEMM, beside cuBLAS
     tune_decode.py what a fixed split costs a decode, and how fast the card reads
 
 A graph holds calls over several sets of buffers, which together touch more than L2 holds (cold), or over one
