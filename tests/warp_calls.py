@@ -85,7 +85,7 @@ def check_right(call: Call, got: dict[str, Any], dtype: str) -> None:
     truth = call.to_float64().spec()
     for name in call.outputs:
         plain = rounded[name].astype(ELEMENTS[dtype])
-        assert_close(got[name], plain, truth[name], "bfloat16", call.terms, f"{call.op} {name}")
+        assert_close(got[name], plain, truth[name], dtype, call.terms, f"{call.op} {name}")
 
 
 def bits(array: Any) -> Any:
