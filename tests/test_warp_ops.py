@@ -61,6 +61,30 @@ def test_the_kernels_text_is_the_definition(op, dtype):
     check(call_of(op, rng_of(op, dtype), dtype), dtype)
 
 
+@pytest.mark.parametrize("op", CASES)
+def test_a_link_of_a_chain_is_the_same_kernel(op):
+    call = call_of(op, rng_of(op))
+    assert same_bits(check(call, pdl=True), check(call))
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_dependent_launches_wait_before_they_touch_anything(op):
+    """By the text: without its wait a kernel gets nowhere. The gather begins a chain, and waits for all."""
+    views = on_device(op)
+    kernel = plan_of(op, views, None, 1e-5, True).kernel
+    assert kernel.pdl == (op != "embedding")
+    assert kernel.archs[0] == "sm_90"
+    assert not plan_of(op, views, None, 1e-5, False).kernel.pdl
+
+    def forget(_, text):
+        return text.replace("griddep_wait()", "cuda.forgotten()")
+
+    call = call_of(op, rng_of(op), num_tokens=1)
+    if kernel.pdl:
+        with pytest.raises(AttributeError, match="forgotten"):
+            in_numpy(call, pdl=True, change=forget)
+
+
 @pytest.mark.parametrize("real", [0, 1, 4])
 @pytest.mark.parametrize("op", CASES)
 def test_rows_past_the_real_number_are_left_alone(op, real):
@@ -493,7 +517,7 @@ REGISTERS = {"gather": 40, "rms_norm": 80, "qk_norm": 64, "silu_mul": 48, "rope_
 def test_every_configuration_stays_in_registers_and_loads_wide():
     """Of the oldest target and of Hopper; test_assemble.py assembles all of them for all targets."""
     rows = json.loads(no_simulator.last_line(COMPILE, PYTHONPATH=no_simulator.WITH_TESTS))
-    assert len({name for name, *_ in rows}) == 1 + 12 + 3 + 1 + 3
+    assert len(rows) == 2 * (1 + 12 + 3 + 1 + 3)
     for name, arch, registers, problems, instructions in rows:
         assert problems == [], (name, arch)
         op = name.partition("_warp")[0]
@@ -502,6 +526,8 @@ def test_every_configuration_stays_in_registers_and_loads_wide():
             assert registers <= 48, (name, arch, registers)
         assert not {"LDL", "STL", "ATOM", "RED"} & set(instructions), (name, arch)
         assert instructions["LDG"] >= 4, (name, arch)
+        waits = arch == "sm_90a" and op != "gather"
+        assert ("ACQBULK" in instructions) == waits, (name, arch)
 
 
 def test_they_are_built_ahead():
@@ -510,7 +536,7 @@ def test_they_are_built_ahead():
     assert sorted(names) == [
         f"{package}.{n}" for n in ("gather", "qk_norm", "rms_norm", "rope_store_kv", "silu_mul")
     ]
-    for arch, there in (("sm_80", 20), ("sm_120", 20)):
+    for arch, there in (("sm_75", 0), ("sm_80", 20), ("sm_86", 20), ("sm_90a", 20), ("sm_120a", 20)):
         assert len(list(prebuild.fitting(names, arch))) == there
 
 
