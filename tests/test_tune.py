@@ -1,14 +1,16 @@
-"""Sweeps of the GEMM's tiles, of decode attention's splits and of the parts of prefill attention, with
+"""Sweeps of both GEMMs' tiles, of decode attention's splits and of the parts of prefill attention, with
 measurements made up: what they try, take and write."""
 
 from __future__ import annotations
 
 import ast
+import json
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
-from kernels_numba.bench import tune_decode, tune_gemm, tune_prefill
+from kernels_numba.bench import tune_decode, tune_gemm, tune_gemm_few, tune_prefill
 from kernels_numba.bench.cases import bench_cases
 from kernels_numba.bench.contest import BASELINE
 from kernels_numba.bench.tune_gemm import faster, promising, table_text
@@ -143,3 +145,58 @@ def test_the_parts_of_prefill_attention_and_what_folds_cost(monkeypatch, capsys)
     monkeypatch.setattr("sys.argv", ["tune", "--case", "none such"])
     with pytest.raises(SystemExit):
         tune_prefill.main()
+
+
+class MadeUpFew(MadeUp):
+    """Every contender takes 50 us, but the many-token GEMM 80 and one rival 40; torch 55."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self):
+        return SimpleNamespace(compare=self.compare, cost=SimpleNamespace(bytes=120_000_000))
+
+    def compare(self, contenders, rounds):
+        times = dict.fromkeys(contenders, 50.0) | {"many": 80.0, "128x16x2": 40.0}
+        measured = {name: SimpleNamespace(us=us) for name, us in times.items()}
+        return SimpleNamespace(
+            measured={BASELINE: SimpleNamespace(us=55.0), **measured}, refused=self.refused
+        )
+
+    refused: ClassVar[dict] = {}
+
+
+def test_the_gemm_for_few_tokens_is_held_against_its_targets(monkeypatch, capsys):
+    monkeypatch.setattr(tune_gemm_few, "Workload", MadeUpFew)
+    monkeypatch.setattr(tune_gemm_few, "torch_side", lambda against: None)
+    monkeypatch.setattr(tune_gemm_few, "read_gbs", lambda rounds: 3050.0)
+    monkeypatch.setattr(hopper, "num_sms", lambda: 132)
+    monkeypatch.setattr("sys.argv", ["tune", "--case", "M=16 N=4096 K=14336"])
+    tune_gemm_few.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "reading alone: 3050 GB/s"
+    assert lines[1] == (
+        "M=16 N=4096 K=14336: 64x16x2 50.00 us, 2400 GB/s, 1.100x torch, target of its bytes 42.50 us, "
+        "many-token 80.00 us, best 128x16x2 40.00 us"
+    )
+    assert "geometric mean 1.100, least 1.100, of 1" in lines[2]
+    assert lines[3].endswith("none")
+    assert lines[4].startswith("M <= 64, smaller weights: 0 of 0 over")
+    assert lines[5].startswith("the pick against the best tile: geometric mean 0.800")
+    (row,) = json.loads(lines[6])
+    assert (row["m"], row["n"], row["k"], row["loss"]) == (16, 4096, 14336, 1.25)
+    monkeypatch.setattr(MadeUpFew, "refused", {"64x16x2": "3 times the tolerance"})
+    tune_gemm_few.main()
+    assert "M=16 N=4096 K=14336: 3 times the tolerance" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["tune", "--case", "no such case"])
+    with pytest.raises(SystemExit):
+        tune_gemm_few.main()
+
+
+def test_few_tokens_are_swept_over_the_grid_and_the_heads():
+    cases = tune_gemm_few.few_cases()
+    assert len(cases) == 16 * 13 + 3 * 4
+    assert tune_gemm_few.sizes_of(*cases["head qwen2.5-7b M=64"]) == (64, 152064, 3584)
+    for op, params in cases.values():
+        tried = tune_gemm_few.rivals(*tune_gemm_few.sizes_of(op, params), 132)
+        assert len(set(tried)) == len(tried) <= 1 + tune_gemm_few.MOST

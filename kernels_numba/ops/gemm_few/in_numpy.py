@@ -52,7 +52,7 @@ def in_numpy(
     def placed(array: Any) -> Any:
         return None if array is None else Placed(array, memory.put(array))
 
-    o = few_operands(*map(placed, (out, x, weight, bias, residual)), activation)
+    o = few_operands(placed(out), placed(x), placed(weight), placed(bias), placed(residual), activation)
     bits = [array.view(np.uint16) for array in (weight, x)]
     boxes = ((config.tile_n, TILE_K), (config.tile_t, TILE_K))
     maps = {MAPS + 128 * i: pair for i, pair in enumerate(zip(bits, boxes, strict=True))}

@@ -1,0 +1,336 @@
+"""The GEMM for few tokens: its text in numpy, bit by bit against the order of K; the code it becomes; and,
+on a GPU, its numbers and its bits against the many-token kernel's."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import groupby
+from pathlib import Path
+
+import no_simulator
+import numpy as np
+import pytest
+from few_products import make_product, rounded, same_bits, to_float
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_close
+
+from kernels_numba.inputs import BFLOAT16
+from kernels_numba.ops.gemm_few import gemm_few_cost, gemm_few_spec
+from kernels_numba.ops.gemm_few.config import (
+    CONFIGS,
+    MUTANTS,
+    SMEM_OF_BLOCK,
+    SMEM_OF_SM,
+    SMEM_OF_SYSTEM,
+    Build,
+    FewConfig,
+    model_seconds,
+    pick_few_config,
+    smem_plan,
+)
+from kernels_numba.ops.gemm_few.door import few_operands
+from kernels_numba.ops.gemm_few.in_numpy import Placed, in_numpy
+from kernels_numba.simt_turns import Stuck
+
+ROOT = Path(__file__).resolve().parent.parent
+EPILOGUES = ("", "residual", "silu")
+
+# The kernel's text in numpy.
+
+SHAPES = [(1, 16, 8), (13, 208, 200), (64, 64, 1024), (131, 272, 136)]
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("config", [*CONFIGS, FewConfig(64, 24, 2), FewConfig(128, 48)], ids=str)
+def test_bits_are_those_of_the_order_along_k(config, m, n, k):
+    """Addresses, fragments, swizzle, edges, barriers; and what is not to be written. In every epilogue."""
+    rng = np.random.default_rng([m, n, k])
+    for epilogue in EPILOGUES:
+        product = make_product(rng, m, n, k, bias=k % 16 == 8, epilogue=epilogue)
+        assert same_bits(product.fused(config), product.unfused("bfloat16")), epilogue
+    product = make_product(rng, m, n, k, bias=True)
+    assert same_bits(product.fused(config, "float32"), product.sums())
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_float16_has_bits_of_its_own(epilogue):
+    product = make_product(np.random.default_rng(3), 21, 144, 200, "float16", True, epilogue)
+    config = FewConfig(128, 24)
+    assert same_bits(product.fused(config), product.unfused("float16"))
+    if not epilogue:
+        assert same_bits(product.fused(config, "float32"), product.sums())
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+def test_numbers_against_float64(out_dtype):
+    product = make_product(np.random.default_rng(4), 40, 136, 1000, bias=True)
+    got = to_float(product.fused(FewConfig(64, 32, 2), out_dtype))
+    plain = to_float(product.x) @ to_float(product.weight).T + to_float(product.bias)
+    plain = to_float(rounded(plain, out_dtype))
+    assert_close(got, plain, product.exact(), out_dtype, 1000, "gemm_few")
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_the_definition_is_what_the_kernel_makes(epilogue):
+    """The spec, whose order of additions is BLAS': within two roundings of bfloat16."""
+    product = make_product(np.random.default_rng(5), 9, 96, 328, bias=True, epilogue=epilogue)
+    x, weight, bias = (a.view(BFLOAT16) for a in (product.x, product.weight, product.bias))
+    residual = None if product.residual is None else product.residual.view(BFLOAT16)
+    want = gemm_few_spec(x, weight, bias, residual=residual, activation=product.activation)
+    got = to_float(product.fused(FewConfig(64, 16, 2)))
+    assert np.allclose(got, want, rtol=2**-6, atol=2**-6)
+
+
+def test_a_token_has_the_same_bits_in_any_company():
+    rng = np.random.default_rng(6)
+    product = make_product(rng, 150, 136, 520)
+    whole = product.fused(FewConfig(128, 256), "float32", grid=1)
+    for config, rows in ((FewConfig(64, 8, 2), [17]), (FewConfig(64, 64, 2), [3, 149, 64, 65, 0]),
+                         (FewConfig(128, 32, 2), list(range(90, 150)))):  # fmt: skip
+        assert same_bits(product.only(rows).fused(config, "float32"), whole[rows])
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize(("m", "config"), [(70, FewConfig(64, 128)), (70, FewConfig(128, 32, 2))], ids=str)
+def test_the_real_number_of_tokens_is_read_by_the_kernel(m, config, epilogue):
+    """Rows past it, as NaN, decide nothing, and nothing is written there; a number past the array is cut."""
+    for real in (0, 9, m - 1, m + 5):
+        product = make_product(np.random.default_rng(7), m, 144, 136, epilogue=epilogue)
+        product.x[real:] = 0x7FC0
+        got = product.fused(config, real=real, grid=3)
+        assert len(got) == min(real, m)
+        if real:
+            assert same_bits(got, product.only(slice(0, real)).unfused("bfloat16")), real
+
+
+def test_a_residual_may_be_the_output():
+    rng = np.random.default_rng(8)
+    product = make_product(rng, 20, 136, 200, epilogue="residual")
+    stream = np.ascontiguousarray(product.residual)
+    in_numpy(FewConfig(128, 24), stream, product.x, product.weight, residual=stream)
+    assert same_bits(stream, product.unfused("bfloat16"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(1, 80), n=st.integers(1, 24), k=st.integers(1, 60), tile_n=st.sampled_from([64, 128]),
+    tile_t=st.integers(1, 10), out_dtype=st.sampled_from(["bfloat16", "float32"]),
+    epilogue=st.sampled_from(EPILOGUES), bias=st.booleans(), grid=st.integers(1, 4),
+    real=st.one_of(st.none(), st.integers(0, 80)), seed=st.integers(0, 1 << 30),
+)  # fmt: skip
+def test_bits_of_random_products(m, n, k, tile_n, tile_t, out_dtype, epilogue, bias, grid, real, seed):
+    epilogue = epilogue if out_dtype == "bfloat16" else ""
+    n, k = (16 if epilogue == "silu" else 8) * n, 8 * k
+    product = make_product(np.random.default_rng(seed), m, n, k, bias=bias, epilogue=epilogue)
+    rows = m if real is None else min(real, m)
+    got = product.fused(FewConfig(tile_n, 8 * tile_t), out_dtype, real, grid=grid, seed=seed)
+    assert same_bits(got, product.unfused(out_dtype)[:rows])
+
+
+# Mistakes.
+
+
+def is_right(product, config, want, **how):
+    """Whether the bits are right; False for an access outside of an array, or a hang."""
+    try:
+        return same_bits(product.fused(config, **how), want)
+    except (AssertionError, IndexError, Stuck, RuntimeError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def steady():
+    """A product with more steps of K than stages, several tiles a block, tails everywhere."""
+    product = make_product(np.random.default_rng(9), 37, 328, 712, bias=True)
+    config, want = FewConfig(128, 64), product.unfused("bfloat16")
+    assert all(same_bits(product.fused(config, seed=seed), want) for seed in range(4))
+    return product, config, want
+
+
+@pytest.mark.parametrize("mutant", MUTANTS[1:])
+def test_mutants_are_noticed_in_numpy(steady, mutant):
+    product, config, want = steady
+    # What is a race is lost in some order of events.
+    found = [is_right(product, config, want, build=Build(mutant=mutant), seed=seed) for seed in range(4)]
+    assert not all(found)
+
+
+def test_debug_and_stress_change_no_bit(steady):
+    product, config, want = steady
+    assert is_right(product, config, want, build=Build(debug=True, stress=True), seed=3)
+
+
+MISTAKES = {
+    "x before it is there": (
+        "kernel", "wait_full(int32(full + 8 * stage), int32(phase ^ wrong_phase))", "pass",
+    ),
+    "a product read early": ("kernel", "                finish(acc)\n", ""),
+    "a stage refilled early": (
+        "kernel", "wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))", "pass",
+    ),
+    "the last step of K dropped": ("kernel", "k_tiles = int32((k + 63) >> 6)", "k_tiles = int32(k >> 6)"),
+    "both warpgroups on the same rows": ("kernel", " + consumer * consumer_weight)", ")"),
+    "the bias of the row below": ("kernel", "int32(my_row + 8), n))", "my_row, n))"),
+    "early weights of another tile": ("kernel", "int32(tile * tile_n), once)", "int32(0), once)"),
+    "no swizzle where results are staged": ("store", " ^ (lane & 7))", ")"),
+    "no swizzle where they are sent": ("store", "((mine ^ (line & 7)) * UNIT)", "mine * UNIT"),
+    "the lower rows are the upper ones": (
+        "store", "pack(acc[at + 8 * pair + 2], acc[at + 8 * pair + 3])",
+        "pack(acc[at + 8 * pair], acc[at + 8 * pair + 1])",
+    ),
+    "tokens past the last are written": ("store", "int32(token < limit)", "int32(1)"),
+    "columns past the last are written": ("store", "int32(mine * columns_a_thread < columns)", "int32(1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_noticed_in_numpy(steady, mistake):
+    product, config, want = steady
+    part, old, new = MISTAKES[mistake]
+
+    def change(name, text):
+        if not name.endswith(f"gemm_few.{part}"):
+            return text
+        assert old in text
+        return text.replace(old, new)
+
+    assert not all(is_right(product, config, want, change=change, seed=seed) for seed in range(4))
+
+
+def test_a_residual_rounded_once_is_noticed():
+    """What a careless fusion would do: the product is rounded before it is added."""
+    product = make_product(np.random.default_rng(10), 16, 128, 256, epilogue="residual")
+    once = rounded(product.sums() + to_float(product.residual), "bfloat16")
+    assert not same_bits(once, product.unfused("bfloat16"))
+
+
+# Tiles.
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_shared_memory_and_registers_of_a_tile(config):
+    plan = smem_plan(config)
+    assert plan.bytes <= config.smem_limit <= SMEM_OF_BLOCK
+    assert config.blocks * (plan.bytes + SMEM_OF_SYSTEM) <= SMEM_OF_SM
+    assert all(plan.offset(name) % 1024 == 0 for name in ("weight", "x", "out"))
+    assert plan.bytes + config.stage_bytes > config.smem_limit - 2048  # no stage more would fit
+    # What an SM must have asked for to draw its part of 3.3 TB/s over a microsecond, if all 132 draw.
+    assert config.blocks * config.stages * config.tile_n * 128 > 3.3e12 * 1e-6 / 132
+
+
+def test_tiles_that_cannot_be_are_named():
+    for sizes, message in (
+        ((96, 8), "tile_n is 96; 64 or 128"), ((64, 12), "tile_t is 12; a multiple of 8"),
+        ((64, 264), "tile_t is 264"), ((128, 256, 3), "1 stages fit; 2 are required"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            FewConfig(*sizes)
+    with pytest.raises(ValueError, match="mutant is 'typo'; there are wrong_phase"):
+        Build(mutant="typo")
+
+
+def test_the_pick_draws_what_the_memory_gives():
+    """Few weight rows ask for 64-row tiles, so that 56 and 64 SMs read; many for 128, which read x less."""
+    assert str(pick_few_config(1, 4096, 14336, 132)) == "64x8x2"
+    assert str(pick_few_config(16, 3584, 18944, 132)) == "64x16x2"
+    assert str(pick_few_config(16, 28672, 4096, 132)) == "128x16x2"
+    assert str(pick_few_config(64, 152064, 3584, 132)) == "128x64"
+    for m in (1, 8, 9, 64, 65, 100, 128, 129, 256, 384, 5000):
+        for n, k in ((4096, 4096), (28672, 4096), (3584, 18944), (576, 1536), (49152, 576)):
+            picked = pick_few_config(m, n, k, 132)
+            assert picked in CONFIGS
+            assert picked.tile_t >= min(m, 64)
+            # Weights of 30 MB and more: at most a quarter over the bytes at 3 TB/s up to 64 tokens.
+            if m <= 64 and n * k * 2 > 30e6:
+                floor = 2 * (n * k + m * (n + k)) / 3.0e12 + 2.5e-6
+                assert model_seconds(picked, m, n, k, 132) <= 1.25 * floor, (m, n, k)
+
+
+def test_cost():
+    plain = gemm_few_cost(4, 32, 16)
+    assert (plain.bytes, plain.flops) == (2 * (4 * 16 + 32 * 16 + 4 * 32), 2 * 4 * 32 * 16)
+    assert gemm_few_cost(4, 32, 16, epilogue="residual").bytes == plain.bytes + 2 * 4 * 32
+    silu = gemm_few_cost(4, 32, 16, epilogue="silu")
+    assert (silu.bytes, silu.flops) == (plain.bytes - 4 * 32, plain.flops + 5 * 4 * 16)
+
+
+# The door.
+
+
+def placed(*shape, dtype=np.uint16):
+    return Placed(np.zeros(shape, dtype), 1 << 20)
+
+
+FLOAT_OUT = placed(4, 16, dtype=np.float32)
+BOTH = (placed(4, 16), placed(4, 8))  # out, x
+SILU = {"activation": "silu"}
+
+
+@pytest.mark.parametrize(("arguments", "how", "message"), [
+    ((*BOTH, placed(16, 8)), {"activation": "relu"}, "activation is 'relu'; \"\" or"),
+    ((*BOTH, placed(32, 8)), {**SILU, "residual": placed(4, 16)}, "residual is given beside activation"),
+    ((*BOTH, placed(16, 8)), SILU, r"weight has shape \(16, 8\); \(32"),
+    ((FLOAT_OUT, placed(4, 8), placed(32, 8)), SILU, "out has dtype float32; uint16"),
+    ((FLOAT_OUT, placed(4, 8), placed(16, 8)), {"residual": FLOAT_OUT}, "out has dtype float32; uint16"),
+    ((*BOTH, placed(16, 8)), {"residual": placed(5, 16)}, r"residual has shape \(5, 16\)"),
+    ((*BOTH, placed(32, 8), placed(16)), SILU, r"bias has shape \(16,\)"),
+    ((placed(4, 12), placed(4, 8), placed(12, 8)), {}, "multiple of 8"),
+])  # fmt: skip
+def test_wrong_arguments_are_named(arguments, how, message):
+    with pytest.raises(ValueError, match=message):
+        few_operands(*arguments, **how)
+
+
+# What it becomes, in a child, because this process runs numba's simulator. Every kernel of kernels() is
+# assembled by test_assemble.py; here the epilogue with the most registers in every tile, and what is not
+# built ahead.
+
+COMPILE = """
+import json, sys
+sys.path.insert(0, {root!r})
+from dataclasses import asdict
+from kernels_numba.assemble import assemble_kernel
+from kernels_numba.disassemble import disassemble
+from kernels_numba.ops.gemm_few import hopper
+from kernels_numba.ops.gemm_few.config import Build, FewConfig, CONFIGS, PRODUCT
+wanted = [(config, "bfloat16", "bfloat16", "silu", False, PRODUCT) for config in CONFIGS]
+for config in (FewConfig(64, 24, 2), FewConfig(128, 256)):
+    for out_dtype, epilogue in (("float16", "residual"), ("float16", "silu"), ("float32", "")):
+        wanted.append((config, "float16", out_dtype, epilogue, True, PRODUCT))
+wanted.append((FewConfig(128, 48), "bfloat16", "bfloat16", "residual", True, Build(stress=True)))
+reports = []
+for key in wanted:
+    report = assemble_kernel(hopper.few_kernel(*key), "sm_90a")
+    reports.append([asdict(report), report.problems, key[0].registers, key[2]])
+sass = disassemble(hopper.few_kernel(CONFIGS[1], "bfloat16", "bfloat16", "", False), "sm_90a").sass
+print(json.dumps([reports, sass]))
+"""
+
+
+@pytest.fixture(scope="module")
+def assembled():
+    return json.loads(no_simulator.last_line(COMPILE.format(root=str(ROOT)), timeout=500))
+
+
+def test_accumulators_stay_in_registers_and_blocks_fit(assembled):
+    reports, _ = assembled
+    assert len(reports) == len(CONFIGS) + 7
+    for report, problems, registers, out_dtype in reports:
+        assert problems == [], report["name"]
+        assert report["registers"] <= registers, report["name"]
+        counts = report["instructions"]
+        assert report["main_loop"]["HGMMA"] >= 4, report["name"]
+        assert counts["UTMALDG"] >= 3, report["name"]  # early weights, weights, tokens
+        assert ("STSM" in counts) == (out_dtype != "float32"), report["name"]
+        assert counts["PREEXIT"] == 1, report["name"]  # lets the next launch start
+        assert counts["ACQBULK"] == 2, report["name"]  # producer and consumers wait for the ones before
+
+
+def test_weights_are_asked_for_before_the_launch_waits(assembled):
+    """In machine code, consumers first: wait, number of tokens; producer: early weights, wait, number of
+    tokens, the rest."""
+    opcodes = re.findall(r"/\*[0-9a-f]+\*/\s+(?:@!?U?P\d\s+)?([A-Z][A-Z0-9]*)", assembled[1])
+    order = [name for name, _ in groupby(o for o in opcodes if o in ("ACQBULK", "LDG", "UTMALDG"))]
+    assert order == ["ACQBULK", "LDG", "UTMALDG", "ACQBULK", "LDG", "UTMALDG"]
