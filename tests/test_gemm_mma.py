@@ -218,6 +218,18 @@ MUTANTS = {
 }
 
 
+def for_mutants(k=192):
+    """Two by two tiles of SMALL, more stages than it has; no mutant fails only by leaving an array."""
+    return Product(70, 80, k, form="silu", real=66, bias=True)
+
+
+def test_what_mutants_are_held_against_is_right():
+    for k in (192, 200):
+        intact = for_mutants(k)
+        assert intact.run(SMALL) == []
+        assert intact.right()
+
+
 @pytest.mark.parametrize("name", list(MUTANTS))
 def test_a_mutant_is_noticed(name):
     def change(module, text):
@@ -227,19 +239,8 @@ def test_a_mutant_is_noticed(name):
                 text = text.replace(old, new)
         return text
 
-    def make():
-        # A K of whole tiles, so that none of the mutants only fails by leaving an array.
-        return Product(
-            130, 144, 320 + 16 * (name == "K past its end is read"), form="silu", real=100,
-            bias=True,
-        )  # fmt: skip
-
-    intact = make()
-    assert intact.run(SMALL) == []
-    assert intact.right()
-
     def wrong(seed):
-        product = make()
+        product = for_mutants(200 if name == "K past its end is read" else 192)
         try:
             product.run(SMALL, seed=seed, change=change)
         except (IndexError, Stuck, RuntimeError):  # left an array, or would hang
@@ -448,6 +449,11 @@ def test_the_code_it_becomes(assembled):
         assert sum(loop.values()) <= 2.3 * loop["HMMA"] or config.warp_m * config.warp_n < 64 * 64, report
 
 
-def test_kernels_have_names_of_their_own():
+def test_kernels_have_names_of_their_own_and_know_their_targets():
     names = [kernel.name for kernel in every_kernel()]
+    for kernel in every_kernel():
+        fitting = {
+            arch for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120") if kernel.fits(arch)
+        }
+        assert fitting == {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"}
     assert len(set(names)) == len(names) == 5 * len(CONFIGS)

@@ -67,29 +67,27 @@ def run(x, weight, bias=None, *, columns=None, out_dtype=np.uint16, into=None, *
 def test_numbers_against_float64(capability, rng, config, n, k):
     for m in (1, 17, 64, 129, 700):
         x, weight, bias = normal(rng, m, k), normal(rng, n, k, scale=k**-0.5), normal(rng, n)
-        for added in (None, bias):
-            got = run(x, weight, added, config=config)
-            check_product(simt.to_float(got), x, weight, added, "bfloat16")
-            got = run(x, weight, added, config=config, out_dtype=np.float32)
-            check_product(got, x, weight, added, "float32")
+        check_product(simt.to_float(run(x, weight, config=config)), x, weight, None, "bfloat16")
+        got = run(x, weight, bias, config=config, out_dtype=np.float32)
+        check_product(got, x, weight, bias, "float32")
 
 
 def test_float16(capability, rng):
     x, weight = (rng.standard_normal((rows, 456)).astype(np.float16) for rows in (130, 264))
     want = x.astype(np.float64) @ weight.astype(np.float64).T
-    for config in CONFIGS:
+    for config in (CONFIGS[0], CONFIGS[-1]):
         got = run(x, weight, config=config, out_dtype=np.float16).astype(np.float64)
         assert (np.abs(got - want) <= 2.0**-11 * np.abs(want) + 1e-4).all(), config
 
 
 def test_a_large_product_uses_blocks_and_stages_again(capability, rng):
-    x, weight = normal(rng, 2500, 4104), normal(rng, 4000, 4104, scale=4104**-0.5)
+    x, weight, bias = normal(rng, 2500, 4104), normal(rng, 4000, 4104, scale=4104**-0.5), normal(rng, 4000)
     first = None
     for config in CONFIGS:
-        got = run(x, weight, config=config, out_dtype=np.float32)
+        got = run(x, weight, bias, config=config, out_dtype=np.float32)
         if first is None:
             first = got
-            check_product(got, x, weight, None, "float32")
+            check_product(got, x, weight, bias, "float32")
         differ = int((got.view(np.uint32) != first.view(np.uint32)).sum())
         assert differ == 0, f"{config}: {differ} of {got.size} differ from {CONFIGS[0]}'s"
 
@@ -139,7 +137,7 @@ def test_fused_forms_have_the_bits_of_the_unfused(capability, rng, m, has_bias):
     n, k = 1152, 576
     x, weight = normal(rng, m, k), normal(rng, n, k, scale=3 * k**-0.5)
     bias, residual = normal(rng, n) if has_bias else None, normal(rng, m, n, scale=3)
-    for config in CONFIGS:
+    for config in CONFIGS if has_bias else CONFIGS[::4]:
         product = up(run(x, weight, bias, config=config))
         halved = cuda.device_array((m, n // 2), np.uint16)
         OPS["silu_mul"].rungs["warp"](halved, product)

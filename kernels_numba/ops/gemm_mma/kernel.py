@@ -15,6 +15,7 @@ from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel
 from kernels_numba.ops.gemm_few.epilogue import EPILOGUES, make_finish
 from kernels_numba.ops.gemm_mma.config import ITEM, MmaConfig, smem_plan
+from kernels_numba.ops.warp.door import ARCHS
 from kernels_numba.ops.warp.elements import make_real_rows
 from kernels_numba.ptx.control import dynamic_shared
 from kernels_numba.ptx.cp_async import cp_async_16_zfill, cp_async_commit, cp_async_wait
@@ -261,5 +262,5 @@ def mma_kernel(config: MmaConfig, dtype: str, out_dtype: str, has_bias: bool, ep
         "_".join(["gemm_mma", *words]),
         lambda: make_gemm_mma_kernel(config, dtype, out_dtype, has_bias, epilogue),
         (config, dtype, out_dtype, has_bias, epilogue),
-        SIGNATURE, config.threads, smem_plan(config).bytes,
+        SIGNATURE, config.threads, smem_plan(config).bytes, archs=(*ARCHS[False], *ARCHS[True]),
     )  # fmt: skip
