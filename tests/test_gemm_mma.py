@@ -140,12 +140,14 @@ def test_fused_forms_have_the_bits_of_the_unfused(form, dtype, bias):
     assert product.right()
 
 
-def test_a_residual_may_be_its_own_result():
-    product = Product(20, 48, 40, form="residual")
+@pytest.mark.parametrize("config", [None, MmaConfig(48, 64, 64, 3, 1, 2)], ids=str)
+def test_a_residual_may_be_its_own_result(config):
+    """Also where passes over a tile's results reach beyond its 48 rows, into those of the next block."""
+    product = Product(100, 48, 40, form="residual")
     want = product.unfused()
     product.out[:] = product.residual
     product.residual = product.out
-    product.run()
+    product.run(config)
     assert np.array_equal(product.out, want)
 
 
@@ -312,6 +314,7 @@ def test_a_tile_fits_the_smallest_block(config):
     ((16, 64, 64, 4, 1, 2), "copies 8 rows|shared memory|"),
     ((128, 256, 64, 3, 2, 4), "147,456 bytes of shared memory, the limit is 101,376"),
     ((16, 32, 32, 4, 1, 2), "copies 16 rows|"),
+    ((48, 48, 32, 4, 1, 1), "32 threads cannot share rows of 6 units"),
     ((16, 256, 32, 4, 1, 8), "copies 64 rows, which must be 8s and divide both tiles"),
 ])  # fmt: skip
 def test_a_tile_that_cannot_be_is_named(numbers, message):
@@ -447,6 +450,36 @@ def test_the_code_it_becomes(assembled):
         # Each warp scheduler issues one instruction a cycle, and an mma keeps its tensor core for more than
         # two.
         assert sum(loop.values()) <= 2.3 * loop["HMMA"] or config.warp_m * config.warp_n < 64 * 64, report
+
+
+WRONG = """
+import sys
+import numpy as np
+sys.path.insert(0, {root!r})
+from kernels_numba.compiler import cuda
+from kernels_numba.launch import compile_ptx
+from kernels_numba.ptx.mma_tile import make_load_fragments, make_mma_tile
+load, multiply = make_load_fragments(1, 128), make_mma_tile(1, 1, "bfloat16")
+def no_array(address):
+    load(address, address)
+def too_few(address):
+    words = cuda.local.array(4, np.int32)
+    multiply(words, words)
+for kernel in (no_array, too_few):
+    try:
+        compile_ptx(kernel, ("int32",), 32, "sm_80")
+    except Exception as error:
+        print([line.strip() for line in str(error).splitlines() if "required" in line][-1], end="; ")
+print()
+"""
+
+
+def test_wrong_arguments_fail_when_the_kernel_is_compiled(tmp_path):
+    path = tmp_path / "wrong.py"  # the compiler reads a kernel's source
+    path.write_text(WRONG.format(root=str(ROOT)), encoding="utf-8")
+    said = no_simulator.last_line(f"import runpy; runpy.run_path({str(path)!r})")
+    assert "load_fragments: argument 0 is int32; a local array is required" in said
+    assert "mma_tile: 2 arguments; 3 are required" in said
 
 
 def test_kernels_have_names_of_their_own_and_know_their_targets():

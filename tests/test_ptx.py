@@ -309,7 +309,8 @@ def test_every_module_names_its_sections():
     """Each file that offers instructions names the manual's sections; the folder's page names each file."""
     import kernels_numba.ptx as page
 
-    for module in sorted({module for module, _, _ in CALLS.values()} | {"wgmma", "wgmma_panels", "epilogue"}):
+    made = {"wgmma", "wgmma_panels", "epilogue", "mma_tile"}
+    for module in sorted({module for module, _, _ in CALLS.values()} | made):
         doc = importlib.import_module(f"kernels_numba.ptx.{module}").__doc__
         assert re.search(r'PTX\s+ISA,\s+"', doc), module
         on_page = re.search(rf"^{module}\.py ", page.__doc__, re.MULTILINE)

@@ -46,6 +46,8 @@ class MmaConfig:
             wrong = "3 to 8 stages: one is read, one at least is on its way, one is about to be"
         elif self.lines % 8 or self.tile_m % self.lines or self.tile_n % self.lines:
             wrong = f"a pass of all threads copies {self.lines} rows, which must be 8s and divide both tiles"
+        elif self.threads % (self.tile_n // 8):
+            wrong = f"{self.threads} threads cannot share rows of {self.tile_n // 8} units of results evenly"
         elif self.smem_bytes > SMEM_LIMIT:
             wrong = f"{self.smem_bytes:,} bytes of shared memory, the limit is {SMEM_LIMIT:,}"
         if wrong:

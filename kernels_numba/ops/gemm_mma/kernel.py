@@ -115,12 +115,12 @@ def make_gemm_mma_kernel(
         residual_stride: Any,
     ) -> None:  # fmt: skip
         """The staged tile to global memory, 16 bytes a store; out, residual: addresses of the tile's corner;
-        rows, cols: how many of out's there are from there on."""
+        rows, cols: how many rows of the tile and columns of out there are from there on."""
         unit, line = int32(thread % out_units), int32(thread // out_units)
         words = cuda.local.array(4, np.int32)
         others = cuda.local.array(4, np.int32)
         more = cuda.local.array(held_words, np.int32)
-        inside = int32(int32(unit * 8 < cols) * int32(line < tile_m))
+        inside = int32(unit * 8 < cols)
         for turn in range(rounds):
             first = int32(turn * (held * out_lines) + line)
             if added:
@@ -245,7 +245,8 @@ def make_gemm_mma_kernel(
                 cols = int32(((n - col0) >> 1) if gated else n - col0)
                 corner = int64(out + int64(row0) * int64(out_stride) + int64(first) * ITEM)
                 other = int64(residual + int64(row0) * int64(residual_stride) + int64(first) * ITEM)
-                store_staged(smem, thread, corner, other, int32(m - row0), cols, out_stride, residual_stride)
+                mine = int32(min(int32(m - row0), int32(tile_m)))
+                store_staged(smem, thread, corner, other, mine, cols, out_stride, residual_stride)
             else:
                 at = int64(out + int64(row0 + my_row) * int64(out_stride) + int64(col0 + my_col) * 4)
                 store_tile(acc, at, out_stride, int32(m - row0 - my_row), int32(n - col0 - warp_col))
