@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
 
+from kernels_numba.bench.tune_mma import OTHERS
 from kernels_numba.ops.gemm_mma import Card, every_kernel, in_numpy, plan_gemm_mma
 from kernels_numba.ops.gemm_mma.config import (
     CONFIGS,
@@ -118,7 +119,7 @@ class Product:
         return bool(untouched) and np.array_equal(got.view(np.uint8), want.view(np.uint8))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *OTHERS], ids=str)
 def test_every_tile_keeps_the_order(config):
     """Odd M, tails of N and K, one tile more than a tile each way: the same bits as one chain of steps of
     16."""
@@ -406,11 +407,13 @@ import json, sys
 sys.path.insert(0, {root!r})
 from dataclasses import asdict
 from kernels_numba.assemble import assemble_kernel
+from kernels_numba.bench.tune_mma import OTHERS
 from kernels_numba.ops.gemm_mma.config import CONFIGS
 from kernels_numba.ops.gemm_mma.kernel import mma_kernel
 plain = ("bfloat16", "bfloat16", False, "")
 wanted = [(config, plain, arch) for arch in ("sm_80", "sm_120") for config in CONFIGS]
 wanted += [(config, plain, arch) for arch in ("sm_86", "sm_89", "sm_90a") for config in CONFIGS[:1]]
+wanted += [(config, plain, "sm_90a") for config in OTHERS]
 wanted += [
     (config, form, arch)
     for form, arch in (
@@ -423,7 +426,7 @@ wanted += [
 reports = []
 for config, form, arch in wanted:
     report = assemble_kernel(mma_kernel(config, *form), arch)
-    reports.append([CONFIGS.index(config), asdict(report), report.problems])
+    reports.append([(*CONFIGS, *OTHERS).index(config), asdict(report), report.problems])
 print(json.dumps(reports))
 """
 
@@ -436,9 +439,9 @@ def assembled():
 def test_the_code_it_becomes(assembled):
     """No spill, no local memory; in the loop every mma of a stage, an ldmatrix a fragment, one barrier; and
     registers for as many blocks an SM as were counted on."""
-    assert len(assembled) == 2 * len(CONFIGS) + 3 + 6
+    assert len(assembled) == 2 * len(CONFIGS) + 3 + len(OTHERS) + 6
     for index, report, problems in assembled:
-        config, loop = CONFIGS[index], report["main_loop"]
+        config, loop = (*CONFIGS, *OTHERS)[index], report["main_loop"]
         assert problems == [], report
         assert report["registers"] * report["threads"] * config.blocks() <= 65_536, report
         assert report["dynamic_bytes"] == config.smem_bytes, report

@@ -12,7 +12,7 @@ from kernels_numba.bench import tune_mma
 from kernels_numba.bench.contest import BASELINE
 from kernels_numba.ops.gemm import gemm_cost
 from kernels_numba.ops.gemm_mma import Card
-from kernels_numba.ops.gemm_mma.config import pick_config
+from kernels_numba.ops.gemm_mma.config import CONFIGS, pick_config
 
 H100 = Card(132, 233_472)
 
@@ -24,7 +24,13 @@ def test_the_pick_is_among_what_is_tried(m, nk):
     assert str(pick_config(m, *nk, *H100)[0]) in tried
     assert list(tried)[-2:] == ["ladder", "hopper"]
     assert "hopper" not in tune_mma.contenders((m, *nk), H100, hopper=False)
-    assert (m < 2048) or "16x32x64s8" not in tried
+    assert (m < 2048) or not any(name.startswith("16x32x") for name in tried)
+
+
+def test_every_other_tile_is_tried_somewhere_and_picked_nowhere():
+    tried = {config for m in tune_mma.M for nk in tune_mma.NK for config in tune_mma.promising(m, *nk, H100)}
+    assert tried >= set(tune_mma.OTHERS)
+    assert not set(tune_mma.OTHERS) & set(CONFIGS)
 
 
 class MadeUp:
@@ -62,15 +68,15 @@ def test_a_sweep_says_what_the_pick_loses(monkeypatch, capsys, made_up):
     monkeypatch.setattr("sys.argv", words)
     tune_mma.main()
     first, second, mean, ratio = capsys.readouterr().out.splitlines()
-    assert first.startswith("M=64 N=4096 K=4096: pick 64x32x64s4 200.0 us, 11 TFLOP/s, 173 GB/s; best ")
+    assert first.startswith("M=64 N=4096 K=4096: pick 64x32x64s4w2x2 200.0 us, 11 TFLOP/s, 173 GB/s; best ")
     assert "the pick loses 25.0%; of the pick's time: baseline 0.50 ladder 0.80 hopper 0.80" in second
     assert mean == "2 shapes: the pick is 25.0% behind the best tile in the mean"
     assert ratio == "M >= 2048: 0.500 of cuBLAS in the mean, 0.500 at worst"
 
 
 def test_a_wrong_tile_ends_the_sweep(monkeypatch, made_up):
-    monkeypatch.setattr(MadeUp, "refused", {"128x256x32s4": "2 times the tolerance"})
-    with pytest.raises(ArithmeticError, match="128x256x32s4: 2 times"):
+    monkeypatch.setattr(MadeUp, "refused", {"128x256x32s4w2x4": "2 times the tolerance"})
+    with pytest.raises(ArithmeticError, match="128x256x32s4w2x4: 2 times"):
         tune_mma.tune([(4096, 4096, 4096)], 1)
     monkeypatch.setattr("sys.argv", ["tune", "--case", "no such shape"])
     with pytest.raises(SystemExit):

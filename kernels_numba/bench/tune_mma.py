@@ -23,16 +23,25 @@ from kernels_numba.ops.gemm_mma.config import CONFIGS, MmaConfig, model_cycles, 
 NK = ((4096, 4096), (28672, 4096), (4096, 14336), (3584, 18944), (576, 1536))
 M = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 4096, 8192)
 MANY = 2048  # tokens from which on the goal is a share of the tensor cores
+# Tiles that no pick takes yet: longer steps in one block an SM, eight warps of 32 x 64 instead of four of 64 x
+# 64, wide ones for few tokens, and shorter stages where a step's latencies may bind.
+OTHERS = (
+    MmaConfig(128, 128, 64, 3, 2, 2),
+    MmaConfig(128, 128, 32, 3, 4, 2),
+    MmaConfig(64, 256, 32, 4, 1, 4),
+    MmaConfig(16, 128, 64, 4, 1, 4),
+    MmaConfig(16, 32, 32, 8, 1, 2),
+)
 WITHIN = 1.5  # of the model's cheapest: what it calls dearer than this is not tried
 LADDER, HOPPER = "ladder", "hopper"
 Shape = tuple[int, int, int]
 
 
 def promising(m: int, n: int, k: int, on: Card) -> list[MmaConfig]:
-    """The tiles whose modelled cost is within WITHIN of the cheapest, and the pick."""
-    costs = {config: model_cycles(config, m, n, k, *on) for config in CONFIGS}
+    """The tiles, also OTHERS, whose modelled cost is within WITHIN of the cheapest, and the pick."""
+    costs = {config: model_cycles(config, m, n, k, *on) for config in (*CONFIGS, *OTHERS)}
     limit, picked = WITHIN * min(costs.values()), pick_config(m, n, k, *on)[0]
-    return [config for config in CONFIGS if costs[config] <= limit or config == picked]
+    return [config for config, cost in costs.items() if cost <= limit or config == picked]
 
 
 def contenders(shape: Shape, on: Card, hopper: bool) -> dict[str, Any]:

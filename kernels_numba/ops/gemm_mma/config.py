@@ -54,7 +54,8 @@ class MmaConfig:
             raise ValueError(f"gemm_mma: tile {self}: {wrong}")
 
     def __str__(self) -> str:
-        return f"{self.tile_m}x{self.tile_n}x{self.tile_k}s{self.stages}"
+        size = f"{self.tile_m}x{self.tile_n}x{self.tile_k}"
+        return f"{size}s{self.stages}w{self.warps_m}x{self.warps_n}"
 
     @property
     def threads(self) -> int:
