@@ -407,13 +407,11 @@ import json, sys
 sys.path.insert(0, {root!r})
 from dataclasses import asdict
 from kernels_numba.assemble import assemble_kernel
-from kernels_numba.bench.tune_mma import OTHERS
 from kernels_numba.ops.gemm_mma.config import CONFIGS
 from kernels_numba.ops.gemm_mma.kernel import mma_kernel
 plain = ("bfloat16", "bfloat16", False, "")
 wanted = [(config, plain, arch) for arch in ("sm_80", "sm_120") for config in CONFIGS]
 wanted += [(config, plain, arch) for arch in ("sm_86", "sm_89", "sm_90a") for config in CONFIGS[:1]]
-wanted += [(config, plain, "sm_90a") for config in OTHERS]
 wanted += [
     (config, form, arch)
     for form, arch in (
@@ -426,7 +424,7 @@ wanted += [
 reports = []
 for config, form, arch in wanted:
     report = assemble_kernel(mma_kernel(config, *form), arch)
-    reports.append([(*CONFIGS, *OTHERS).index(config), asdict(report), report.problems])
+    reports.append([CONFIGS.index(config), asdict(report), report.problems])
 print(json.dumps(reports))
 """
 
@@ -439,9 +437,9 @@ def assembled():
 def test_the_code_it_becomes(assembled):
     """No spill, no local memory; in the loop every mma of a stage, an ldmatrix a fragment, one barrier; and
     registers for as many blocks an SM as were counted on."""
-    assert len(assembled) == 2 * len(CONFIGS) + 3 + len(OTHERS) + 6
+    assert len(assembled) == 2 * len(CONFIGS) + 3 + 6
     for index, report, problems in assembled:
-        config, loop = (*CONFIGS, *OTHERS)[index], report["main_loop"]
+        config, loop = CONFIGS[index], report["main_loop"]
         assert problems == [], report
         assert report["registers"] * report["threads"] * config.blocks() <= 65_536, report
         assert report["dynamic_bytes"] == config.smem_bytes, report

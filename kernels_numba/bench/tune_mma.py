@@ -23,8 +23,8 @@ from kernels_numba.ops.gemm_mma.config import CONFIGS, MmaConfig, model_cycles, 
 NK = ((4096, 4096), (28672, 4096), (4096, 14336), (3584, 18944), (576, 1536))
 M = (1, 8, 16, 32, 64, 128, 256, 512, 2048, 4096, 8192)
 MANY = 2048  # tokens from which on the goal is a share of the tensor cores
-# Tiles that no pick takes yet: longer steps in one block an SM, eight warps of 32 x 64 instead of four of 64 x
-# 64, wide ones for few tokens, and shorter stages where a step's latencies may bind.
+# Tiles that no pick takes yet: longer steps in one block an SM, eight warps of 32 x 64 instead of four of
+# 64 x 64, wide ones for few tokens, and shorter stages where a step's latencies may bind.
 OTHERS = (
     MmaConfig(128, 128, 64, 3, 2, 2),
     MmaConfig(128, 128, 32, 3, 4, 2),
