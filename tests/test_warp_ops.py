@@ -534,7 +534,7 @@ from kernels_numba.assemble import assemble_kernel
 from kernels_numba.ops.warp import qk_norm, rms_norm, rope_store_kv, silu_mul
 from kernels_numba.prebuild import fitting, kernel_modules
 modules = [name for name in kernel_modules() if ".warp." in name]
-wanted = [(kernel, arch) for arch in ("sm_80", "sm_90a") for _, kernel in fitting(modules, arch)]
+wanted = [(kernel, "sm_90a") for _, kernel in fitting(modules, "sm_90a")]
 halves = [
     rms_norm.rms_norm_kernel(rms_norm.CONFIGS[2], "float16", True, True),
     silu_mul.silu_mul_kernel("float16", True),
@@ -544,13 +544,13 @@ wanted += [(kernel, "sm_90a") for kernel in halves]
 reports = [assemble_kernel(*one) for one in wanted]
 print(json.dumps([(r.name, r.arch, r.registers, r.problems, r.instructions) for r in reports]))
 """
-REGISTERS = {"gather": 40, "rms_norm": 80, "qk_norm": 64, "silu_mul": 48, "rope_store_kv": 96}
+REGISTERS = {"gather": 32, "rms_norm": 80, "qk_norm": 64, "silu_mul": 48, "rope_store_kv": 96}
 
 
 def test_every_configuration_stays_in_registers_and_loads_wide():
-    """Of the oldest target and of Hopper; test_assemble.py assembles all of them for all targets."""
+    """As their docstrings say. test_assemble.py assembles all of them for all targets."""
     rows = json.loads(no_simulator.last_line(COMPILE, PYTHONPATH=no_simulator.WITH_TESTS))
-    assert len(rows) == 2 * (1 + 12 + 3 + 1 + 3) + 4
+    assert len(rows) == 1 + 12 + 3 + 1 + 3 + 4
     for name, arch, registers, problems, instructions in rows:
         assert problems == [], (name, arch)
         op = name.partition("_warp")[0]
@@ -559,8 +559,7 @@ def test_every_configuration_stays_in_registers_and_loads_wide():
             assert registers <= 48, (name, arch, registers)
         assert not {"LDL", "STL", "ATOM", "RED"} & set(instructions), (name, arch)
         assert instructions["LDG"] >= 4, (name, arch)
-        waits = arch == "sm_90a" and op != "gather"
-        assert ("ACQBULK" in instructions) == waits, (name, arch)
+        assert ("ACQBULK" in instructions) == (op != "gather"), name  # griddepcontrol.wait
 
 
 def test_they_are_built_ahead():
@@ -757,7 +756,10 @@ def test_warp_lm_head(cuda, rows):
     op = OPS["lm_head"]
     op.rungs["warp"](*args.values(), x_rows=work)
     got = args["out"].copy_to_host()
-    check_right(call, {"out": got}, "float32")
+    host = call.to_float64().args
+    want = host["hidden"][host["logits_rows"]] @ host["weight"].T
+    # Tensor cores cut off low bits: test_gemm.py allows as much, of weights that are sqrt(576) times smaller.
+    assert (np.abs(got - want) <= 2e-5 * (np.abs(want) + 24)).all()
     real = rows // 2 + 1
     fewer = cuda.to_device(np.full(got.shape, np.nan, np.float32))
     count = cuda.to_device(np.array([real], np.int32))

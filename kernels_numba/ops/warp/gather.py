@@ -50,7 +50,7 @@ def make_gather_kernel(pdl: bool = False) -> Any:
     from row to row; nan: a word.
     Who does what: block r * segments + s copies 4 KiB of row r from byte 4,096 s on: thread i the packs i and
     i + 128 of them, both loads before the first store. Rows at and past the real number are neither read nor
-    written. Registers: 40 at most. No shared memory.
+    written. Registers: 32 at most. No shared memory.
     Dependent launches (pdl): the next launch may begin at once. This one begins when all before it have
     ended: a chain of dependent launches begins here, and what its kernels read early is there.
     """

@@ -66,7 +66,7 @@ def make_rope_store_kv_kernel(head_dim: int, dtype: str, pdl: bool = False) -> A
     Rounding: fma(x, cos, -(y sin)) and fma(y, cos, x sin), once to T: the bits of rope, then store_kv.
     Dependent launches (pdl): the next launch may begin at once, and this one waits for those before it before
     it reads or writes anything; so it may be anywhere in a chain of them.
-    Registers: 80 at most. No shared memory.
+    Registers: 96 at most. No shared memory.
     """
     int32, int64 = cuda.types.int32, cuda.types.int64
     lanes = head_dim // (2 * ELEMENTS)
