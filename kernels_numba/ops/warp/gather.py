@@ -21,7 +21,7 @@ from kernels_numba.ops.warp.door import (
     count_address,
     indices,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
@@ -134,7 +134,7 @@ def prepared(
     op: str, out: View, ids: View, table: View, num_rows: View | None, names: tuple[str, str, str]
 ) -> Launch | None:
     """plan_gather's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(op, plan_gather, op, out, ids, table, num_rows, names)
+    return plan_and_prepare(op, plan_gather, op, out, ids, table, num_rows, names)
 
 
 EMBEDDING = ("out", "token_ids", "weight")

@@ -24,7 +24,7 @@ from kernels_numba.ops.warp.door import (
     count_address,
     multiple_of_8,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
@@ -209,7 +209,7 @@ def prepared(
     out: View, x: View, weight: View, residual: View | None, num_rows: View | None, eps: float
 ) -> Launch | None:
     """plan_rms_norm's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(OP, plan_rms_norm, out, x, weight, residual, num_rows, eps)
+    return plan_and_prepare(OP, plan_rms_norm, out, x, weight, residual, num_rows, eps)
 
 
 def rms_norm_warp(

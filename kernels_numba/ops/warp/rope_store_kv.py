@@ -25,8 +25,8 @@ from kernels_numba.ops.warp.door import (
     count_address,
     indices,
     packed,
+    plan_and_prepare,
     power_of_two,
-    ready,
     row_bytes,
     view,
     view_count,
@@ -233,7 +233,7 @@ def prepared(
     slot_mapping: View, num_rows: View | None,
 ) -> Launch | None:  # fmt: skip
     """plan_rope_store_kv's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(
+    return plan_and_prepare(
         OP, plan_rope_store_kv, q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, num_rows
     )
 
