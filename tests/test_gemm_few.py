@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_close
 
+from kernels_numba.compiler import SIMULATOR, KernelsUnavailable, cuda
 from kernels_numba.inputs import BFLOAT16
-from kernels_numba.ops.gemm_few import gemm_few_cost, gemm_few_spec
+from kernels_numba.ops.gemm_few import gemm_few, gemm_few_cost, gemm_few_spec
 from kernels_numba.ops.gemm_few.config import (
     CONFIGS,
     MUTANTS,
@@ -96,12 +97,12 @@ def test_a_token_has_the_same_bits_in_any_company():
 @pytest.mark.parametrize(("m", "config"), [(70, FewConfig(64, 128)), (70, FewConfig(128, 32, 2))], ids=str)
 def test_the_real_number_of_tokens_is_read_by_the_kernel(m, config, epilogue):
     """Rows past it, as NaN, decide nothing, and nothing is written there; a number past the array is cut."""
-    for real in (0, 9, m - 1, m + 5):
+    for real in (0, 9, m - 1, m + 5, -200):
         product = make_product(np.random.default_rng(7), m, 144, 136, epilogue=epilogue)
-        product.x[real:] = 0x7FC0
+        product.x[max(real, 0) :] = 0x7FC0
         got = product.fused(config, real=real, grid=3)
-        assert len(got) == min(real, m)
-        if real:
+        assert len(got) == max(min(real, m), 0)
+        if real > 0:
             assert same_bits(got, product.only(slice(0, real)).unfused("bfloat16")), real
 
 
@@ -281,6 +282,13 @@ SILU = {"activation": "silu"}
 def test_wrong_arguments_are_named(arguments, how, message):
     with pytest.raises(ValueError, match=message):
         few_operands(*arguments, **how)
+
+
+@pytest.mark.skipif(not SIMULATOR, reason="not in the simulator")
+def test_the_simulator_is_told_apart():
+    out, x, weight = (cuda.to_device(np.zeros(shape, np.uint16)) for shape in ((4, 16), (4, 8), (16, 8)))
+    with pytest.raises(KernelsUnavailable, match="made of PTX"):
+        gemm_few(out, x, weight)
 
 
 # What it becomes, in a child, because this process runs numba's simulator. Every kernel of kernels() is
