@@ -162,11 +162,15 @@ def require_capability(op: str) -> bool:
     return have >= PDL_NEEDS
 
 
-def ready(op: str, plan: Callable[..., Plan | None], *operands: Any) -> Launch | None:
-    """plan(*operands, pdl) as a launch to be repeated, for the current GPU; None for nothing to do.
-    ValueError from the plan, or on a GPU that is too old."""
-    planned = plan(*operands, require_capability(op))
-    return None if planned is None else planned.kernel.prepare(planned.grid, planned.arguments)
+def ready(op: str, plan: Plan | None) -> Launch | None:
+    """A planned launch, to be repeated; None for nothing to do. ValueError on a GPU that is too old."""
+    require_capability(op)
+    return None if plan is None else plan.kernel.prepare(plan.grid, plan.arguments)
+
+
+def plan_and_prepare(op: str, plan: Callable[..., Plan | None], *operands: Any) -> Launch | None:
+    """ready() of plan(*operands, pdl), for the current GPU. ValueError from either."""
+    return ready(op, plan(*operands, require_capability(op)))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from kernels_numba.ops.warp.door import (
     count_address,
     indices,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
@@ -50,7 +50,7 @@ def make_gather_kernel(pdl: bool = False) -> Any:
     from row to row; nan: a word.
     Who does what: block r * segments + s copies 4 KiB of row r from byte 4,096 s on: thread i the packs i and
     i + 128 of them, both loads before the first store. Rows at and past the real number are neither read nor
-    written. Registers: 40 at most. No shared memory.
+    written. Registers: 32 at most. No shared memory.
     Dependent launches (pdl): the next launch may begin at once. This one begins when all before it have
     ended: a chain of dependent launches begins here, and what its kernels read early is there.
     """
@@ -134,7 +134,7 @@ def prepared(
     op: str, out: View, ids: View, table: View, num_rows: View | None, names: tuple[str, str, str]
 ) -> Launch | None:
     """plan_gather's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(op, plan_gather, op, out, ids, table, num_rows, names)
+    return plan_and_prepare(op, plan_gather, op, out, ids, table, num_rows, names)
 
 
 EMBEDDING = ("out", "token_ids", "weight")

@@ -22,7 +22,7 @@ from kernels_numba.ops.warp.door import (
     View,
     count_address,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
@@ -160,7 +160,7 @@ def prepared(
     q: View, k: View, q_weight: View, k_weight: View, num_rows: View | None, eps: float
 ) -> Launch | None:
     """plan_qk_norm's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(OP, plan_qk_norm, q, k, q_weight, k_weight, num_rows, eps)
+    return plan_and_prepare(OP, plan_qk_norm, q, k, q_weight, k_weight, num_rows, eps)
 
 
 def qk_norm_warp(

@@ -24,7 +24,7 @@ from kernels_numba.ops.warp.door import (
     count_address,
     multiple_of_8,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
@@ -90,7 +90,7 @@ def make_rms_norm_kernel(config: RmsNormConfig, dtype: str, has_residual: bool, 
     Dependent launches (pdl): the next launch may begin at once, and this one waits for those before it before
     it reads or writes anything; so it may be anywhere in a chain of them.
     Rounding: residual + x once; mean, sum with eps, root and reciprocal each to nearest; value x scale, then
-    x weight, then once to T. Shared memory: f32[warps] partial sums, one barrier. Registers: 64 at most, 80
+    x weight, then once to T. Shared memory: f32[warps] partial sums, one barrier. Registers: 48 at most, 80
     with four packs.
     """
     threads, packs_held, held_words = config.threads, config.packs, 4 * config.packs
@@ -209,7 +209,7 @@ def prepared(
     out: View, x: View, weight: View, residual: View | None, num_rows: View | None, eps: float
 ) -> Launch | None:
     """plan_rms_norm's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(OP, plan_rms_norm, out, x, weight, residual, num_rows, eps)
+    return plan_and_prepare(OP, plan_rms_norm, out, x, weight, residual, num_rows, eps)
 
 
 def rms_norm_warp(

@@ -25,8 +25,8 @@ from kernels_numba.ops.warp.door import (
     count_address,
     indices,
     packed,
+    plan_and_prepare,
     power_of_two,
-    ready,
     row_bytes,
     view,
     view_count,
@@ -66,7 +66,7 @@ def make_rope_store_kv_kernel(head_dim: int, dtype: str, pdl: bool = False) -> A
     Rounding: fma(x, cos, -(y sin)) and fma(y, cos, x sin), once to T: the bits of rope, then store_kv.
     Dependent launches (pdl): the next launch may begin at once, and this one waits for those before it before
     it reads or writes anything; so it may be anywhere in a chain of them.
-    Registers: 80 at most. No shared memory.
+    Registers: 96 at most. No shared memory.
     """
     int32, int64 = cuda.types.int32, cuda.types.int64
     lanes = head_dim // (2 * ELEMENTS)
@@ -233,7 +233,7 @@ def prepared(
     slot_mapping: View, num_rows: View | None,
 ) -> Launch | None:  # fmt: skip
     """plan_rope_store_kv's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(
+    return plan_and_prepare(
         OP, plan_rope_store_kv, q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, num_rows
     )
 

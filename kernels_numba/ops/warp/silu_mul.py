@@ -21,7 +21,7 @@ from kernels_numba.ops.warp.door import (
     View,
     count_address,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
@@ -134,7 +134,7 @@ def plan_silu_mul(out: View, gate_up: View, num_rows: View | None, pdl: bool = F
 @lru_cache(maxsize=4096)
 def prepared(out: View, gate_up: View, num_rows: View | None) -> Launch | None:
     """plan_silu_mul's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(OP, plan_silu_mul, out, gate_up, num_rows)
+    return plan_and_prepare(OP, plan_silu_mul, out, gate_up, num_rows)
 
 
 def silu_mul_warp(out: Any, gate_up: Any, *, stream: Any = None, num_rows: Any = None) -> None:
