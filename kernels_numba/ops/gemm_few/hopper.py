@@ -52,9 +52,9 @@ def few_kernel(
     )  # fmt: skip
 
 
-def kernels() -> Iterator[Kernel]:
-    """Every kernel that an engine in bfloat16 could pick, for building them ahead; float16 is built when it
-    is first used."""
+def used_kernels() -> Iterator[Kernel]:
+    """Every kernel that an engine in bfloat16 could pick. Not called kernels(), because none picks them yet:
+    nobody should wait for their compilation."""
     for out_dtype, epilogue, has_bias in USED:
         for config in CONFIGS:
             yield few_kernel(config, "bfloat16", out_dtype, epilogue, has_bias)
