@@ -76,7 +76,7 @@ class Product:
             config, out, self.x, self.weight, self.bias, residual=self.residual, activation=self.activation,
             num_rows=count, **how,
         )  # fmt: skip
-        written = min(m, m if real is None else real)
+        written = m if real is None else max(min(m, real), 0)
         got = out[:written].copy()
         out[:written] = before[1 : written + 1, :n]
         assert same_bits(wider, before), "wrote outside of [M, N]"

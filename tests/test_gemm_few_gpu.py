@@ -153,6 +153,23 @@ def test_rows_past_the_real_count_are_left_alone(cuda, few, rng):
             assert np.isnan(got[real:].astype(np.float32)).all(), (real, config)
 
 
+def test_logits_are_the_many_token_kernels(cuda, few, rng):
+    from kernels_numba.ops.gemm_few.head import lm_head_few
+    from kernels_numba.ops.warp.lm_head import lm_head_warp
+
+    gpu = Gpu(cuda, "bfloat16")
+    hidden, weight = gpu.up(rng.standard_normal((300, 576))), gpu.up(rng.standard_normal((49152, 576)))
+    for rows in (1, 7, 64, 200, 256):
+        ids = cuda.to_device(rng.choice(300, rows, replace=False).astype(np.int32))
+        outs = [blank(gpu, rows, 49152, "float32") for _ in range(2)]
+        for launch, out in zip((lm_head_few, lm_head_warp), outs, strict=True):
+            launch(out, hidden, weight, ids)
+        cuda.synchronize()
+        mine, theirs = (out.copy_to_host() for out in outs)
+        assert np.isfinite(mine).all()
+        assert np.array_equal(bits(mine), bits(theirs)), rows
+
+
 @pytest.mark.parametrize("config", [FewConfig(64, 16, 2), FewConfig(64, 128), FewConfig(128, 256)], ids=str)
 def test_bits_survive_random_pauses(cuda, few, config):
     """Warps that dawdle at random reach orders that never happen by themselves; waits are bounded."""

@@ -170,10 +170,12 @@ def test_the_gemm_for_few_tokens_is_held_against_its_targets(monkeypatch, capsys
     monkeypatch.setattr(tune_gemm_few, "Workload", MadeUpFew)
     monkeypatch.setattr(tune_gemm_few, "torch_side", lambda against: None)
     monkeypatch.setattr(tune_gemm_few, "read_gbs", lambda rounds: 3050.0)
+    monkeypatch.setattr(tune_gemm_few, "prebuild", lambda modules: "22 kernels")
     monkeypatch.setattr(hopper, "num_sms", lambda: 132)
     monkeypatch.setattr("sys.argv", ["tune", "--case", "M=16 N=4096 K=14336"])
     tune_gemm_few.main()
-    lines = capsys.readouterr().out.splitlines()
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == "22 kernels" == f"{len(list(tune_gemm_few.kernels()))} kernels"
     assert lines[0] == "reading alone: 3050 GB/s"
     assert lines[1] == (
         "M=16 N=4096 K=14336: 64x16x2 50.00 us, 2400 GB/s, 1.100x torch, target of its bytes 42.50 us, "

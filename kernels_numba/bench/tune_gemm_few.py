@@ -11,18 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from kernels_numba.bench.cases import GEMM_NK, MODELS, Params
 from kernels_numba.bench.contest import BASELINE, Contender, Workload, torch_side
 from kernels_numba.bench.tune_decode import read_gbs
+from kernels_numba.launch import Kernel
 from kernels_numba.ops.gemm import hopper as many
 from kernels_numba.ops.gemm_few.config import CONFIGS, FewConfig, model_seconds, pick_few_config
 from kernels_numba.ops.gemm_few.head import lm_head_few
-from kernels_numba.ops.gemm_few.hopper import gemm_few
+from kernels_numba.ops.gemm_few.hopper import few_kernel, gemm_few
 from kernels_numba.ops.warp.lm_head import lm_head_warp
+from kernels_numba.prebuild import prebuild
 
 FEW_M = (1, 2, 4, 8, 16, 32, 64, 65, 100, 128, 200, 256, 384)
 HEAD_M = (1, 8, 64, 256)
@@ -30,6 +32,13 @@ WITHIN, MOST = 1.25, 4  # rivals: what the model finds at most this much dearer 
 LARGE = 30e6  # bytes of weights from which torch must be beaten
 SPEED, FIXED_US = 3.0e12, 2.5  # bytes a second, microseconds: the target below it
 Row = dict[str, Any]
+
+
+def kernels() -> Iterator[Kernel]:
+    """The tiles that are measured, for compiling them all at once (prebuild.py)."""
+    for out_dtype in ("bfloat16", "float32"):
+        for config in CONFIGS:
+            yield few_kernel(config, "bfloat16", out_dtype, "", False)
 
 
 def few_cases(text: str = "") -> dict[str, tuple[str, Params]]:
@@ -140,6 +149,7 @@ def main() -> None:
     if not cases:
         parser.error(f"no case contains {arguments.case!r}")
     torch, rows = torch_side(arguments.against), []
+    print(prebuild(["kernels_numba.bench.tune_gemm_few"]), flush=True)
     print(f"reading alone: {read_gbs(arguments.rounds):.0f} GB/s", flush=True)
     for name, (op, params) in cases.items():
         try:

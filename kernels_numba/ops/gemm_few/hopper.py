@@ -52,9 +52,9 @@ def few_kernel(
     )  # fmt: skip
 
 
-def kernels() -> Iterator[Kernel]:
-    """Every kernel that an engine in bfloat16 could pick, for building them ahead; float16 is built when it
-    is first used."""
+def used_kernels() -> Iterator[Kernel]:
+    """Every kernel that an engine in bfloat16 could pick. Not called kernels(), because none picks them yet:
+    nobody should wait for their compilation."""
     for out_dtype, epilogue, has_bias in USED:
         for config in CONFIGS:
             yield few_kernel(config, "bfloat16", out_dtype, epilogue, has_bias)
@@ -64,10 +64,9 @@ def kernels() -> Iterator[Kernel]:
 def prepared(o: FewOperands, num_rows: int, config: FewConfig, build: Build = PRODUCT) -> tuple[Launch, Any]:
     """A launch ready to be repeated, and the tensor maps it reads, u64[2, 16] on the device.
 
-    num_rows: address of the real M, or 0. ValueError on another GPU than Hopper. Who captures a launch into a
-    graph keeps what this returns as long as the graph.
+    num_rows: address of the real M, or 0. Who captures a launch into a graph keeps what this returns as long
+    as the graph.
     """
-    require_capability("hopper")
     g = o.given
     words = np.stack([
         encode_tensor_map(g.weight, g.dtype, (g.n, g.k), (g.weight_stride,), (config.tile_n, TILE_K)),
@@ -93,8 +92,9 @@ def gemm_few(
     i32[1] with the real M, at most x's rows, read when the kernel runs; rows from there on are not written.
     Weights must not be written by a launch right before this one (see make_gemm_few_kernel). config and build
     force a tile and a kind of kernel (tuning, tests). ValueError for wrong dtypes, shapes, strides or
-    alignment.
+    alignment, or another GPU.
     """
+    require_capability("hopper")
     o = few_operands(out, x, weight, bias, residual, activation)
     if o.given.m == 0:
         return

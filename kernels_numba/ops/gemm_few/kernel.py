@@ -85,7 +85,7 @@ def make_gemm_few_kernel(
     @jit(device=True)
     def token_tiles_of(m: Any) -> Any:
         """Tiles of tokens; one also of none, so that what was fetched early is always used."""
-        return uint32(max(uint32(uint32(m + (tile_t - 1)) // uint32(tile_t)), uint32(1)))
+        return uint32(uint32(max(int32(m), int32(1)) + (tile_t - 1)) // uint32(tile_t))
 
     @jit(device=True)
     def k_of(k_tile: Any, k_tiles: Any) -> Any:
@@ -106,7 +106,7 @@ def make_gemm_few_kernel(
         tile = uint32(cuda.blockIdx.x)
         once, keep = policy_evict_first(), policy_evict_last()
         early = int32(0)
-        if rows <= tile_t:
+        if rows <= tile_t and tile < tiles_n:
             # One tile of tokens whatever M is: this block's first weights depend on no launch.
             early = int32(min(k_tiles, int32(stages)))
             for i in range(early):
