@@ -306,8 +306,8 @@ def test_the_simulator_is_told_apart():
         gemm_few(out, x, weight)
 
 
-# What it becomes, in a child, because this process runs numba's simulator: all that an engine could pick (with a
-# bias the widest alone: it takes two registers), and some of what is built when it is first used.
+# What it becomes, in a child, because this process runs numba's simulator: all that an engine could pick
+# (with a bias the widest alone: it takes two registers), and some of what is built when it is first used.
 
 COMPILE = """
 import json, sys
