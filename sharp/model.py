@@ -44,7 +44,7 @@ from sharp.fits import refuse_if_too_large
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.rope import rope_table
 from sharp.sampling import sample
-from sharp.staging import DeviceBatch, stage, staging_bytes
+from sharp.staging import DeviceBatch, StepArrays, stage, staging_bytes
 from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
 
 
@@ -91,7 +91,7 @@ class KVCache:
 def forward(
     config: ModelConfig,
     weights: ModelWeights,
-    batch: DeviceBatch,
+    batch: StepArrays,
     ops: SimpleNamespace,
     kv: list[KVCache],
     cos_sin: Array,
@@ -101,9 +101,10 @@ def forward(
     """Logits f32[R, V] of the batch's `logits_rows`; the keys and values of all T tokens are in their pages
     after it.
 
-    Nothing is allocated on the device and nothing waits: all launches go to `stream`.
+    Nothing is allocated on the device and nothing waits: all launches go to `stream`. Decodes come before the
+    rest: of a bucket, those past the real number write zeros into rows that belong to the rest.
     """
-    tokens, rows = batch.plan.num_tokens, len(batch.plan.logits_rows)
+    tokens, rows = batch.num_tokens, batch.num_rows
     hq, hkv = config.num_q_heads, config.num_kv_heads
     residual, x, delta = work.residual[:tokens], work.x[:tokens], work.delta[:tokens]
     gate_up, act = work.gate_up[:tokens], work.act[:tokens]
