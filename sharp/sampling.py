@@ -1,15 +1,16 @@
 """Logits -> token ids, and the log-probabilities a request asked for.
 
 The choice itself is the op `sample` (argmax, or Gumbel-max over Philox numbers keyed by seed and output
-index), on
-the device the logits are on. Log-probabilities are for people and are computed on the host, for the rows
-that want
-them only. Refuses to know requests, stop conditions and text.
+index, among the ids that top-k and top-p leave), on the device the logits are on. Log-probabilities are for
+people and are computed on the host, for the rows that want them only. Refuses to know requests, stop
+conditions and text.
 """
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,20 @@ import numpy.typing as npt
 from sharp.device import Array, Device
 from sharp.plan import SampleOutput
 from sharp.staging import DeviceBatch
+
+_told: WeakSet[Device] = WeakSet()  # whose engine has heard of the slower way
+
+
+def say_slower(device: Device) -> None:
+    """RuntimeWarning, once for an engine: what a step with log-probabilities costs on a GPU."""
+    if device.kind == "cuda" and device not in _told:
+        _told.add(device)
+        warnings.warn(
+            "SamplingParams(logprobs=...) is not computed on the GPU yet: each step that has such a request "
+            "copies its logits to the host and waits for them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -53,7 +68,10 @@ def sample(
     if not len(plan.logits_rows):
         device.synchronize()
         return SampleOutput(token_ids=np.empty(0, np.int32), logprobs=())
-    ops.sample(out, logits, batch.temperatures, batch.seeds, batch.output_indices, stream=device.stream)
+    ops.sample(
+        out, logits, batch.temperatures, batch.seeds, batch.output_indices, batch.top_ks, batch.top_ps,
+        stream=device.stream,
+    )  # fmt: skip
     token_ids = device.download(out)
     if (token_ids < 0).any():
         row = int(np.flatnonzero(token_ids < 0)[0])
@@ -63,6 +81,7 @@ def sample(
     wanted = np.flatnonzero(plan.num_logprobs >= 0)
     logprobs: list[dict[int, float] | None] = [None] * len(token_ids)
     if len(wanted):
+        say_slower(device)
         host_logits = device.download(logits)
         for row in wanted.tolist():
             logprobs[row] = top_logprobs(host_logits[row], int(token_ids[row]), int(plan.num_logprobs[row]))
