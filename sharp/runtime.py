@@ -28,7 +28,7 @@ from sharp.device import Array
 from sharp.graphs import Graphs
 from sharp.memory import DeviceArray, PinnedBuffer, PinnedPool, download_async, upload_async
 from sharp.plan import BatchPlan, Int32, Launched, SampleOutput
-from sharp.sampling import draw, sample_output
+from sharp.sampling import draw, sample_output, say_slower
 from sharp.staging import StepArrays
 from sharp.step_buffers import StepBuffers, StepPacker
 
@@ -178,6 +178,7 @@ class Runtime:
             ids = self._pinned.take(rows * WORD)
             download_async(ids, self._sampled[:rows], self._compute)
         if wanted:
+            say_slower(self._device)
             row_bytes = self._logits[0].nbytes
             logits = self._pinned.take(len(wanted) * row_bytes)
             for place, row in enumerate(wanted):

@@ -1,17 +1,18 @@
 """Logits -> token ids, and the log-probabilities a request asked for.
 
 The choice itself is the op `sample` (argmax, or Gumbel-max over Philox numbers keyed by seed and output
-index), on
-the device the logits are on. Log-probabilities are for people and are computed on the host, for the rows
-that want
-them only. Refuses to know requests, stop conditions and text.
+index, among the ids that top-k and top-p leave), on the device the logits are on. Log-probabilities are for
+people and are computed on the host, for the rows that want them only. Refuses to know requests, stop
+conditions and text.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,20 @@ import numpy.typing as npt
 from sharp.device import Array, Device
 from sharp.plan import BatchPlan, Int32, SampleOutput
 from sharp.staging import DeviceBatch, StepArrays
+
+_told: WeakSet[Device] = WeakSet()  # whose engine has heard of the slower way
+
+
+def say_slower(device: Device) -> None:
+    """RuntimeWarning, once for an engine: what a step with log-probabilities costs on a GPU."""
+    if device.kind == "cuda" and device not in _told:
+        _told.add(device)
+        warnings.warn(
+            "SamplingParams(logprobs=...) is not computed on the GPU yet: each step that has such a request "
+            "copies its logits to the host",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
@@ -43,7 +58,10 @@ def top_logprobs(logits: npt.NDArray[np.float32], token_id: int, count: int) -> 
 
 def draw(out: Array, logits: Array, batch: StepArrays, ops: SimpleNamespace, stream: Any) -> None:
     """Queue the choice of a token for each row: out i32[R], logits f32[R, V]; waits for nothing."""
-    ops.sample(out, logits, batch.temperatures, batch.seeds, batch.output_indices, stream=stream)
+    ops.sample(
+        out, logits, batch.temperatures, batch.seeds, batch.output_indices, batch.top_ks, batch.top_ps,
+        stream=stream,
+    )  # fmt: skip
 
 
 def sample_output(
@@ -77,5 +95,7 @@ def sample(
     draw(out, logits, batch, ops, device.stream)
     token_ids = np.array(device.download(out))
     wanted = np.flatnonzero(plan.num_logprobs >= 0).tolist()
+    if wanted:
+        say_slower(device)
     host_logits = device.download(logits) if wanted else ()
     return sample_output(plan, token_ids, {row: host_logits[row] for row in wanted})

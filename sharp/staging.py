@@ -28,6 +28,8 @@ class StepArrays:
     prefill_block_table: Array  # i32[E, P]
     logits_rows: Array  # i32[R]
     temperatures: Array  # f32[R]
+    top_ks: Array  # i32[R]
+    top_ps: Array  # f32[R]
     seeds: Array  # u64[R]
     output_indices: Array  # i32[R]
 
@@ -59,7 +61,7 @@ def staging_bytes(num_tokens: int, num_seqs: int, num_pages: int) -> int:
     """Bytes that stage() brings over at most: of tokens, of sequences (a logits row each), of their pages."""
     per_token = 3 * 4  # token_ids, positions, slot_mapping
     per_seq = (
-        3 * 4 + 4 * num_pages + 4 * 4 + 8
+        3 * 4 + 4 * num_pages + 6 * 4 + 8
     )  # lengths, pages; the row's number and its sampling parameters
     return num_tokens * per_token + num_seqs * per_seq + 16 * len(fields(DeviceBatch)) + 4
 
@@ -81,6 +83,8 @@ def stage(plan: BatchPlan, device: Device) -> DeviceBatch:
             "prefill_block_table": plan.block_table[decodes:],
             "logits_rows": plan.logits_rows,
             "temperatures": plan.temperatures,
+            "top_ks": plan.top_ks,
+            "top_ps": plan.top_ps,
             "seeds": plan.seeds,
             "output_indices": plan.output_indices,
         }

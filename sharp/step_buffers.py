@@ -138,6 +138,8 @@ class StepBuffers:
             prefill_block_table=table[:several],
             logits_rows=self.section("logits_rows", seqs),
             temperatures=self.section("temperatures", seqs, np.float32),
+            top_ks=self.section("top_ks", seqs),
+            top_ps=self.section("top_ps", seqs, np.float32),
             seeds=self.section("seeds", seqs, np.uint64),
             output_indices=self.section("output_indices", seqs),
         )

@@ -179,6 +179,8 @@ def test_the_largest_step_fits_the_staging_buffers():
         slot_mapping=np.zeros(tokens, np.int32),
         logits_rows=np.cumsum(counts).astype(np.int32) - 1,
         temperatures=np.zeros(seqs, np.float32),
+        top_ks=np.zeros(seqs, np.int32),
+        top_ps=np.ones(seqs, np.float32),
         seeds=np.zeros(seqs, np.uint64),
         output_indices=np.zeros(seqs, np.int32),
         num_logprobs=np.zeros(seqs, np.int32),

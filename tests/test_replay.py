@@ -47,6 +47,7 @@ def run(engine: Engine, moves: list[Any]) -> None:
                 max_tokens=tokens, temperature=float(number % 2), ignore_eos=kind == 0, seed=number,
                 stop_token_ids=(270, 280) if kind == 1 else (), stop=["a", "stop"] if kind == 2 else None,
                 n=2 if kind == 3 else 1, logprobs=2 if kind == 4 else None,
+                top_k=(None, 0, 7)[number % 3], top_p=(1.0, 0.8)[number // 3 % 2],
                 timeout_s=1e-9 if kind == 5 and number % 3 == 0 else None,
             )  # fmt: skip
             prompt = [4 + number % 2] * min(length, 10) + [4 + number % 250] * max(0, length - 10)

@@ -55,6 +55,8 @@ def random_plan(rng, layout, *, decodes, lengths, rows_before=0, block_size=4, s
         slot_mapping=rng.integers(0, 4000, cu[-1], dtype=np.int32),
         logits_rows=(cu[1:][ends] - 1).astype(np.int32),
         temperatures=rng.random(rows, np.float32),
+        top_ks=rng.integers(0, 50, rows, dtype=np.int32),
+        top_ps=rng.random(rows, np.float32),
         seeds=rng.integers(0, 2**64, rows, dtype=np.uint64),
         output_indices=rng.integers(0, 99, rows, dtype=np.int32),
         num_logprobs=np.full(rows, -1, np.int32),
@@ -113,7 +115,7 @@ class Steps:
         same("positions", tokens, 0)
         same("slot_mapping", tokens, -1)
         same("decode_context_lens", decodes, 0)
-        for name in ("logits_rows", "temperatures", "seeds", "output_indices"):
+        for name in (*op.ROW_COLUMNS, "seeds"):
             same(name, rows, 0)
         pages = plan.block_table.shape[1]
         np.testing.assert_array_equal(arrays.decode_block_table[:seqs, :pages], plan.block_table)
@@ -240,6 +242,8 @@ def test_the_largest_step_fits_and_no_larger_one():
         block_table=np.arange(20, dtype=np.int32).reshape(4, 5),
         logits_rows=plan.cu_seqlens_q[1:] - 1,
         temperatures=np.ones(4, np.float32),
+        top_ks=np.ones(4, np.int32),
+        top_ps=np.ones(4, np.float32),
         seeds=np.ones(4, np.uint64),
         output_indices=np.ones(4, np.int32),
         num_logprobs=np.full(4, -1, np.int32),

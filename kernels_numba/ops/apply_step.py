@@ -29,7 +29,8 @@ HEADER = 8  # words before the sections of a packed step
 MAX_WORDS = 2**31 - 1  # positions in a buffer are int32
 TOKEN_COLUMNS = ("token_ids", "positions", "slot_mapping")
 SEQ_COLUMNS = ("decode_context_lens", "context_lens", "cu_seqlens_q")
-ROW_COLUMNS = ("logits_rows", "temperatures", "output_indices")  # of a word each; then seeds, of two
+# Of a word each; then seeds, of two.
+ROW_COLUMNS = ("logits_rows", "temperatures", "top_ks", "top_ps", "output_indices")
 
 
 def _lines(words: int) -> int:
@@ -42,9 +43,9 @@ class StepLayout:
     tokens of S = max_seqs sequences (a logits row each) with P = max_pages pages each.
 
     counts i32[4] (tokens, logits rows, decodes, sequences); token_ids, positions, slot_mapping i32[T];
-    decode_context_lens, context_lens i32[S], cu_seqlens_q i32[S + 1]; logits_rows, output_indices i32[S],
-    temperatures f32[S], seeds u64[S]; block_table i32[S, P]. ValueError for sizes under 1, or of more than
-    2**31 - 1 words.
+    decode_context_lens, context_lens i32[S], cu_seqlens_q i32[S + 1]; logits_rows, top_ks, output_indices
+    i32[S], temperatures, top_ps f32[S], seeds u64[S]; block_table i32[S, P]. ValueError for sizes under 1, or
+    of more than 2**31 - 1 words.
     """
 
     max_tokens: int
