@@ -26,16 +26,22 @@ from sharp.buckets import Bucket, Buckets
 from sharp.counted import counted
 from sharp.device import Array
 from sharp.graphs import Graphs
+from sharp.layout import aligned
 from sharp.memory import DeviceArray, PinnedBuffer, PinnedPool, download_async, upload_async
 from sharp.plan import BatchPlan, Int32, Launched, SampleOutput
 from sharp.sampling import draw, sample_output, say_slower
 from sharp.staging import StepArrays
-from sharp.step_buffers import StepBuffers, StepPacker
+from sharp.step_buffers import TERM, StepBuffers, StepPacker
 
 IN_FLIGHT = 2  # steps launched and not landed
 WORD = 4
 
 Forward = Callable[[StepArrays, SimpleNamespace, Any], Array]  # (arrays, ops, stream) -> logits
+
+
+def device_bytes(layout: StepLayout) -> int:
+    """What a Runtime takes of an arena: the fixed buffers, and the words of IN_FLIGHT steps."""
+    return aligned(WORD * layout.words) + IN_FLIGHT * aligned(WORD * layout.packed_words)
 
 
 class _Slot:
@@ -84,19 +90,14 @@ class Runtime:
         self._ops = counted(ops, self.buffers.num_tokens, self.buffers.num_rows)
         self._arrays = {bucket: self.buffers.arrays(bucket) for bucket in self.buckets.all()}
         self._slots = [
-            _Slot(self.buffers, device.empty((layout.packed_words,), np.int32), sampled)
+            _Slot(self.buffers, device.empty((layout.packed_words,), np.int32, term=TERM), sampled)
             for _ in range(IN_FLIGHT)
         ]
-        self._pinned = PinnedPool()
+        self._pinned: PinnedPool = device.pool
         self._pinned.reserve(layout.packed_words * WORD)
         self._pinned.reserve(layout.max_seqs * WORD)
         self._steps = 0
         self.graphs = Graphs(self._queue, self._compute) if graphs else None
-
-    @staticmethod
-    def device_bytes(layout: StepLayout) -> int:
-        """What the fixed buffers and the words of IN_FLIGHT steps take on the device."""
-        return WORD * (layout.words + IN_FLIGHT * layout.packed_words)
 
     def _queue(self, bucket: Bucket, stream: Any) -> None:
         """The launches of a bucket: this is what a graph holds."""
@@ -201,12 +202,9 @@ class Runtime:
         return sample_output(plan, token_ids, of_rows)
 
     def close(self) -> None:
-        """Wait for what is queued, destroy the graphs, let pinned memory go."""
-        self._compute.synchronize()
-        self._copy.synchronize()
+        """Destroy the graphs, once what is queued is over."""
         if self.graphs is not None:
             self.graphs.close()
-        self._pinned.close()
 
 
 def _read(buffer: PinnedBuffer | None, dtype: Any) -> npt.NDArray[Any]:

@@ -18,6 +18,7 @@ from sharp.device import Array, Device
 from sharp.plan import BatchPlan, Int32
 from sharp.staging import StepArrays
 
+TERM = "staging"  # of the budget
 UNKNOWN = -2  # an entry that may hold anything: no page, and not the -1 of none
 
 
@@ -99,7 +100,7 @@ class StepBuffers:
 
     def __init__(self, device: Device, layout: StepLayout) -> None:
         self.layout = layout
-        self.state: Array = device.empty((layout.words,), np.int32)
+        self.state: Array = device.empty((layout.words,), np.int32, term=TERM)
         self.counts: Array = self.state[:4]
 
     @property
