@@ -15,16 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharp import driver
-from sharp.memory import (
-    ALIGNMENT,
-    Arena,
-    ArenaFull,
-    DeviceArray,
-    PinnedPool,
-    aligned,
-    download_async,
-    upload_async,
-)
+from sharp.layout import ALIGNMENT, aligned
+from sharp.memory import Arena, ArenaFull, DeviceArray, PinnedPool, download_async, upload_async
 
 DTYPES = [np.uint8, np.uint16, np.float32, np.uint64]
 
