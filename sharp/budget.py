@@ -29,6 +29,7 @@ COMMENTS = {
     "rope_table": "cosines and sines of every position",
     "workspaces": "what attention kernels keep beside their operands: partial results of splits, counters",
     "staging": "a step's indices on the device, twice, and the ids that it samples",
+    "graphs": "of the driver, for captured steps; measured: by how much free memory fell meanwhile",
     "reserve": "left free; measured: how far memory rose over all buffers, at its peak during the steps",
     "kv_pages": "keys and values; the pages that remain",
     "buffers": "all buffers beside the weights together, as they can only be measured",
@@ -109,6 +110,7 @@ class Budget:
     context: int = 0
     workspaces: int = 0
     staging: int = 0
+    graphs: int = 0
     arena: int = 0
 
     @property
@@ -118,7 +120,8 @@ class Budget:
     def terms(self) -> dict[str, int]:
         """How `free` is divided, in bytes."""
         parts = {name: int(getattr(self, name)) for name in PARTS if name != "kv_pages"}
-        return {"free": self.free, **parts, "reserve": self.reserve, "kv_pages": self.kv_pages}
+        rest = {"graphs": self.graphs, "reserve": self.reserve, "kv_pages": self.kv_pages}
+        return {"free": self.free, **parts, **rest}
 
     def report(self, measured: Mapping[str, int] | None = None) -> BudgetReport:
         """The terms with comments, and beside them `measured` bytes by name (terms, buffers, arena)."""
@@ -128,7 +131,7 @@ class Budget:
             predicted["buffers"] = sum(predicted[name] for name in PARTS)
         if "arena" in measured:
             predicted["arena"] = self.arena
-        predicted["reserve"] = self.reserve
+        predicted |= {"graphs": self.graphs, "reserve": self.reserve}
         return BudgetReport(
             tuple(Term(name, size, measured.get(name), COMMENTS[name]) for name, size in predicted.items())
         )
@@ -168,10 +171,11 @@ def plan_memory(
     max_model_len: int,
     workspaces: int = 0,
     staging: int = 0,
+    graphs: int = 0,
 ) -> Budget:
     """Divide `free` bytes (measured, and the weights taken off) into named terms.
 
-    workspaces, staging: bytes that kernels and a step's indices take on the device.
+    workspaces, staging, graphs: bytes that kernels, a step's indices and captured steps take on the device.
     `config.memory_limit` is the memory of a smaller device: weights, context (an estimate, on CUDA),
     reserve, buffers and pages stay within it together, and within `free`. Pages never exceed what
     max_num_seqs sequences of max_model_len tokens could use; `config.num_blocks` sets their number instead.
@@ -187,6 +191,7 @@ def plan_memory(
         "rope_table": table if kind == "cpu" else aligned(table),
         "workspaces": workspaces,
         "staging": staging + buffers["staging"],
+        "graphs": graphs,
         "reserve": CUDA_RESERVE if kind == "cuda" else 0,
     }
     context = CUDA_CONTEXT if kind == "cuda" else 0
@@ -214,7 +219,7 @@ def plan_memory(
             "lower max_num_batched_tokens, max_num_seqs or num_blocks, or raise memory_limit"
         )
     caches = 2 * model.num_layers * aligned(num_blocks * cache_bytes)
-    arena = weights + sum(parts.values()) - parts["reserve"] + caches
+    arena = weights + sum(parts.values()) - graphs - parts["reserve"] + caches
     return Budget(
         free=free,
         page_bytes=page_bytes,

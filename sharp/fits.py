@@ -24,11 +24,12 @@ def refuse_if_too_large(
     max_model_len: int,
     workspaces: int = 0,
     staging: int = 0,
+    graphs: int = 0,
 ) -> None:
     """Return if weights, workspace and pages fit in `free` bytes (nothing loaded) and in memory_limit.
 
-    where: the model's file, for the message; workspaces, staging: see plan_memory. Raises MemoryError with
-    figures and the known models that fit.
+    where: the model's file, for the message; workspaces, staging, graphs: see plan_memory. Raises MemoryError
+    with figures and the known models that fit.
     """
     weights = weight_bytes(model, dtype, kind)
     context = CUDA_CONTEXT if kind == "cuda" else 0
@@ -40,7 +41,7 @@ def refuse_if_too_large(
         try:
             plan_memory(
                 model, config, free=free - weights, dtype=dtype, kind=kind, max_model_len=max_model_len,
-                workspaces=workspaces, staging=staging,
+                workspaces=workspaces, staging=staging, graphs=graphs,
             )  # fmt: skip
             return
         except MemoryError as error:

@@ -26,9 +26,16 @@ PREPARING = (
     "kernels_numba.ops.decode_attention.tensor_core",
     "kernels_numba.ops.prefill_attention.hopper",
 )
+# Bytes of the device that a launch in a graph takes. Not measured yet: meant to be too much.
+NODE_BYTES = 16 << 10
 _capturing = threading.Lock()  # one capture at a time in the process: see keeping()
 
 Queue = Callable[[Bucket, Any], None]  # queues the launches of a bucket on a stream
+
+
+def predicted_bytes(num_layers: int, num_graphs: int) -> int:
+    """What graphs of a model take on the device at most: 12 launches a layer, 8 before and after them."""
+    return num_graphs * (12 * num_layers + 8) * NODE_BYTES
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from kernels_numba.ops import resolve
+from kernels_numba.ops.apply_step import StepLayout
 from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.prefill_attention import door as prefill_door
@@ -39,8 +40,9 @@ from sharp.device import Array, Device, open_device
 from sharp.eager import Eager
 from sharp.fits import refuse_if_too_large
 from sharp.layout import aligned, workspace
-from sharp.plan import BatchPlan, SampleOutput
+from sharp.plan import BatchPlan, Int32, SampleOutput
 from sharp.rope import rope_table
+from sharp.runtime import device_bytes, open_runtime, predicted_bytes
 from sharp.sampling import sample
 from sharp.staging import DeviceBatch, StepArrays, stage, staging_bytes
 from sharp.weight_stream import Lanes, stream_weights
@@ -78,6 +80,13 @@ class KVCache:
 
     k: Array
     v: Array
+
+
+def copy_pages(device: Device, kv: list[KVCache], pairs: Int32) -> None:
+    """Queue the copies of (source, destination) pages in all layers."""
+    for cache in kv if len(pairs) else ():
+        device.copy_rows(cache.k, pairs)
+        device.copy_rows(cache.v, pairs)
 
 
 def forward(
@@ -194,9 +203,8 @@ class Model(Eager):
         if why_not:
             raise ValueError(f"rung {prefill!r} of prefill_attention does not run this model: {why_not}")
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        staging = staging_bytes(
-            config.max_num_batched_tokens, rows, -(-self.max_model_len // self.block_size)
-        )
+        layout = StepLayout(config.max_num_batched_tokens, rows, -(-self.max_model_len // self.block_size))
+        staging = staging_bytes(layout.max_tokens, rows, layout.max_pages)
         needs = AttentionNeeds.of(self.config, self.rungs, rows, self.max_model_len)
         asynchronous = device.copy_stream is not None
         shape: dict[str, Any] = {
@@ -206,7 +214,8 @@ class Model(Eager):
         }
         terms: dict[str, Any] = {
             "workspaces": needs.num_bytes,
-            "staging": 2 * aligned(staging) if asynchronous else 0,
+            "staging": 2 * aligned(staging) + device_bytes(layout) if asynchronous else 0,
+            "graphs": predicted_bytes(layout, c.num_layers) if asynchronous and config.graphs else 0,
         }
         free = device.free_bytes()
         refuse_if_too_large(self.config, config, where=str(checkpoint.path), free=free, **shape, **terms)
@@ -237,6 +246,8 @@ class Model(Eager):
                 for _ in range(2)
             )
             self.kv = [KVCache(*pages) for pages in zip(k, v, strict=True)]
+            if asynchronous:
+                self.runtime = open_runtime(self, layout, config.graphs)
 
     @classmethod
     def load(cls, path: str | Path, config: EngineConfig, *, progress: bool = False) -> Model:
@@ -270,10 +281,7 @@ class Model(Eager):
 
         Pages that the plan wants copied (samples that part) are copied first.
         """
-        if len(batch.plan.page_copies):
-            for cache in self.kv:
-                self.device.copy_rows(cache.k, batch.plan.page_copies)
-                self.device.copy_rows(cache.v, batch.plan.page_copies)
+        copy_pages(self.device, self.kv, batch.plan.page_copies)
         return forward(
             self.config, self.weights, batch, self.ops, self.kv, self.cos_sin, self.work, self.device.stream
         )
@@ -286,6 +294,8 @@ class Model(Eager):
     def close(self) -> None:
         """Give the device's memory back; the model cannot be used afterwards. The garbage collector does the
         same for a model that nobody refers to any more."""
+        if self.runtime is not None:
+            self.runtime.close()
         self.device.close()
         del self.weights, self.kv, self.work
         if self.arena is not None:

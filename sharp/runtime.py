@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,9 +23,10 @@ import numpy.typing as npt
 from kernels_numba.ops.apply_step import HEADER, StepLayout, prepare_apply_step
 from sharp import driver
 from sharp.buckets import Bucket, Buckets
-from sharp.counted import counted
+from sharp.counted import counted, uncounted
 from sharp.device import Array
 from sharp.graphs import Graphs
+from sharp.graphs import predicted_bytes as graph_bytes
 from sharp.layout import aligned
 from sharp.memory import DeviceArray, PinnedBuffer, PinnedPool, download_async, upload_async
 from sharp.plan import BatchPlan, Int32, Launched, SampleOutput
@@ -33,10 +34,18 @@ from sharp.sampling import draw, sample_output, say_slower
 from sharp.staging import StepArrays
 from sharp.step_buffers import TERM, StepBuffers, StepPacker
 
+if TYPE_CHECKING:
+    from sharp.model import Model
+
 IN_FLIGHT = 2  # steps launched and not landed
 WORD = 4
 
 Forward = Callable[[StepArrays, SimpleNamespace, Any], Array]  # (arrays, ops, stream) -> logits
+
+
+def predicted_bytes(layout: StepLayout, num_layers: int) -> int:
+    """What the graphs of all buckets take on the device at most."""
+    return graph_bytes(num_layers, len(Buckets(layout.max_tokens, layout.max_seqs).all()))
 
 
 def device_bytes(layout: StepLayout) -> int:
@@ -106,8 +115,10 @@ class Runtime:
         draw(self._sampled[: arrays.num_rows], logits, arrays, self._ops, stream)
 
     def capture(self, progress: bool = False) -> None:
-        """Make all graphs now. Without it, a bucket's is made when its first step has been launched."""
-        if self.graphs is not None:
+        """Make all graphs now, while no step is in flight. A bucket that has none gets it behind the launch
+        of its first step, so all do where this is left out: where rungs compute whole buckets (counted.py),
+        steps without tokens would take as long as full ones."""
+        if self.graphs is not None and not uncounted(self._ops):
             with driver.during("capturing graphs"):
                 self.graphs.capture_all(self.buckets.all(), self._warm, progress)
 
@@ -198,8 +209,8 @@ class Runtime:
             launched.gpu_s = step.slot.start.elapsed_ms(step.slot.end) / 1e3
             token_ids = _read(step.ids, np.int32)
             values = _read(step.logits, np.float32)
-        of_rows = dict(zip(step.wanted, values.reshape(len(step.wanted), -1), strict=True))
-        return sample_output(plan, token_ids, of_rows)
+        each = values.reshape(len(step.wanted), -1) if step.wanted else ()
+        return sample_output(plan, token_ids, dict(zip(step.wanted, each, strict=True)))
 
     def close(self) -> None:
         """Destroy the graphs, once what is queued is over."""
@@ -215,3 +226,19 @@ def _read(buffer: PinnedBuffer | None, dtype: Any) -> npt.NDArray[Any]:
     array: npt.NDArray[Any] = buffer.array.view(dtype).copy()
     buffer.release()
     return array
+
+
+def open_runtime(model: Model, layout: StepLayout, graphs: bool) -> Runtime:
+    """The Runtime of a model whose weights, pages and workspace are there. It does not hold the model."""
+    from sharp.model import copy_pages, forward
+
+    config, weights, kv, cos_sin, work = model.config, model.weights, model.kv, model.cos_sin, model.work
+    device = model.device
+
+    def queue(arrays: StepArrays, ops: SimpleNamespace, stream: Any) -> Array:
+        return forward(config, weights, arrays, ops, kv, cos_sin, work, stream)
+
+    def copies(pairs: Int32) -> None:
+        copy_pages(device, kv, pairs)
+
+    return Runtime(queue, model.ops, device, layout, work.logits, work.sampled, copies, graphs=graphs)

@@ -1,5 +1,5 @@
 """Streams, events and asynchronous copies as the driver's documentation has them, in host memory: work runs
-in a random order among those allowed, and as late as they allow.
+in a random order among those allowed, as soon or as late as they allow; some worlds favour one stream.
 
 What has no event between it and what it needs runs too early or too late here sooner or later. It says
 nothing about a GPU: only whether work that is queued asks for the order that it relies on.
@@ -22,7 +22,8 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.rng, self.streams, self.held = random.Random(seed), [], []
-        self.waits = 0
+        self.favoured, self.frozen = self.rng.choice(["", "", "copy", "compute"]), False
+        self.interrupted, self.interruptions = 0.0, 0  # chance that Ctrl-C comes where work is queued
 
     def allocate(self, num_bytes):
         """u8[num_bytes] of memory with an address, full of 0xAB."""
@@ -34,16 +35,26 @@ class World:
     def turn(self, done):
         """Let work happen, one piece of a random stream after the other, until done()."""
         while not done():
-            ready = [stream for stream in self.streams if stream.ready()]
-            assert ready, "a wait for what will never happen"
-            self.rng.choice(ready).run_one()
+            assert self.one(), "a wait for what will never happen"
+
+    def one(self):
+        """Run one piece of work, of the favoured stream if that has any; False if there is none."""
+        ready = [stream for stream in self.streams if stream.ready()]
+        first = [stream for stream in ready if stream.role == self.favoured]
+        if ready:
+            self.rng.choice(first or ready).run_one()
+        return bool(ready)
 
     def drift(self):
         """Some time passes: anything from nothing to all of what may happen."""
         for _ in range(self.rng.choice([0, 0, 1, 3, 50])):
-            ready = [stream for stream in self.streams if stream.ready()]
-            if ready:
-                self.rng.choice(ready).run_one()
+            if not self.frozen:
+                self.one()
+
+    def ctrl_c(self):
+        if self.rng.random() < self.interrupted:
+            self.interruptions += 1
+            raise KeyboardInterrupt
 
 
 class ModelEvent:
@@ -55,22 +66,24 @@ class ModelEvent:
         return self.happened == self.records
 
     def synchronize(self):
-        World.now.waits += 1
         wanted = self.records
         World.now.turn(lambda: self.happened >= wanted)
 
     def elapsed_ms(self, end):
-        assert self.timing and end.timing
-        assert self.done and end.done, "the time between events that have not happened"
+        assert self.timing
+        assert end.timing
+        assert self.done, "the time since an event that has not happened"
+        assert end.done, "the time until an event that has not happened"
         return 1.0
 
 
 class ModelStream:
     def __init__(self, **_):
-        self.work, self.handle = deque(), id(self)
+        self.work, self.handle, self.role = deque(), id(self), ""
         World.now.streams.append(self)
 
     def queue(self, action, ready=lambda: True):
+        World.now.ctrl_c()
         World.now.drift()
         self.work.append((action, ready))
 
@@ -81,13 +94,13 @@ class ModelStream:
         self.work.popleft()[0]()
 
     def record(self, event):
-        event.records += 1
-        number = event.records
+        number = event.records + 1
 
         def happen():
             event.happened = number
 
         self.queue(happen)
+        event.records = number
 
     def wait(self, event):
         wanted = event.records  # those made so far
@@ -120,6 +133,7 @@ class ModelDevice:
     def __init__(self):
         self.compute_stream, self.copy_stream = ModelStream(), ModelStream()
         self.stream = self.compute_stream
+        self.compute_stream.role, self.copy_stream.role = "compute", "copy"
         self.pool = PinnedPool(lambda n, event: World.now.allocate(n), ModelEvent)
 
     def empty(self, shape, dtype=None, *, term="other"):
