@@ -13,7 +13,7 @@ import re
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 # After these no call of CUDA works in this process (documentation of CUresult), or its one context is lost.
@@ -162,14 +162,16 @@ def handle_of(stream: Any) -> int:
     return number
 
 
-def _quietly(destroy: str, handle: Any, after: Event | None) -> None:
+def _quietly(destroy: Any, handle: Any, after: Event | None) -> None:
     """For finalizers: give something back if CUDA still works. An error here has nobody to go to, and what
-    could cause one (a lost context) has freed everything already."""
-    if not _forked and _poison is None:
-        driver = _driver()
+    could cause one (a lost context, none at all) has freed everything already."""
+    if _forked or _poison is not None:
+        return
+    with suppress(Exception):
+        bind()
         if after is not None:
-            driver.cuEventSynchronize(after._event)
-        getattr(driver, destroy)(handle)
+            after.synchronize()
+        destroy(handle)
 
 
 def on_collect(
@@ -177,7 +179,7 @@ def on_collect(
 ) -> weakref.finalize[Any, Any]:
     """Call the driver's `destroy` on the handle when `owner` is collected, or when what this returns is
     called; after an event if one is given. Not at the interpreter's exit, when all goes back anyway."""
-    finalizer = weakref.finalize(owner, _quietly, destroy, handle, after)
+    finalizer = weakref.finalize(owner, _quietly, getattr(_driver(), destroy), handle, after)
     finalizer.atexit = False
     return finalizer
 
