@@ -23,7 +23,8 @@ from inputs as stored, and rounds once where its result is stored:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from kernels_numba.ops.apply_step import StepLayout
 from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.prefill_attention import door as prefill_door
+from sharp import driver
 from sharp.budget import Budget, plan_memory, weight_bytes
 from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
@@ -207,22 +209,17 @@ class Model(Eager):
         staging = staging_bytes(layout.max_tokens, rows, layout.max_pages)
         needs = AttentionNeeds.of(self.config, self.rungs, rows, self.max_model_len)
         asynchronous = device.copy_stream is not None
-        shape: dict[str, Any] = {
-            "dtype": device.dtype,
-            "kind": device.kind,
-            "max_model_len": self.max_model_len,
-        }
-        terms: dict[str, Any] = {
-            "workspaces": needs.num_bytes,
-            "staging": 2 * aligned(staging) + device_bytes(layout) if asynchronous else 0,
-            "graphs": predicted_bytes(layout, c.num_layers) if asynchronous and config.graphs else 0,
-        }
+        shape: dict[str, Any] = {"dtype": device.dtype, "kind": device.kind}
+        shape |= {"max_model_len": self.max_model_len, "workspaces": needs.num_bytes}
+        if asynchronous:
+            shape["staging"] = 2 * aligned(staging) + device_bytes(layout)
+            shape["graphs"] = predicted_bytes(layout, c.num_layers) if config.graphs else 0
         free = device.free_bytes()
-        refuse_if_too_large(self.config, config, where=str(checkpoint.path), free=free, **shape, **terms)
+        refuse_if_too_large(self.config, config, where=str(checkpoint.path), free=free, **shape)
         self.tokenizer = checkpoint.tokenizer()
         if asynchronous:  # all is planned before anything is allocated, and cut from one arena
             left = free - weight_bytes(self.config, device.dtype, device.kind)
-            self.budget: Budget = plan_memory(self.config, config, free=left, **shape, **terms)
+            self.budget: Budget = plan_memory(self.config, config, free=left, **shape)
         with device.arena(self.budget.arena if asynchronous else 0) as self.arena:
             if asynchronous:
                 self.weights = stream_weights(checkpoint, cast(Lanes, device), progress=progress)
@@ -230,8 +227,7 @@ class Model(Eager):
                 self.weights = load_weights(checkpoint, device.upload_float, progress=progress)
             observe("weights")
             if not asynchronous:
-                free = device.free_bytes()
-                self.budget = plan_memory(self.config, config, free=free, **shape, **terms)
+                self.budget = plan_memory(self.config, config, free=device.free_bytes(), **shape)
             self.num_blocks = self.budget.num_blocks
             needs.give(self.ops, device)
             angles = rope_table(
@@ -241,11 +237,10 @@ class Model(Eager):
             self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
             device.reserve_staging(staging)
             page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
-            k, v = (
-                [device.empty(page_shape, term="kv_pages") for _ in range(self.config.num_layers)]
-                for _ in range(2)
-            )
-            self.kv = [KVCache(*pages) for pages in zip(k, v, strict=True)]
+            self.kv = [
+                KVCache(*(device.empty(page_shape, term="kv_pages") for _ in range(2)))
+                for _ in range(self.config.num_layers)
+            ]
             if asynchronous:
                 self.runtime = open_runtime(self, layout, config.graphs)
 
@@ -274,22 +269,37 @@ class Model(Eager):
                 f"a step of {plan.num_tokens} tokens and {len(plan.logits_rows)} logits rows is over the "
                 f"workspace of {self.work.x.shape[0]} tokens and {self.work.logits.shape[0]} rows"
             )
-        return stage(plan, self.device)
+        with self._step(plan):
+            return stage(plan, self.device)
+
+    @property
+    def uses_cuda(self) -> bool:
+        """Whether a lost CUDA (driver.poisoned) is this model's loss too."""
+        return self.device.kind == "cuda"
+
+    @contextmanager
+    def _step(self, plan: BatchPlan) -> Iterator[None]:
+        """Errors of CUDA from inside say which step and whose; a CUDA that was lost is not asked again."""
+        if self.uses_cuda:
+            driver.refuse_if_lost()
+        with driver.during(f"step {plan.step} ({plan.num_tokens} tokens of {plan.num_seqs} requests)"):
+            yield
 
     def forward(self, batch: DeviceBatch) -> Array:
         """Queue one forward pass; returns f32[R, V] on the device, valid once the stream has got there.
 
         Pages that the plan wants copied (samples that part) are copied first.
         """
-        copy_pages(self.device, self.kv, batch.plan.page_copies)
-        return forward(
-            self.config, self.weights, batch, self.ops, self.kv, self.cos_sin, self.work, self.device.stream
-        )
+        with self._step(batch.plan):
+            copy_pages(self.device, self.kv, batch.plan.page_copies)
+            where = self.kv, self.cos_sin, self.work, self.device.stream
+            return forward(self.config, self.weights, batch, self.ops, *where)
 
     def sample(self, logits: Array, batch: DeviceBatch) -> SampleOutput:
         """Wait for the step and return the chosen ids (and log-probabilities where asked for)."""
         rows = len(batch.plan.logits_rows)
-        return sample(logits, batch, self.work.sampled[:rows], self.ops, self.device)
+        with self._step(batch.plan):
+            return sample(logits, batch, self.work.sampled[:rows], self.ops, self.device)
 
     def close(self) -> None:
         """Give the device's memory back; the model cannot be used afterwards. The garbage collector does the

@@ -66,7 +66,8 @@ def _copy(out: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
     if values.dtype == out.dtype == np.dtype(ml_dtypes.bfloat16):
         # The same bits: as integers numpy copies them without holding the interpreter's lock.
         out, values = out.view(np.uint16), values.view(np.uint16)
-    out[...] = values
+    with np.errstate(all="ignore"):  # a weight that is no number is the file's, not an accident
+        out[...] = values
 
 
 class WholeTensors:
