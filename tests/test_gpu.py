@@ -177,6 +177,13 @@ def test_decode_on_gpu(group):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", ["float64", "not float64"])
+def test_warp_ops_on_gpu(group):
+    # Some forty kernels, a second or two each with an empty cache.
+    check_group(["tests/test_warp_ops.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
+
+
+@pytest.mark.gpu
 def test_warm_start_on_gpu():
     check_group(["tests/test_warm.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=300)
 

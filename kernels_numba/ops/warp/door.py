@@ -20,6 +20,7 @@ from kernels_numba.launch import Kernel, Launch
 
 RUNG = "warp"
 NEEDS = (8, 0)  # compute capability: cvt.rn.bf16x2
+ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
 BFLOAT16, FLOAT16, FLOAT32 = np.dtype(np.uint16), np.dtype(np.float16), np.dtype(np.float32)  # bf16 as bits
 INT32 = np.dtype(np.int32)
 NAMES: dict[Any, str] = {BFLOAT16: "bfloat16", FLOAT16: "float16", FLOAT32: "float32"}
@@ -153,7 +154,6 @@ class Sizes:
 
     hidden_size: int
     intermediate_size: int
-    num_kv_heads: int
     head_dim: int
     block_size: int
 

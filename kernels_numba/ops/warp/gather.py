@@ -15,6 +15,7 @@ from kernels_numba.checks import check
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
+    ARCHS,
     NAMES,
     Plan,
     View,
@@ -81,7 +82,7 @@ def make_gather_kernel() -> Any:
 @cache
 def gather_kernel() -> Kernel:
     """The one kernel, compiled when first launched."""
-    return Kernel("gather_warp", make_gather_kernel, (), SIGNATURE, THREADS)
+    return Kernel("gather_warp", make_gather_kernel, (), SIGNATURE, THREADS, archs=ARCHS)
 
 
 def kernels() -> Iterator[Kernel]:

@@ -15,6 +15,7 @@ from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
+    ARCHS,
     HALVES,
     HEAD_DIMS,
     NAMES,
@@ -111,7 +112,7 @@ def qk_norm_kernel(head_dim: int, dtype: str) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
     return Kernel(
         f"qk_norm_warp_d{head_dim}_{dtype}", lambda: make_qk_norm_kernel(head_dim, dtype), (head_dim, dtype),
-        SIGNATURE, THREADS,
+        SIGNATURE, THREADS, archs=ARCHS,
     )  # fmt: skip
 
 

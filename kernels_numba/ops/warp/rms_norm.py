@@ -16,6 +16,7 @@ from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
+    ARCHS,
     HALVES,
     MAX_HIDDEN,
     NAMES,
@@ -151,7 +152,7 @@ def rms_norm_kernel(config: RmsNormConfig, dtype: str, has_residual: bool) -> Ke
     words += ["residual"] if has_residual else []
     return Kernel(
         "_".join(words), lambda: make_rms_norm_kernel(config, dtype, has_residual),
-        (config, dtype, has_residual), SIGNATURE, config.threads,
+        (config, dtype, has_residual), SIGNATURE, config.threads, archs=ARCHS,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
+    ARCHS,
     FLOAT32,
     HALVES,
     HEAD_DIMS,
@@ -170,7 +171,7 @@ def rope_store_kv_kernel(head_dim: int, dtype: str) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
     return Kernel(
         f"rope_store_kv_warp_d{head_dim}_{dtype}", lambda: make_rope_store_kv_kernel(head_dim, dtype),
-        (head_dim, dtype), SIGNATURE, THREADS,
+        (head_dim, dtype), SIGNATURE, THREADS, archs=ARCHS,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
+    ARCHS,
     HALVES,
     NAMES,
     Plan,
@@ -94,7 +95,14 @@ def make_silu_mul_kernel(dtype: str) -> Any:
 @cache
 def silu_mul_kernel(dtype: str) -> Kernel:
     """The kernel of an element type, compiled when first launched."""
-    return Kernel(f"silu_mul_warp_{dtype}", lambda: make_silu_mul_kernel(dtype), (dtype,), SIGNATURE, THREADS)
+    return Kernel(
+        f"silu_mul_warp_{dtype}",
+        lambda: make_silu_mul_kernel(dtype),
+        (dtype,),
+        SIGNATURE,
+        THREADS,
+        archs=ARCHS,
+    )
 
 
 def kernels() -> Iterator[Kernel]:
