@@ -88,9 +88,7 @@ class Call:
         """What the op's definition says the outputs become."""
         function = getattr(OPS[self.op], f"{self.op}_spec")
         args = self.resolved()
-        in_place = {"rope": ("q", "k"), "qk_norm": ("q", "k"), "store_kv": ("k_cache", "v_cache")}.get(
-            self.op
-        )
+        in_place = self.op in {"rope", "qk_norm", "store_kv", "rope_store_kv"}
         inputs = [value for name, value in args.items() if in_place or name not in self.outputs]
         kwargs = dict(self.kwargs)
         if self.op == "rms_norm":
@@ -198,6 +196,16 @@ def _store_kv(rng: np.random.Generator, c: Any) -> Call:
     return Call("store_kv", args, ("k_cache", "v_cache"), buffers={"qkv": qkv})
 
 
+def _rope_store_kv(rng: np.random.Generator, c: Any) -> Call:
+    turned = _rope(rng, c)
+    stored = _store_kv(rng, c)
+    k_at = c["num_q_heads"] + c["num_kv_heads"]
+    args = {"q": turned.args["q"], "k": turned.args["k"], "v": Cut("qkv", k_at, k_at + c["num_kv_heads"])}
+    args |= {name: turned.args[name] for name in ("positions", "cos_sin")}
+    args |= {name: stored.args[name] for name in ("k_cache", "v_cache", "slot_mapping")}
+    return Call("rope_store_kv", args, ("q", "k", "k_cache", "v_cache"), buffers=turned.buffers)
+
+
 def _attention(
     rng: np.random.Generator, c: Any, query_lens: Any
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
@@ -263,8 +271,8 @@ def _sample(rng: np.random.Generator, c: Any) -> Call:
 
 _BUILDERS: dict[str, Callable[[np.random.Generator, Any], Call]] = {
     "embedding": _embedding, "rms_norm": _rms_norm, "gemm": _gemm, "qk_norm": _qk_norm, "rope": _rope,
-    "store_kv": _store_kv, "prefill_attention": _prefill_attention, "decode_attention": _decode_attention,
-    "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
+    "store_kv": _store_kv, "rope_store_kv": _rope_store_kv, "prefill_attention": _prefill_attention,
+    "decode_attention": _decode_attention, "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
 }  # fmt: skip
 
 

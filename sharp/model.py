@@ -12,9 +12,8 @@ from inputs as stored, and rounds once where its result is stored:
                      output (normalised x weight) is rounded once
     gemm             float32 accumulation with K ascending, bias added in float32, rounded once
     qk_norm          (Qwen3) each head of q and k normalised x weight, rounded once, in place
-    rope             angles from a float32 table (yarn's attention factor is in it); the rotated pair rounded
-                     once
-    store_kv         copied
+    rope_store_kv    angles from a float32 table (yarn's attention factor is in it); the rotated pair rounded
+                     once; keys and values copied to their pages
     attention        scores, softmax and the weighted sum in float32, rounded once; a sliding window leaves
                      keys out and changes nothing else
     silu_mul         silu(gate) * up in float32, rounded once
@@ -43,6 +42,7 @@ from sharp.device import Array, Device, open_device
 from sharp.fits import refuse_if_too_large
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.rope import rope_table
+from sharp.rungs import describe_rungs, small_op_rungs
 from sharp.sampling import sample
 from sharp.staging import DeviceBatch, stage, staging_bytes
 from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
@@ -127,8 +127,9 @@ def forward(
         ops.gemm(qkv_rows, x, layer.qkv, layer.qkv_bias, stream=stream)
         if config.qk_norm:
             ops.qk_norm(q, k, layer.q_norm, layer.k_norm, eps=eps, stream=stream)
-        ops.rope(q, k, batch.positions, cos_sin, stream=stream)
-        ops.store_kv(cache.k, cache.v, k, v, batch.slot_mapping, stream=stream)
+        ops.rope_store_kv(
+            q, k, v, batch.positions, cos_sin, cache.k, cache.v, batch.slot_mapping, stream=stream
+        )
         if decodes:
             ops.decode_attention(
                 decode_out, decode_q, cache.k, cache.v, batch.decode_context_lens, batch.decode_block_table,
@@ -178,7 +179,10 @@ class Model:
         heads = c.num_q_heads + 2 * c.num_kv_heads
         sizes = (c.hidden_size, heads * c.head_dim, c.num_q_heads * c.head_dim, c.intermediate_size)
         gemm = best_rung(device.default_rung, device.capability, device.dtype, sizes)
-        self.rungs = {"gemm": gemm, **config.rungs}
+        small = small_op_rungs(
+            device.default_rung, device.capability, device.dtype, c, config.block_size, config.rungs
+        )
+        self.rungs = {"gemm": gemm, **small, **config.rungs}
         self.ops = resolve(device.default_rung, self.rungs)
         elsewhere = "plain" if device.kind == "cpu" else "reference"
         for op, rung in config.rungs.items():
@@ -232,6 +236,8 @@ class Model:
         table = rope_table(self.config.rope, self.config.rope_theta, self.config.head_dim, self.max_model_len)
         self.cos_sin = device.upload(table)
         self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
+        if self.rungs.get("lm_head") == "warp":  # delta is spent when the logits come
+            self.ops.lm_head = partial(self.ops.lm_head, x_rows=self.work.delta)
         pages = -(-self.max_model_len // self.block_size)
         device.reserve_staging(staging_bytes(config.max_num_batched_tokens, rows, pages))
         page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
@@ -250,8 +256,9 @@ class Model:
 
     @property
     def device_name(self) -> str:
-        chosen = [f", {op} {rung}" for op, rung in self.rungs.items() if rung != self.device.default_rung]
-        return f"{self.device.name}, {self.device.dtype}{''.join(chosen)}"
+        return (
+            f"{self.device.name}, {self.device.dtype}{describe_rungs(self.rungs, self.device.default_rung)}"
+        )
 
     def stage(self, plan: BatchPlan) -> DeviceBatch:
         """Bring a plan to the device. Raises ValueError if it is larger than the workspace."""

@@ -24,6 +24,7 @@ from kernels_numba.ops import (
     qk_norm,
     rms_norm,
     rope,
+    rope_store_kv,
     sample,
     silu_mul,
     store_kv,
@@ -137,8 +138,17 @@ def _store_kv(m: Maker, c: Params) -> Call:
     )
 
 
-def _store_kv_excerpt(call: Call, c: Params, rows: slice) -> Call:
-    return Call("store_kv", {name: read(call, name) for name in call.args}, call.outputs)
+def _whole(call: Call, c: Params, rows: slice) -> Call:
+    return Call(call.op, {name: read(call, name) for name in call.args}, call.outputs)
+
+
+def _rope_store_kv(m: Maker, c: Params) -> Call:
+    turned, stored = _rope(m, c), _store_kv(m, c)
+    k_at = c["num_q_heads"] + c["num_kv_heads"]
+    args = {"q": turned.args["q"], "k": turned.args["k"], "v": Cut("qkv", k_at, k_at + c["num_kv_heads"])}
+    args |= {name: turned.args[name] for name in ("positions", "cos_sin")}
+    args |= {name: stored.args[name] for name in ("k_cache", "v_cache", "slot_mapping")}
+    return Call("rope_store_kv", args, ("q", "k", "k_cache", "v_cache"), buffers=turned.buffers)
 
 
 def _attention(m: Maker, op: str, c: Params, query_lens: Any) -> Call:
@@ -274,7 +284,14 @@ BENCH_OPS: dict[str, BenchOp] = {
     "store_kv": BenchOp(
         _store_kv, lambda c: store_kv.store_kv_cost(c["num_tokens"], c["num_kv_heads"], c["head_dim"]),
         lambda c: 1,  # one window: the caches are read whole
-        _store_kv_excerpt, lambda call, c, rows: [read(call, name) for name in call.outputs], blank=(),
+        _whole, lambda call, c, rows: [read(call, name) for name in call.outputs], blank=(),
+    ),
+    "rope_store_kv": BenchOp(
+        _rope_store_kv,
+        lambda c: rope_store_kv.rope_store_kv_cost(
+            c["num_tokens"], c["num_q_heads"], c["num_kv_heads"], c["head_dim"]
+        ),
+        lambda c: 1, _whole, lambda call, c, rows: [read(call, name) for name in call.outputs], blank=(),
     ),
     "prefill_attention": BenchOp(
         lambda m, c: _attention(m, "prefill_attention", c, c["query_lens"]),
