@@ -88,6 +88,10 @@ class RowWarp(Warp):
         with np.errstate(invalid="ignore"):
             return self.divide_f32(x, y)
 
+    def mul_f32(self, x: Any, y: Any) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return super().mul_f32(x, y)
+
     def ex2_f32(self, x: Any) -> Array:
         with np.errstate(over="ignore", under="ignore"):
             return super().ex2_f32(x)

@@ -18,22 +18,25 @@ PACKAGE = "kernels_numba.ops.warp"
 
 
 class Arrays:
-    """Numpy arrays by address. real_rows: put only that many rows of what has rows, so that any access to
-    the others fails, while the views speak of all."""
+    """Numpy arrays by address: whatever lies outside of them does not exist, and any access to it fails."""
 
     def __init__(self) -> None:
         self.memory = simt.Memory()
 
-    def view(self, array: Any, real_rows: int | None = None) -> View:
+    def view(self, array: Any, rows: int | None = None) -> View:
         """The View of an array whose rows (first axis) may be cut from wider ones; later axes are contiguous.
-        bfloat16 becomes bits."""
-        bits = array.view(np.uint16) if array.dtype.itemsize == 2 and array.dtype.kind == "V" else array
-        kept = bits if real_rows is None else bits[:real_rows]
-        flat = kept.reshape(kept.shape[0], -1) if kept.ndim > 1 else kept
-        if kept.size and not np.shares_memory(flat, array):
-            raise ValueError("only whole rows may be apart")
-        start = self.memory.put(flat) if kept.size else 16
-        return View(start, bits.shape, bits.strides, bits.dtype)
+        bfloat16 becomes bits. rows: how many the view speaks of, as of a bucket that is not full."""
+        bits = array.view(np.uint16) if array.dtype.kind == "V" else array
+        start, strides = 16, bits.strides
+        if not bits.size:  # numpy gives empty arrays no strides
+            strides = np.empty((1, *bits.shape[1:]), bits.dtype).strides
+        else:
+            flat = bits.reshape(bits.shape[0], -1) if bits.ndim > 1 else bits
+            if not np.shares_memory(flat, array):
+                raise ValueError("only whole rows may be apart")
+            start = self.memory.put(flat)
+        shape = bits.shape if rows is None else (rows, *bits.shape[1:])
+        return View(start, shape, strides, bits.dtype)
 
     def run(
         self, module: str, factory: str, plan: Plan | None, *, seed: int = 0,
