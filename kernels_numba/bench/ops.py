@@ -29,6 +29,7 @@ from kernels_numba.ops import (
     silu_mul,
     store_kv,
 )
+from kernels_numba.ops.sample.nucleus import kept_spec
 
 WINDOW_COLUMNS = 1024
 TOKEN_BY_TOKEN = 256  # up to here slots are scattered, as of decoding sequences; beyond they come in pages
@@ -242,7 +243,7 @@ def _sample_judge(call: Call, results: list[Any], rounding: float) -> float:
             key = (int(call.args["seeds"][row]), int(call.args["output_indices"][row]))
             scores = scores / temperature + sample.gumbel_spec(*key, np.arange(logits.shape[1]))
             top_k, top_p = int(call.args["top_ks"][row]), call.args["top_ps"][row]
-            kept = sample.kept_spec(call.args["logits"][row], temperature, top_k, top_p)
+            kept = kept_spec(call.args["logits"][row], temperature, top_k, top_p)
             scores[np.setdiff1d(np.arange(len(scores)), kept)] = -np.inf
         worst = max(worst, float(scores.max() - scores[token]) / NEAR_TIE)
     return worst

@@ -173,8 +173,8 @@ def make_cross(threads: int, length: int) -> Any:
 
     s_answer[0] is the first place at which the sum of s_values (u64[length], written before the block's last
     barrier) is `need` (over 0) or more, or `length` if it never is; s_answer[1] the sum before that place;
-    s_answer[2] the sum of all. s_groups: u64[32]. It ends with a barrier; the caller needs one more before it
-    writes to any of them.
+    s_answer[2] the sum of all. s_groups: u64[32]. It ends with a barrier, after which s_values may be written
+    and s_answer be read until the next call, which has a barrier before it writes there.
     """
     run = -(-length // GROUPS)
 

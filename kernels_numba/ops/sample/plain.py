@@ -56,6 +56,45 @@ def make_better() -> Any:
 
 
 @cache
+def make_consider() -> Any:
+    """Device function (values f32[4], words u32[4], first id, noise, cut, bound, best, slope, temperature,
+    key_low, key_high, output_index, score, id) -> (score, id): the better one of what there was and a quad
+    of logits.
+
+    noise: score logits / T + gumbel, else logits; cut: only ids of rank `bound` and above count. Random words
+    are made where an id of the quad counts, into `words`. NaN and -inf never count.
+    """
+    philox, noisy, better = make_philox(), make_noisy(), make_better()
+    steps_of, rank_of = make_steps(), make_rank()
+    lowest, none = np.float32(-np.inf), np.uint32(0)
+
+    def consider(
+        values: Any, words: Any, first: Any, noise: Any, cut: Any, bound: Any, best: Any, slope: Any,
+        temperature: Any, key_low: Any, key_high: Any, output_index: Any, score: Any, token: Any,
+    ) -> Any:  # fmt: skip
+        drawn = False
+        for i in range(WORDS):
+            value, token_id = values[i], np.int32(first + i)
+            counts = value > lowest  # false for NaN too
+            if counts and cut:
+                counts = steps_of(value, best, slope) >= np.int32(0) and rank_of(value, token_id) >= bound
+            if counts:
+                if noise:
+                    if not drawn:
+                        quad = np.uint32(np.uint32(first) // np.uint32(WORDS))
+                        words[0], words[1], words[2], words[3] = philox(
+                            quad, output_index, none, none, key_low, key_high
+                        )
+                        drawn = True
+                    value = noisy(value, temperature, words[i])
+                if better(score, token, value, token_id):
+                    score, token = value, token_id
+        return score, token
+
+    return jit(device=True)(consider)
+
+
+@cache
 def make_truncates() -> Any:
     """Device function (temperature, top_k, top_p, vocab) -> whether a row draws from a part of its ids."""
 
@@ -84,8 +123,7 @@ def make_sample_kernel(threads: int) -> Any:
     Shared memory: s_score f32[threads], s_id i32[threads]; a histogram of 256 numbers and weights, its runs,
     an answer. Barriers: each hands a level of the tree to the next; the rest is make_border's.
     """
-    philox, noisy, better = make_philox(), make_noisy(), make_better()
-    steps_of, fixed, rank_of = make_steps(), make_fixed(), make_rank()
+    better, consider, steps_of, fixed = make_better(), make_consider(), make_steps(), make_fixed()
     share, truncates = make_share(), make_truncates()
     border = make_border(threads, jit(device=True)(_load))
     digits, answers, log2_e = 1 << DIGIT_BITS, 3, np.float32(LOG2_E)
@@ -97,31 +135,19 @@ def make_sample_kernel(threads: int) -> Any:
     ) -> Any:  # fmt: skip
         """This thread's best (score, id): of all ids, or if `cut` of those of rank `bound` and above."""
         words = cuda.local.array(WORDS, np.uint32)
+        values = cuda.local.array(WORDS, np.float32)
         key_low = np.uint32(seed & np.uint64(0xFFFFFFFF))
         key_high = np.uint32(seed >> np.uint64(32))
         vocab = logits.shape[1]
         score, token = np.float32(-np.inf), np.int32(-1)
         for quad in range(cuda.threadIdx.x, (vocab + WORDS - 1) // WORDS, threads):
-            drawn = False
+            first = np.int32(quad * WORDS)
             for i in range(WORDS):
-                token_id = np.int32(quad * WORDS + i)
-                if token_id < vocab:
-                    value = logits[row, token_id]
-                    kept = value > np.float32(-np.inf)  # false for NaN too
-                    if kept and cut:
-                        near = steps_of(value, best, slope) >= np.int32(0)
-                        kept = near and rank_of(value, token_id) >= bound
-                    if kept:
-                        if noise:
-                            if not drawn:
-                                first = np.uint32(quad)
-                                words[0], words[1], words[2], words[3] = philox(
-                                    first, output_index, np.uint32(0), np.uint32(0), key_low, key_high
-                                )
-                                drawn = True
-                            value = noisy(value, temperature, words[i])
-                        if better(score, token, value, token_id):
-                            score, token = value, token_id
+                values[i] = logits[row, first + i] if first + i < vocab else np.float32(-np.inf)
+            score, token = consider(
+                values, words, first, noise, cut, bound, best, slope, temperature, key_low, key_high,
+                output_index, score, token,
+            )  # fmt: skip
         return score, token
 
     @jit(device=True)
