@@ -24,7 +24,7 @@ from sharp.event_log import EventLog
 from sharp.failures import StepFailed
 from sharp.interrupts import uninterrupted
 from sharp.live import LiveRequest, LiveRequests, Sample, Sink
-from sharp.pipeline import Pipeline
+from sharp.pipeline import Pipeline, overlaps
 from sharp.plan import BatchPlan, StepModel
 from sharp.request import (
     EngineClosed,
@@ -58,7 +58,7 @@ class Engine:
         self.door = Door(tokenizer, model.config.vocab_size, config.seed)
         self._live = LiveRequests()
         self._lock = threading.RLock()  # guards the scheduler and _live; never held while the model works
-        self.overlap = bool(getattr(model, "overlaps", False)) if config.overlap is None else config.overlap
+        self.overlap = overlaps(model, config)
         self._pipeline = Pipeline(
             model, self.scheduler, self._live, self._lock, self._die, overlap=self.overlap
         )

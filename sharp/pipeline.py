@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
+from sharp.config import EngineConfig
 from sharp.event_log import EventLog
 from sharp.failures import StepFailed, ends_the_step_only
 from sharp.interrupts import uninterrupted
@@ -38,6 +39,11 @@ class _Flight:
     phases: Phases
     not_scheduled: dict[str, str] = field(default_factory=dict)
     waiting_for: str | None = None
+
+
+def overlaps(model: StepModel, config: EngineConfig) -> bool:
+    """Whether steps overlap: as config says, or else as the model does (StepModel tells how)."""
+    return bool(getattr(model, "overlaps", False)) if config.overlap is None else config.overlap
 
 
 class Pipeline:

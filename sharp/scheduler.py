@@ -257,21 +257,23 @@ class Scheduler:
             self.finish(request, "length")
 
     def quiet_steps(self) -> int:
-        """How many further steps give each running sequence one token and nothing else, whatever waits: none
-        ends, so nothing that waits can come in. 0 where a step may differ, or pages be missing."""
+        """How many steps behind those in flight give each running sequence one token and nothing else,
+        whatever waits: none ends, so nothing that waits can come in. 0 where a step may differ, or pages be
+        missing."""
         table, rows = self.table, self.table.rows
-        if self.flights or self.config.admission != "reserve" or not len(rows):
+        if self.config.admission != "reserve" or not len(rows):
             return 0
         if self.config.prefix_caching or self.pages.forks.copies:  # pages are published, copied on the way
             return 0
-        if (table.known[rows] - table.computed[rows] != 1).any():
+        ahead = table.known[rows] + table.coming[rows]
+        if (ahead - table.computed[rows] != 1).any():
             return 0
-        return max(0, int((table.limit[rows] - table.known[rows]).min()) - 1)
+        return max(0, int((table.limit[rows] - ahead).min()) - 1)
 
     def skip(self, steps: int, token_id: int) -> None:
         """What `steps` plans and commits of `token_id` for each running sequence would come to; for a
-        simulator. Raises ValueError for more than quiet_steps()."""
-        if not 0 <= steps <= self.quiet_steps():
+        simulator. Raises ValueError for more than quiet_steps(), and with a step in flight."""
+        if self.flights or not 0 <= steps <= self.quiet_steps():
             raise ValueError(f"{steps} steps cannot be skipped; {self.quiet_steps()} are quiet")
         rows = self.table.rows
         self.table.computed[rows] += steps
