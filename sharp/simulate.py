@@ -23,6 +23,7 @@ from sharp.latency_target import LatencyTarget
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.policies import SchedulingPolicy
 from sharp.predictor import StepWork
+from sharp.quiet import quiet_steps, skip
 from sharp.request import QueueFull, Request, RequestTooLarge, SamplingParams
 from sharp.scheduler import Scheduler
 from sharp.workloads import Arrival
@@ -197,7 +198,7 @@ def simulate(
             continue
         # All that runs has decoded, and will again until somebody ends or comes: no plan is needed to know.
         next_arrival = workload[coming].arrival_s if coming < len(workload) else math.inf
-        quiet, times = scheduler.quiet_steps(), [now]
+        quiet, times = quiet_steps(scheduler), [now]
         if not quiet or now >= next_arrival:
             continue
         behind = flying.pop() if flying else None
@@ -206,7 +207,7 @@ def simulate(
             times.append(behind.end)
             flight = behind
         times += _quiet_times(flight.work, quiet, times[-1], next_arrival, predictor)
-        scheduler.skip(len(times) - 1, 1)
+        skip(scheduler, len(times) - 1, 1)
         clock.tokens_of_all(plan.request_ids, times[1:])
         steps += len(times) - 1
         queue_area += flight.waiting * (times[-1] - now)

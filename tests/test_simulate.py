@@ -21,6 +21,7 @@ from sharp.latencies import Spread, TokenClock
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.policies import SchedulingPolicy
 from sharp.predictor import StepPredictor, StepWork
+from sharp.quiet import quiet_steps, skip
 from sharp.random_model import IdTokenizer
 from sharp.request import Request, SamplingParams
 from sharp.scheduler import Scheduler
@@ -195,12 +196,12 @@ def test_skipped_steps_are_those_that_plans_would_have_made() -> None:
         return plan
 
     planned, skipping = ready(), ready()
-    assert skipping.quiet_steps() == 0
+    assert quiet_steps(skipping) == 0
     step(planned)
     step(skipping)
-    quiet = skipping.quiet_steps()
+    quiet = quiet_steps(skipping)
     assert quiet == 18  # b's last token but one
-    skipping.skip(quiet, 1)
+    skip(skipping, quiet, 1)
     skipping.check()
     for _ in range(quiet):
         assert step(planned).num_decodes == 3
@@ -211,15 +212,15 @@ def test_skipped_steps_are_those_that_plans_would_have_made() -> None:
         for array in ("token_ids", "positions", "slot_mapping", "block_table", "context_lens"):
             assert (getattr(ours, array) == getattr(theirs, array)).all(), array
     with pytest.raises(ValueError, match=r"1000 steps cannot be skipped; \d+ are quiet"):
-        skipping.skip(1000, 1)
+        skip(skipping, 1000, 1)
     ahead = skipping.plan()
     assert ahead is not None
     with pytest.raises(ValueError, match="1 steps cannot be skipped"):
-        skipping.skip(1, 1)
+        skip(skipping, 1, 1)
     for options in ({"admission": "optimistic"}, {"prefix_caching": True}):
         other = ready(**options)
         step(other)
-        assert other.quiet_steps() == 0
+        assert quiet_steps(other) == 0
 
 
 # Latencies -----------------------------------------------------------------------------------------
