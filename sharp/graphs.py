@@ -82,11 +82,9 @@ class Graph:
         """Capture what `work` queues on `stream`, which nothing else uses. All of it has run before: nothing
         is compiled, loaded or allocated inside. RuntimeError (CudaError) if the driver refuses; what `work`
         raises leaves the stream usable."""
-        from cuda.bindings import driver as cu
-
         from kernels_numba import compiler
 
-        driver.bind()
+        cu = driver._driver()
         self.kept: list[Any] = []
         mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with _capturing, keeping(self.kept), compiler.cuda.defer_cleanup(), no_collection():
@@ -164,7 +162,7 @@ class Graphs:
 
     def close(self) -> None:
         """Wait for the stream, then destroy the graphs and let go of what they kept."""
-        if self._graphs:
+        if self._graphs and driver.poisoned() is None:
             self._stream.synchronize()
         for graph in self._graphs.values():
             graph.destroy()

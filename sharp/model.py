@@ -216,8 +216,9 @@ class Model(Eager):
         asynchronous = device.copy_stream is not None
         shape: dict[str, Any] = {"dtype": device.dtype, "kind": device.kind}
         shape |= {"max_model_len": self.max_model_len, "workspaces": needs.num_bytes}
-        if asynchronous:
-            shape["staging"] = 2 * aligned(staging) + device_bytes(layout)
+        shape["staging"] = 2 * aligned(staging) if asynchronous else 0
+        if self.overlaps:
+            shape["staging"] += device_bytes(layout)
             shape["graphs"] = predicted_bytes(layout, c.num_layers) if config.graphs else 0
         free = device.free_bytes()
         refuse_if_too_large(self.config, config, where=str(checkpoint.path), free=free, **shape)
@@ -248,7 +249,7 @@ class Model(Eager):
                 KVCache(*(device.empty(page_shape, term="kv_pages") for _ in range(2)))
                 for _ in range(self.config.num_layers)
             ]
-            if asynchronous:
+            if self.overlaps:
                 self.runtime = open_runtime(self, layout, config.graphs)
 
     @classmethod
@@ -314,6 +315,7 @@ class Model(Eager):
         same for a model that nobody refers to any more."""
         if self.runtime is not None:
             self.runtime.close()
+            self.runtime = None
         self.device.close()
         del self.weights, self.kv, self.work
         if self.arena is not None:

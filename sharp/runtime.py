@@ -153,31 +153,42 @@ class Runtime:
         self._compute.record(slot.applied)
 
     def launch(self, plan: BatchPlan) -> Launched:
-        """Queue a step; does not wait for the device. At most one other step may be in flight.
+        """Queue a step; waits for the device only where it fails, or has to capture a graph. At most one
+        other step may be in flight.
 
         Raises ValueError for a plan larger than the workspace, CudaError naming the step for what the driver
         refuses.
         """
         bucket = self.buckets.of(plan)
-        with driver.during(f"step {plan.step} (bucket {bucket}, {plan.num_tokens} tokens)"):
-            words = self._pinned.take(self.layout.packed_words * WORD)
-            with words:
-                used = self._packer.pack(plan, bucket, words.array.view(np.int32))
-                slot = self._next_slot()
-                self._apply(slot, words, used)
-            if len(plan.page_copies):
-                self._copy_pages(plan.page_copies)
-            self._compute.record(slot.start)
-            fresh = self.graphs is not None and bucket not in self.graphs
-            if self.graphs is None or fresh:
-                self._queue(bucket, self._device.stream)
-            else:
-                self.graphs.replay(bucket)
-            self._compute.record(slot.end)
-            step = self._bring(plan, slot)
-            self._packer.launched()
-            if self.graphs is not None and fresh:
-                self.graphs.capture(bucket)
+        driver.refuse_if_lost()
+        with driver.during(_named(plan)):
+            try:
+                return self._launch(plan, bucket)
+            except BaseException:
+                # Half a step is queued: a copy whose event was not recorded yet may use pinned memory that is
+                # dropped now.
+                if driver.poisoned() is None:
+                    self._device.synchronize()
+                raise
+
+    def _launch(self, plan: BatchPlan, bucket: Bucket) -> Launched:
+        with self._pinned.take(self.layout.packed_words * WORD) as words:
+            used = self._packer.pack(plan, bucket, words.array.view(np.int32))
+            slot = self._next_slot()
+            self._apply(slot, words, used)
+        if len(plan.page_copies):
+            self._copy_pages(plan.page_copies)
+        self._compute.record(slot.start)
+        fresh = self.graphs is not None and bucket not in self.graphs
+        if self.graphs is None or fresh:
+            self._queue(bucket, self._device.stream)
+        else:
+            self.graphs.replay(bucket)
+        self._compute.record(slot.end)
+        step = self._bring(plan, slot)
+        self._packer.launched()
+        if self.graphs is not None and fresh:
+            self.graphs.capture(bucket)
         return Launched(plan, step)
 
     def _bring(self, plan: BatchPlan, slot: _Slot) -> _Step:
@@ -204,7 +215,7 @@ class Runtime:
         on the device.
         """
         plan, step = launched.plan, launched.state
-        with driver.during(f"step {plan.step} ({plan.num_tokens} tokens)"):
+        with driver.during(_named(plan)):
             step.slot.end.synchronize()
             launched.gpu_s = step.slot.start.elapsed_ms(step.slot.end) / 1e3
             token_ids = _read(step.ids, np.int32)
@@ -216,6 +227,10 @@ class Runtime:
         """Destroy the graphs, once what is queued is over."""
         if self.graphs is not None:
             self.graphs.close()
+
+
+def _named(plan: BatchPlan) -> str:
+    return f"step {plan.step} ({plan.num_tokens} tokens of {plan.num_seqs} requests)"
 
 
 def _read(buffer: PinnedBuffer | None, dtype: Any) -> npt.NDArray[Any]:
