@@ -36,13 +36,14 @@ from kernels_numba.ops import resolve
 from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.prefill_attention import door as prefill_door
+from kernels_numba.ops.sample import warp as sample_door
 from sharp.budget import Budget, plan_memory
 from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
 from sharp.fits import refuse_if_too_large
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.rope import rope_table
-from sharp.rungs import describe_rungs, small_op_rungs
+from sharp.rungs import describe_rungs, sample_rungs, small_op_rungs
 from sharp.sampling import sample
 from sharp.staging import DeviceBatch, stage, staging_bytes
 from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
@@ -182,7 +183,8 @@ class Model:
         small = small_op_rungs(
             device.default_rung, device.capability, device.dtype, c, config.block_size, config.rungs
         )
-        self.rungs = {"gemm": gemm, **small, **config.rungs}
+        sampler = sample_rungs(device.default_rung, device.capability, config.rungs)
+        self.rungs = {"gemm": gemm, **small, **sampler, **config.rungs}
         self.ops = resolve(device.default_rung, self.rungs)
         elsewhere = "plain" if device.kind == "cpu" else "reference"
         for op, rung in config.rungs.items():
@@ -221,6 +223,9 @@ class Model:
             splits = rows * -(-self.max_model_len // SPLIT)
             space = decode_door.Workspace.of(rows, splits, c.num_q_heads, c.num_kv_heads, c.head_dim)
             self.ops.decode_attention = partial(self.ops.decode_attention, workspace=space)
+        if self.rungs.get("sample") == sample_door.RUNG:
+            sorting = sample_door.Workspace.of(rows, c.vocab_size)
+            self.ops.sample = partial(self.ops.sample, workspace=sorting)
         if prefill == prefill_door.RUNG:
             counters = prefill_door.Workspace.of()
             self.ops.prefill_attention = partial(self.ops.prefill_attention, workspace=counters)
