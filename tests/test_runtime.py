@@ -3,9 +3,12 @@ events allow (host_driver.py) give every answer as if alone. No GPU, and no proo
 
 from __future__ import annotations
 
+import ast
 import random
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
 import host_driver
@@ -35,6 +38,7 @@ from sharp.weights import open_checkpoint
 pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
 pytestmark = pytest.mark.filterwarnings("ignore:.*logprobs.*:RuntimeWarning")
 VOCAB = model_config().vocab_size
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Streamed(FakeModel):
@@ -369,15 +373,36 @@ def test_memory_cannot_be_had_while_a_graph_is_captured(monkeypatch):
     device.close()
 
 
-def test_what_prepared_launches_read_lives_as_long_as_the_graph(monkeypatch):
+def remembered():
+    return [(import_module(path), name) for path, names in graphs.REMEMBERED.items() for name in names]
+
+
+def test_what_launches_read_lives_as_long_as_the_graph(monkeypatch):
     """Also where an op remembers only its latest launches."""
-    modules = [__import__(name, fromlist=["prepared"]) for name in graphs.PREPARING]
-    for module in modules:
-        monkeypatch.setattr(module, "prepared", lambda *args, of=module: (of.__name__, args))
-    before, kept = [module.prepared for module in modules], []
+    for module, name in remembered():
+        monkeypatch.setattr(module, name, lambda *args, of=(module, name): (of, args))
+    before, kept = [getattr(module, name) for module, name in remembered()], []
     with suppress(ZeroDivisionError), keeping(kept):
-        for module in modules:
-            assert module.prepared(1, 2) == (module.__name__, (1, 2))
+        for module, name in remembered():
+            assert getattr(module, name)(1, 2) == ((module, name), (1, 2))
         raise ZeroDivisionError
-    assert kept == [(name, (1, 2)) for name in graphs.PREPARING]
-    assert [module.prepared for module in modules] == before
+    assert kept == [(of, (1, 2)) for of in remembered()]
+    assert [getattr(module, name) for module, name in remembered()] == before
+
+
+def test_whatever_ops_allocate_by_themselves_is_kept():
+    """A function of an op that takes device memory is one that graphs.py knows, or a workspace's maker, whose
+    caller keeps it, or hopper's count for callers without num_rows, who capture nothing."""
+    known = {(module.__name__, name) for module, name in remembered()}
+    known |= {("kernels_numba.ops.gemm.hopper", "_count")}
+    unknown = []
+    for path in sorted((ROOT / "kernels_numba" / "ops").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for function in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)):
+            calls = {
+                n.func.attr for n in ast.walk(function) if isinstance(n, ast.Call) and hasattr(n.func, "attr")
+            }
+            if calls & {"to_device", "device_array"} and function.name != "of":
+                if (module, function.name) not in known:
+                    unknown.append((module, function.name))
+    assert unknown == []
