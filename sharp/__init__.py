@@ -12,6 +12,8 @@ under one token budget.
 - staging.py moves a plan to the device; model.py is one forward for every device; `ops` are numpy
   (`reference`) or numba.cuda kernels (`plain`, and faster ones), picked op by op: LLM(rungs={"gemm":
   "plain"}).
+- On a GPU, runtime.py queues a step behind the one before: its words go to fixed buffers (step_buffers.py),
+  its launches are one replay of a graph (graphs.py).
 - engine.py is the only loop. If it dies, every caller gets its error at once; nobody hangs.
 - Admission books a request's worst case in KV pages, so that nothing running can run out of memory. Equal
   beginnings are computed once (prefix.py); n answers share one reading of their prompt (forks.py).
