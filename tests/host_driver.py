@@ -18,8 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from kernels_numba import compiler
-from sharp import driver
+from sharp import cuda_device, driver
 from sharp.device_array import DeviceArray
 
 TOTAL_BYTES = 1 << 30
@@ -220,18 +219,12 @@ def calls():
 
 
 def install(monkeypatch, seed):
-    """Put a HostDriver under sharp/driver.py, and a device of no particular kind under numba's name."""
+    """Put a HostDriver under sharp/driver.py, in place of all that it asks of CUDA and of numba."""
     host = HostDriver(seed)
     monkeypatch.setattr(driver, "bind", lambda: None)
     monkeypatch.setattr(driver, "_driver", lambda: host)
-    monkeypatch.setattr(
-        compiler,
-        "cuda",
-        SimpleNamespace(
-            external_stream=lambda handle: SimpleNamespace(handle=handle),
-            get_current_device=lambda: SimpleNamespace(compute_capability=(7, 5), name="a model", id=0),
-        ),
-    )
+    monkeypatch.setattr(cuda_device, "current_device", lambda: ("a model of the driver", (7, 5)))
+    monkeypatch.setattr(cuda_device, "numba_stream", lambda stream: SimpleNamespace(handle=stream.handle))
     return host
 
 
