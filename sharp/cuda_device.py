@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -28,23 +28,6 @@ from sharp.memory import (
 
 CHUNK_BYTES = 8 << 20  # of long copies: two pinned buffers of this size are in turns
 STAGE_ALIGNMENT = 16  # bytes: the widest load of any kernel
-
-
-def current_device() -> tuple[str, tuple[int, int]]:
-    """(name, compute capability) of the device whose context numba uses."""
-    from kernels_numba.compiler import cuda
-
-    device = cuda.get_current_device()
-    name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
-    major, minor = map(int, device.compute_capability)
-    return f"cuda:{device.id} {name} (compute capability {major}.{minor})", (major, minor)
-
-
-def numba_stream(stream: driver.Stream) -> Any:
-    """The same stream as numba's launches take it; lives as long as the one given."""
-    from kernels_numba.compiler import cuda
-
-    return cuda.external_stream(stream.handle)
 
 
 class PinnedLane:
@@ -97,12 +80,17 @@ class CudaDevice:
     default_rung = "plain"
 
     def __init__(self, dtype: str) -> None:
+        from kernels_numba.compiler import cuda
+
         driver.bind()
         self.dtype = dtype
         self.compute_stream, self.copy_stream = driver.Stream(implicit=True), driver.Stream()
-        self.stream: Any = numba_stream(self.compute_stream)
-        name, capability = current_device()
-        self.name, self.capability = name, cast(tuple[int, int] | None, capability)
+        self.stream: Any = cuda.external_stream(self.compute_stream.handle)
+        device = cuda.get_current_device()
+        major, minor = device.compute_capability
+        self.capability: tuple[int, int] | None = (int(major), int(minor))
+        name = device.name.decode() if isinstance(device.name, bytes) else str(device.name)
+        self.name = f"cuda:{device.id} {name} (compute capability {major}.{minor})"
         self.pool = PinnedPool()
         self._element = np.dtype(np.float32) if dtype == "float32" else np.dtype(np.uint16)
         self._arena: Arena | None = None

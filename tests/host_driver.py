@@ -10,7 +10,9 @@ about one: it is what the documentation of these calls promises, written down, a
 from __future__ import annotations
 
 import ctypes
+import importlib
 import inspect
+import pkgutil
 import random
 import threading
 from collections import deque
@@ -18,7 +20,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from sharp import cuda_device, driver
+import kernels_numba.ops as kernels
+from kernels_numba import compiler
+from sharp import driver
 from sharp.device_array import DeviceArray
 
 TOTAL_BYTES = 1 << 30
@@ -219,12 +223,22 @@ def calls():
 
 
 def install(monkeypatch, seed):
-    """Put a HostDriver under sharp/driver.py, in place of all that it asks of CUDA and of numba."""
+    """Put a HostDriver under sharp/driver.py, and a device of no particular kind under numba's name."""
+    for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        importlib.import_module(
+            module.name
+        )  # each takes numba's name when it is imported: the real one, then
     host = HostDriver(seed)
     monkeypatch.setattr(driver, "bind", lambda: None)
     monkeypatch.setattr(driver, "_driver", lambda: host)
-    monkeypatch.setattr(cuda_device, "current_device", lambda: ("a model of the driver", (7, 5)))
-    monkeypatch.setattr(cuda_device, "numba_stream", lambda stream: SimpleNamespace(handle=stream.handle))
+    monkeypatch.setattr(
+        compiler,
+        "cuda",
+        SimpleNamespace(
+            external_stream=lambda handle: SimpleNamespace(handle=handle),
+            get_current_device=lambda: SimpleNamespace(compute_capability=(7, 5), name="a model", id=0),
+        ),
+    )
     return host
 
 
