@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
+from sharp import driver
 from sharp.answer import AnswerText
 from sharp.config import EngineConfig
 from sharp.door import Door
@@ -283,6 +284,11 @@ class Engine:
                 raise EngineDead("the engine's thread has ended without an error of its own")
 
     def _raise_if_over(self) -> None:
+        if self._error is None and getattr(self.model, "uses_cuda", False):
+            try:
+                driver.refuse_if_lost()  # through this engine's work or another's
+            except driver.CudaError as error:
+                self._die(error)
         if self._error is not None:
             raise EngineDead(
                 f"the engine is dead: {type(self._error).__name__}: {self._error}"

@@ -22,31 +22,32 @@ from inputs as stored, and rounds once where its result is stored:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
-
-from kernels_numba.attention_contract import SPLIT
 from kernels_numba.ops import resolve
 from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.prefill_attention import door as prefill_door
-from kernels_numba.ops.sample import warp as sample_door
-from sharp.budget import Budget, plan_memory
+from sharp import driver
+from sharp.budget import Budget, plan_memory, weight_bytes
 from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
 from sharp.fits import refuse_if_too_large
+from sharp.layout import aligned, workspace
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.rope import rope_table
 from sharp.rungs import describe_rungs, sample_rungs, small_op_rungs
 from sharp.sampling import sample
 from sharp.staging import DeviceBatch, stage, staging_bytes
+from sharp.weight_stream import Lanes, stream_weights
 from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
+from sharp.workspaces import AttentionNeeds, SampleNeeds
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,9 @@ class Workspace:
 
     @staticmethod
     def allocate(config: ModelConfig, device: Device, num_tokens: int, num_rows: int) -> Workspace:
-        heads = config.num_q_heads + 2 * config.num_kv_heads
+        planned = workspace(config, num_tokens, num_rows)
         return Workspace(
-            residual=device.empty((num_tokens, config.hidden_size)),
-            x=device.empty((num_tokens, config.hidden_size)),
-            delta=device.empty((num_tokens, config.hidden_size)),
-            qkv=device.empty((num_tokens, heads, config.head_dim)),
-            attention=device.empty((num_tokens, config.num_q_heads, config.head_dim)),
-            gate_up=device.empty((num_tokens, 2 * config.intermediate_size)),
-            act=device.empty((num_tokens, config.intermediate_size)),
-            logits=device.empty((num_rows, config.vocab_size), np.float32),
-            sampled=device.empty((num_rows,), np.int32),
+            **{name: device.empty(shape, dtype, term=term) for name, (term, shape, dtype) in planned.items()}
         )
 
 
@@ -206,50 +199,45 @@ class Model:
         why_not = prefill_door.refusal(*where) if prefill == prefill_door.RUNG else ""
         if why_not:
             raise ValueError(f"rung {prefill!r} of prefill_attention does not run this model: {why_not}")
-        refuse_if_too_large(
-            self.config,
-            config,
-            where=str(checkpoint.path),
-            free=device.free_bytes(),
-            dtype=device.dtype,
-            kind=device.kind,
-            max_model_len=self.max_model_len,
-        )
-        self.tokenizer = checkpoint.tokenizer()
-        self.weights = load_weights(checkpoint, device.upload_float, progress=progress)
-        observe("weights")
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        if decode in decode_door.NEEDS:  # before the pages are counted, which get what is left
-            splits = rows * -(-self.max_model_len // SPLIT)
-            space = decode_door.Workspace.of(rows, splits, c.num_q_heads, c.num_kv_heads, c.head_dim)
-            self.ops.decode_attention = partial(self.ops.decode_attention, workspace=space)
-        if self.rungs.get("sample") == sample_door.RUNG:
-            sorting = sample_door.Workspace.of(rows, c.vocab_size)
-            self.ops.sample = partial(self.ops.sample, workspace=sorting)
-        if prefill == prefill_door.RUNG:
-            counters = prefill_door.Workspace.of()
-            self.ops.prefill_attention = partial(self.ops.prefill_attention, workspace=counters)
-        self.budget: Budget = plan_memory(
-            self.config,
-            config,
-            free=device.free_bytes(),
-            dtype=device.dtype,
-            kind=device.kind,
-            max_model_len=self.max_model_len,
-        )
-        self.num_blocks = self.budget.num_blocks
-        table = rope_table(self.config.rope, self.config.rope_theta, self.config.head_dim, self.max_model_len)
-        self.cos_sin = device.upload(table)
-        self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
-        if self.rungs.get("lm_head") == "warp":  # delta is spent when the logits come
-            self.ops.lm_head = partial(self.ops.lm_head, x_rows=self.work.delta)
         pages = -(-self.max_model_len // self.block_size)
-        device.reserve_staging(staging_bytes(config.max_num_batched_tokens, rows, pages))
-        page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
-        self.kv = [
-            KVCache(k=device.empty(page_shape), v=device.empty(page_shape))
-            for _ in range(self.config.num_layers)
-        ]
+        staging = staging_bytes(config.max_num_batched_tokens, rows, pages)
+        needs = AttentionNeeds.of(self.config, self.rungs, rows, self.max_model_len)
+        sorting = SampleNeeds.of(self.rungs, rows, self.config.vocab_size)
+        asynchronous = device.copy_stream is not None
+        shape: dict[str, Any] = {"dtype": device.dtype, "kind": device.kind}
+        shape |= {"max_model_len": self.max_model_len, "workspaces": needs.num_bytes + sorting.num_bytes}
+        shape["staging"] = 2 * aligned(staging) if asynchronous else 0
+        free = device.free_bytes()
+        refuse_if_too_large(self.config, config, where=str(checkpoint.path), free=free, **shape)
+        self.tokenizer = checkpoint.tokenizer()
+        if asynchronous:  # all is planned before anything is allocated, and cut from one arena
+            left = free - weight_bytes(self.config, device.dtype, device.kind)
+            self.budget: Budget = plan_memory(self.config, config, free=left, **shape)
+        with device.arena(self.budget.arena if asynchronous else 0) as self.arena:
+            if asynchronous:
+                self.weights = stream_weights(checkpoint, cast(Lanes, device), progress=progress)
+            else:
+                self.weights = load_weights(checkpoint, device.upload_float, progress=progress)
+            observe("weights")
+            if not asynchronous:
+                self.budget = plan_memory(self.config, config, free=device.free_bytes(), **shape)
+            self.num_blocks = self.budget.num_blocks
+            needs.give(self.ops, device)
+            sorting.give(self.ops, device)
+            angles = rope_table(
+                self.config.rope, self.config.rope_theta, self.config.head_dim, self.max_model_len
+            )
+            self.cos_sin = device.upload(angles, term="rope_table")
+            self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
+            if self.rungs.get("lm_head") == "warp":  # delta is spent when the logits come
+                self.ops.lm_head = partial(self.ops.lm_head, x_rows=self.work.delta)
+            device.reserve_staging(staging)
+            page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
+            self.kv = [
+                KVCache(*(device.empty(page_shape, term="kv_pages") for _ in range(2)))
+                for _ in range(self.config.num_layers)
+            ]
 
     @classmethod
     def load(cls, path: str | Path, config: EngineConfig, *, progress: bool = False) -> Model:
@@ -272,27 +260,45 @@ class Model:
                 f"a step of {plan.num_tokens} tokens and {len(plan.logits_rows)} logits rows is over the "
                 f"workspace of {self.work.x.shape[0]} tokens and {self.work.logits.shape[0]} rows"
             )
-        return stage(plan, self.device)
+        with self._step(plan):
+            return stage(plan, self.device)
+
+    @property
+    def uses_cuda(self) -> bool:
+        """Whether a lost CUDA (driver.poisoned) is this model's loss too."""
+        return self.device.kind == "cuda"
+
+    @contextmanager
+    def _step(self, plan: BatchPlan) -> Iterator[None]:
+        """Errors of CUDA from inside say which step and whose; a CUDA that was lost is not asked again."""
+        if self.uses_cuda:
+            driver.refuse_if_lost()
+        with driver.during(f"step {plan.step} ({plan.num_tokens} tokens of {plan.num_seqs} requests)"):
+            yield
 
     def forward(self, batch: DeviceBatch) -> Array:
         """Queue one forward pass; returns f32[R, V] on the device, valid once the stream has got there.
 
         Pages that the plan wants copied (samples that part) are copied first.
         """
-        if len(batch.plan.page_copies):
-            for cache in self.kv:
-                self.device.copy_rows(cache.k, batch.plan.page_copies)
-                self.device.copy_rows(cache.v, batch.plan.page_copies)
-        return forward(
-            self.config, self.weights, batch, self.ops, self.kv, self.cos_sin, self.work, self.device.stream
-        )
+        with self._step(batch.plan):
+            if len(batch.plan.page_copies):
+                for cache in self.kv:
+                    self.device.copy_rows(cache.k, batch.plan.page_copies)
+                    self.device.copy_rows(cache.v, batch.plan.page_copies)
+            where = self.kv, self.cos_sin, self.work, self.device.stream
+            return forward(self.config, self.weights, batch, self.ops, *where)
 
     def sample(self, logits: Array, batch: DeviceBatch) -> SampleOutput:
         """Wait for the step and return the chosen ids (and log-probabilities where asked for)."""
         rows = len(batch.plan.logits_rows)
-        return sample(logits, batch, self.work.sampled[:rows], self.ops, self.device)
+        with self._step(batch.plan):
+            return sample(logits, batch, self.work.sampled[:rows], self.ops, self.device)
 
     def close(self) -> None:
-        """Give the device's buffers back; the model cannot be used afterwards."""
+        """Give the device's memory back; the model cannot be used afterwards. The garbage collector does the
+        same for a model that nobody refers to any more."""
         self.device.close()
         del self.weights, self.kv, self.work
+        if self.arena is not None:
+            self.arena.close()

@@ -133,6 +133,11 @@ def test_engine_on_gpu(rung_options):
 
 
 @pytest.mark.gpu
+def test_memory_on_gpu():
+    check_group(["tests/test_memory_gpu.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=180)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("group", ["llama", "mistral", "qwen2", "qwen3"])
 def test_families_on_gpu(group):
     check_group(["tests/test_families_gpu.py", "--device=cuda", "-m", "gpu", "-k", group])
