@@ -22,7 +22,7 @@ from sharp.memory import Arena
 from sharp.model import Model
 from sharp.request import SamplingParams
 from sharp.weights import load_weights, open_checkpoint
-from sharp.workspaces import AttentionNeeds
+from sharp.workspaces import AttentionNeeds, SampleNeeds
 
 pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
 SEEDS = range(12)
@@ -236,6 +236,26 @@ def test_attention_gets_its_workspaces_from_the_arena(host):
     with pytest.raises(ValueError, match="lower max_num_seqs"):
         AttentionNeeds.of(model, rungs, 1 << 20, 1 << 20)
     assert AttentionNeeds.of(model, {}, 1 << 20, 1 << 20).num_bytes == 0
+    device.close()
+
+
+def test_sampling_gets_its_workspace_from_the_arena(host):
+    """All 0, as large as was planned, and nothing for another rung."""
+    needs = SampleNeeds.of({"sample": "warp"}, 3, 5000)
+    device, ops = CudaDevice("bfloat16"), SimpleNamespace(sample=print)
+    with device.arena(needs.num_bytes) as arena:
+        needs.give(ops, device)
+    assert (arena.left, list(arena.terms)) == (0, ["workspaces"])
+    space = ops.sample.keywords["workspace"]
+    assert (space.num_rows, space.vocab_size) == (3, 5000)
+    assert space.words.size == space.num_words(3, 5000)
+    assert not device.download(space.words).any()
+    none = SampleNeeds.of({}, 3, 5000)
+    none.give(ops, device)
+    assert none.num_bytes == 0
+    with pytest.raises(ValueError, match="1 to 4,096 rows"):
+        SampleNeeds.of({"sample": "warp"}, 5000, 8)
+    del arena, space
     device.close()
 
 
