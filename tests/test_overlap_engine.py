@@ -220,6 +220,19 @@ def test_an_interruption_of_the_rollback() -> None:
     assert list(drain(engine)["a"].outputs[0].token_ids) == expected([5, 6], GREEDY)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_plan_made_by_hand_and_left(overlap: bool) -> None:
+    """As in a notebook: it is undone, and nobody's token is taken for another's."""
+    engine = make_engine(overlap=overlap)
+    engine.add_request([5, 6], GREEDY, "a")
+    engine.scheduler.plan()
+    engine.step()
+    engine.step()
+    if overlap:
+        engine.scheduler.plan()
+    assert list(drain(engine)["a"].outputs[0].token_ids) == expected([5, 6], GREEDY)
+
+
 def test_ctrl_c_while_a_step_is_committed() -> None:
     """It counts, and its outputs come with the next step()."""
     engine = make_engine()
