@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sharp.config import EngineConfig, ModelConfig
     from sharp.engine import Engine
+    from sharp.failures import StepFailed
     from sharp.llm import LLM
     from sharp.plan import BatchPlan, SampleOutput
     from sharp.request import (
@@ -57,6 +58,7 @@ _HOMES = {
     "RequestOutput": "request",
     "RequestTooLarge": "request",
     "SamplingParams": "request",
+    "StepFailed": "failures",
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "RequestTooLarge",
     "SampleOutput",
     "SamplingParams",
+    "StepFailed",
 ]
 
 
