@@ -205,7 +205,7 @@ def test_a_schedulers_steps_through_the_buffers(monkeypatch):
     from the fixed buffers."""
     monkeypatch.setattr(random_workloads, "FakeModel", ThroughBuffers)
     ThroughBuffers.fed = 0
-    reached = random_workloads.run_workloads(300, same=True)
+    reached = random_workloads.run_workloads(160, same=True)
     assert min(reached[name] for name in ("preemptions", "forks", "rollbacks", "cancelled")) > 5, reached
     assert ThroughBuffers.fed > 500
 
