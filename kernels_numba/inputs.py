@@ -19,7 +19,7 @@ from kernels_numba.ops import OPS
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HOST_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 LARGEST_SCORE = 4.0  # of some ten thousand standard normal ones
-FIXED = frozenset({"cos_sin", "logits", "temperatures"})  # float32 whatever the element type
+FIXED = frozenset({"cos_sin", "logits", "temperatures", "top_ps"})  # float32 whatever the element type
 
 
 @dataclass(frozen=True)
@@ -263,6 +263,8 @@ def _sample(rng: np.random.Generator, c: Any) -> Call:
         "temperatures": np.asarray(c["temperatures"], np.float32),
         "seeds": rng.integers(0, 2**64, rows, dtype=np.uint64),
         "output_indices": rng.integers(0, 2**31 - 1, rows).astype(np.int32),
+        "top_ks": np.asarray(c.get("top_ks", (0,) * rows), np.int32),
+        "top_ps": np.asarray(c.get("top_ps", (1.0,) * rows), np.float32),
     }
     return Call("sample", args, ("out",))
 

@@ -6,7 +6,7 @@ Knows index arithmetic; refuses to know requests (only their ids, for people), d
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from sharp.config import ModelConfig
 
 Int32 = npt.NDArray[np.int32]
+DTYPES: dict[str, Any] = {"temperatures": np.float32, "top_ps": np.float32, "seeds": np.uint64}  # else int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,9 @@ class BatchPlan:
     """T tokens of B sequences; R of them need logits. Sequences of exactly one token come first.
 
     So token row b belongs to sequence b for b < num_decodes, and `cu_seqlens_q[num_decodes] == num_decodes`.
-    page_copies are (source, destination) pages, to be copied before anything else of the step.
+    page_copies are (source, destination) pages, to be copied before anything else of the step. A token id ~r,
+    which is negative, is one that the host does not know yet: the id sampled in logits row r of the plan
+    right before this one.
     """
 
     step: int
@@ -36,6 +39,8 @@ class BatchPlan:
     slot_mapping: Int32  # [T] page * block_size + offset: where each token's K and V go
     logits_rows: Int32  # [R] token rows whose next token is wanted, one per sequence at most
     temperatures: npt.NDArray[np.float32]  # [R]
+    top_ks: Int32  # [R], 0: all
+    top_ps: npt.NDArray[np.float32]  # [R], 1: all
     seeds: npt.NDArray[np.uint64]  # [R]
     output_indices: Int32  # [R] index of the sampled token in its answer
     num_logprobs: Int32  # [R], -1: none
@@ -66,16 +71,32 @@ class BatchPlan:
         """[R] the sequence of each logits row."""
         return (np.searchsorted(self.cu_seqlens_q, self.logits_rows, side="right") - 1).astype(np.int32)
 
+    def with_ids(self, sampled: Int32) -> BatchPlan:
+        """This plan with its unknown ids filled in. sampled: [R] of the plan right before it. Raises
+        ValueError for a row that it does not have."""
+        unknown = self.token_ids < 0
+        if not unknown.any():
+            return self
+        rows = ~self.token_ids[unknown]
+        if rows.max() >= len(sampled):
+            raise ValueError(
+                f"step {self.step} goes on from logits row {rows.max()} of the step before, which sampled "
+                f"{len(sampled)} rows"
+            )
+        token_ids = self.token_ids.copy()
+        token_ids[unknown] = sampled[rows]
+        return replace(self, token_ids=token_ids)
+
     def check(self, block_size: int) -> None:
         """Raise AssertionError naming the first array that contradicts another."""
         counts = np.diff(self.cu_seqlens_q)
         num_seqs, num_rows = self.num_seqs, len(self.logits_rows)
         for name in ("token_ids", "positions", "slot_mapping"):
             assert len(getattr(self, name)) == self.cu_seqlens_q[-1], name
-        for name in ("temperatures", "seeds", "output_indices", "num_logprobs"):
+        for name in ("temperatures", "top_ks", "top_ps", "seeds", "output_indices", "num_logprobs"):
             assert len(getattr(self, name)) == num_rows, name
         for name, array in vars(self).items():
-            wanted = {"temperatures": np.float32, "seeds": np.uint64}.get(name, np.int32)
+            wanted = DTYPES.get(name, np.int32)
             assert not isinstance(array, np.ndarray) or array.dtype == wanted, f"{name} is {array.dtype}"
         assert self.page_copies.ndim == 2, "page_copies"
         assert self.page_copies.shape[1] == 2, "page_copies"
@@ -132,12 +153,33 @@ class SampleOutput:
     logprobs: tuple[dict[int, float] | None, ...]  # R
 
 
+@dataclass
+class Launched:
+    """A step that a model has queued. state: what the model needs to land it; gpu_s: seconds from the step's
+    start to its end on the device, filled in by land() where the model measures it."""
+
+    plan: BatchPlan
+    state: Any = None
+    gpu_s: float | None = None
+
+
 class StepModel(Protocol):
-    """What the engine asks of a model: it answers a BatchPlan in three calls. See sharp/model.py."""
+    """What the engine asks of a model: it answers a BatchPlan in two calls. See sharp/model.py.
+
+    launch() queues a step behind those launched before and does not wait for it; land() waits and returns its
+    ids, in the order of launching. What is launched need not be landed: an interrupted step is forgotten, and
+    the next launch goes on as if it were the first. stage, forward and sample are the same step one by one,
+    to be looked at and timed. A model whose device runs beside the host says so by an attribute `overlaps`,
+    True.
+    """
 
     config: ModelConfig
     num_blocks: int
     block_size: int
+
+    def launch(self, plan: BatchPlan) -> Launched: ...
+
+    def land(self, launched: Launched) -> SampleOutput: ...
 
     def stage(self, plan: BatchPlan) -> Any: ...
 

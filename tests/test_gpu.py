@@ -133,6 +133,11 @@ def test_engine_on_gpu(rung_options):
 
 
 @pytest.mark.gpu
+def test_memory_on_gpu():
+    check_group(["tests/test_memory_gpu.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=180)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("group", ["llama", "mistral", "qwen2", "qwen3"])
 def test_families_on_gpu(group):
     check_group(["tests/test_families_gpu.py", "--device=cuda", "-m", "gpu", "-k", group])
@@ -176,6 +181,18 @@ def test_decode_on_gpu(group):
 def test_warp_ops_on_gpu(group):
     # Some forty kernels, a second or two each with an empty cache.
     check_group(["tests/test_warp_ops.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", ["definition", "not definition"])
+def test_sampling_on_gpu(group):
+    check_group(["tests/test_sample_warp.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", ["bits", "not bits"])
+def test_graphs_on_gpu(group):
+    check_group(["tests/test_graphs_gpu.py", "--device=cuda", "-m", "gpu", "-s", "-k", group], limit_s=240)
 
 
 @pytest.mark.gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sharp import event_log
 from sharp.blocks import BlockAllocator
 from sharp.config import EngineConfig
 from sharp.engine import Engine
+from sharp.failures import StepFailed
 from sharp.latency_target import LatencyTarget
 from sharp.policies import POLICIES, SchedulingPolicy, ShortestPromptFirst
 from sharp.predictor import StepPredictor
@@ -25,15 +27,18 @@ from sharp.request import QueueFull, RequestTooLarge, SamplingParams
 
 
 class Interrupted(FakeModel):
-    """Some steps end in Ctrl-C; from then on nothing of them has happened."""
+    """Some steps end in Ctrl-C, some fail; from then on nothing of them has happened."""
 
     interrupt: frozenset[int] = frozenset()
+    fails: frozenset[int] = frozenset()
     calls = 0
 
     def forward(self, plan: Any) -> Any:
         self.calls += 1
         if self.calls in self.interrupt:
             raise KeyboardInterrupt
+        if self.calls in self.fails:
+            raise MemoryError
         return super().forward(plan)
 
 
@@ -47,6 +52,7 @@ def run(engine: Engine, moves: list[Any]) -> None:
                 max_tokens=tokens, temperature=float(number % 2), ignore_eos=kind == 0, seed=number,
                 stop_token_ids=(270, 280) if kind == 1 else (), stop=["a", "stop"] if kind == 2 else None,
                 n=2 if kind == 3 else 1, logprobs=2 if kind == 4 else None,
+                top_k=(None, 0, 7)[number % 3], top_p=(1.0, 0.8)[number // 3 % 2],
                 timeout_s=1e-9 if kind == 5 and number % 3 == 0 else None,
             )  # fmt: skip
             prompt = [4 + number % 2] * min(length, 10) + [4 + number % 250] * max(0, length - 10)
@@ -58,15 +64,11 @@ def run(engine: Engine, moves: list[Any]) -> None:
         elif what == "abort" and count:
             engine.abort(f"r{number % count}")
         else:
-            try:
+            with suppress(KeyboardInterrupt, StepFailed):
                 engine.step()
-            except KeyboardInterrupt:
-                continue
     while engine.has_unfinished:
-        try:
+        with suppress(KeyboardInterrupt, StepFailed):
             engine.step()
-        except KeyboardInterrupt:
-            continue
 
 
 def latency() -> LatencyTarget:
@@ -89,17 +91,20 @@ PREEMPTIONS: list[int] = []
     st.booleans(),
     st.sampled_from([9, 12, 60]),
     st.frozensets(st.integers(1, 60), max_size=4),
+    st.frozensets(st.integers(1, 60), max_size=2),
+    st.booleans(),
 )
 def test_the_plans_come_out_again(
     tmp_path_factory: pytest.TempPathFactory, moves: list[Any], name: str, admission: str, caching: bool,
-    pages: int, interrupt: frozenset[int],
+    pages: int, interrupt: frozenset[int], fails: frozenset[int], overlap: bool,
 ) -> None:  # fmt: skip
     policy: Any = {"latency with curves": latency(), "shortest, 3": ShortestPromptFirst(3)}.get(name, name)
     config = engine_config(
-        scheduling_policy=policy, admission=admission, prefix_caching=caching, max_queue_len=6
-    )
+        scheduling_policy=policy, admission=admission, prefix_caching=caching, max_queue_len=6,
+        overlap=overlap,
+    )  # fmt: skip
     model = Interrupted(num_blocks=pages)
-    model.interrupt = interrupt
+    model.interrupt, model.fails = interrupt, fails
     engine = Engine(model, FakeTokenizer(), config)
     run(engine, moves)
     path = tmp_path_factory.getbasetemp() / "run.jsonl"
@@ -143,12 +148,12 @@ def told(tmp_path: Path, lines: list[str], **options: Any) -> str:
 
 def test_what_a_log_says(lines: list[str]) -> None:
     header, *events = [json.loads(line) for line in lines]
-    assert header["sharp_log"] == 1
+    assert header["sharp_log"] == 2
     assert header["config"]["seed"] == 7
     assert header["policy"] == {"name": "fcfs", "options": {}}
     assert [event["event"] for event in events[:4]] == ["arrive", "plan", "commit", "arrive"]
     commit = events[2]
-    assert set(commit["times"]) == {"plan_s", "stage_s", "forward_s", "sample_s", "commit_s"}
+    assert set(commit["times"]) == {"plan_s", "launch_s", "wait_s", "commit_s", "gpu_s", "seconds"}
     assert {"running", "waiting", "free_blocks", "not_scheduled", "waiting_for"} <= set(commit)
     assert {"event": "end", "id": "r0", "reason": "abort"} in events
 
@@ -157,8 +162,8 @@ def test_damage_is_named_with_its_line(tmp_path: Path, lines: list[str]) -> None
     assert "changed.jsonl:3: damaged: " in told(tmp_path, [*lines[:2], lines[2][:-9], *lines[3:]])
     assert "changed.jsonl:2: damaged: " in told(tmp_path, [lines[0], '{"event": "nap"}', *lines[1:]])
     assert "changed.jsonl:1: damaged: " in told(tmp_path, lines[1:])
-    assert ":1: a log of version 99; this reads version 1" in told(
-        tmp_path, [lines[0].replace('"sharp_log":1', '"sharp_log":99'), *lines[1:]]
+    assert ":1: a log of version 99; this reads version 2" in told(
+        tmp_path, [lines[0].replace('"sharp_log":2', '"sharp_log":99'), *lines[1:]]
     )
     assert ":1: num_blocks must be at least 1" in told(
         tmp_path,
@@ -188,7 +193,7 @@ def test_another_plan_is_named(tmp_path: Path, lines: list[str]) -> None:
     )
     event = json.loads(lines[plan]) | {"checksum": 1}
     changed = [*lines[:plan], json.dumps(event), *lines[plan + 1 :]]
-    assert "step 1: the same tokens, but other pages, rows or copies" in told(tmp_path, changed)
+    assert "step 1: the same tokens, but other ids, pages, rows or copies" in told(tmp_path, changed)
     smaller = lines[0].replace('"max_num_batched_tokens":32', '"max_num_batched_tokens":8')
     assert "the scheduler plans step 1: r0: 8" in told(tmp_path, [smaller, *lines[1:]])
 
@@ -199,7 +204,7 @@ def test_other_pages_are_another_plan(
     """An allocator that hands out the same number of pages in another order is noticed."""
     original = BlockAllocator.allocate
     monkeypatch.setattr(BlockAllocator, "allocate", lambda self, count: original(self, count)[::-1])
-    assert "step 1: the same tokens, but other pages" in told(tmp_path, lines)
+    assert "step 1: the same tokens, but other ids, pages" in told(tmp_path, lines)
 
 
 def test_what_does_not_follow_is_named(tmp_path: Path, lines: list[str]) -> None:
@@ -212,15 +217,18 @@ def test_what_does_not_follow_is_named(tmp_path: Path, lines: list[str]) -> None
     assert "no unfinished request 'r9'" in told(
         tmp_path, [lines[0], '{"event":"end","id":"r9","reason":"abort"}']
     )
-    assert "does not fit what came before" in told(tmp_path, [*lines[: plan + 1], *lines[plan : plan + 1]])
+    again = told(tmp_path, [*lines[: plan + 1], *lines[plan : plan + 1]])  # behind the first, so another
+    assert "the scheduler plans step 2: r0: 1" in again
     twice = json.loads(lines[commit]) | {"sampled": [1, 2, 3]}
-    assert "3 tokens sampled for 1 logits rows" in told(tmp_path, [*lines[:commit], json.dumps(twice)])
+    assert "does not fit what came before: 3 tokens sampled for 1 logits rows" in told(
+        tmp_path, [*lines[:commit], json.dumps(twice)]
+    )
     late = json.loads(lines[commit]) | {"step": 8}
     assert "step 8 is committed, but step 1 is in flight" in told(
         tmp_path, [*lines[:commit], json.dumps(late)]
     )
     bare = json.loads(lines[commit]) | {"times": {"plan_s": 1.0}}
-    assert "times lack stage_s" in told(tmp_path, [*lines[:commit], json.dumps(bare)])
+    assert "times lack launch_s" in told(tmp_path, [*lines[:commit], json.dumps(bare)])
 
 
 def test_any_byte_may_be_wrong(tmp_path: Path, lines: list[str]) -> None:

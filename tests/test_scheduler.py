@@ -158,9 +158,17 @@ def test_a_prompt_cut_anywhere(cut: int) -> None:
 def test_packed_equals_alone() -> None:
     """Greedy and sampled answers of a ragged batch are those of one by one (and of the oracle)."""
     items = [
-        request(f"r{i}", prompt_of(n), temperature=t, max_tokens=m)
-        for i, (n, t, m) in enumerate(
-            [(1, 0, 3), (30, 1.0, 9), (7, 0.7, 1), (40, 0, 12), (2, 1.3, 20), (5, 0, 2)]
+        request(f"r{i}", prompt_of(n), temperature=t, max_tokens=m, top_k=k, top_p=p)
+        for i, (n, t, m, k, p) in enumerate(
+            [
+                (1, 0, 3, 9, 0.5),
+                (30, 1.0, 9, 4, 1.0),
+                (7, 0.7, 1, None, 1.0),
+                (40, 0, 12, 0, 1.0),
+                (2, 1.3, 20, 0, 0.4),
+                (5, 0, 2, 3, 0.9),
+                (11, 1.1, 15, 30, 0.7),
+            ]
         )
     ]
     packed = Harness(max_num_batched_tokens=16)
@@ -339,19 +347,28 @@ def test_rollback_plans_the_same_again() -> None:
 
 
 def test_wrong_use() -> None:
+    """What is refused changes nothing: the plan can still be committed."""
     harness = Harness()
     harness.add(request("a", [3]))
     plan = harness.scheduler.plan()
     assert plan is not None
-    with pytest.raises(RuntimeError, match="neither committed nor rolled back"):
+    behind = harness.scheduler.plan()
+    assert behind is not None
+    with pytest.raises(RuntimeError, match="steps 1 and 2 are neither committed nor rolled back"):
         harness.scheduler.plan()
-    nothing = SampleOutput(np.zeros(0, np.int32), ())
+    nothing, one = SampleOutput(np.zeros(0, np.int32), ()), SampleOutput(np.array([7], np.int32), (None,))
     with pytest.raises(ValueError, match="0 tokens sampled for 1"):
         harness.scheduler.commit(plan, nothing)
-    with pytest.raises(ValueError, match="not the one in flight"):
-        harness.scheduler.commit(plan, nothing)
-    with pytest.raises(ValueError, match="not the one in flight"):
+    with pytest.raises(ValueError, match="step 2 is not the oldest one in flight"):
+        harness.scheduler.commit(behind, one)
+    with pytest.raises(ValueError, match="step 1 is not the newest one in flight"):
         harness.scheduler.rollback(plan)
+    harness.scheduler.check()
+    harness.scheduler.rollback(behind)
+    harness.scheduler.commit(plan, one)
+    for call in (lambda: harness.scheduler.commit(plan, one), lambda: harness.scheduler.rollback(plan)):
+        with pytest.raises(ValueError, match="step 1 is not the one in flight"):
+            call()
 
 
 def test_no_token_sampled() -> None:
@@ -361,6 +378,9 @@ def test_no_token_sampled() -> None:
     assert plan is not None
     with pytest.raises(FloatingPointError, match="request a"):
         harness.scheduler.commit(plan, SampleOutput(np.array([-1], np.int32), (None,)))
+    assert harness.scheduler.in_flight == (plan,)  # nothing has changed
+    harness.scheduler.rollback(plan)
+    harness.finish()
 
 
 # Random histories --------------------------------------------------------------------------------
@@ -403,8 +423,9 @@ def test_random_histories(
     for number, (kind, size, tokens) in enumerate(events):
         if kind == "add":
             item = request(
-                f"r{number}", prompt_of(size, number), max_tokens=tokens, temperature=float(number % 2)
-            )
+                f"r{number}", prompt_of(size, number), max_tokens=tokens, temperature=float(number % 2),
+                top_k=(None, 5, 40)[number % 3], top_p=(1.0, 0.6)[number // 2 % 2],
+            )  # fmt: skip
             try:
                 harness.add(item)
             except RequestTooLarge:

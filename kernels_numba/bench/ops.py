@@ -29,6 +29,7 @@ from kernels_numba.ops import (
     silu_mul,
     store_kv,
 )
+from kernels_numba.ops.sample.nucleus import kept_spec
 
 WINDOW_COLUMNS = 1024
 TOKEN_BY_TOKEN = 256  # up to here slots are scattered, as of decoding sequences; beyond they come in pages
@@ -224,6 +225,8 @@ def _sample(m: Maker, c: Params) -> Call:
         "temperatures": m.upload(c["temperatures"], np.float32),
         "seeds": m.upload(m.rng.integers(0, 2**64, rows, dtype=np.uint64), np.uint64),
         "output_indices": m.upload(m.rng.integers(0, 2**31 - 1, rows)),
+        "top_ks": m.upload(c.get("top_ks", (0,) * rows)),
+        "top_ps": m.upload(c.get("top_ps", (1.0,) * rows), np.float32),
     }
     return Call("sample", args, ("out",))
 
@@ -239,6 +242,9 @@ def _sample_judge(call: Call, results: list[Any], rounding: float) -> float:
         if temperature > 0:
             key = (int(call.args["seeds"][row]), int(call.args["output_indices"][row]))
             scores = scores / temperature + sample.gumbel_spec(*key, np.arange(logits.shape[1]))
+            top_k, top_p = int(call.args["top_ks"][row]), call.args["top_ps"][row]
+            kept = kept_spec(call.args["logits"][row], temperature, top_k, top_p)
+            scores[np.setdiff1d(np.arange(len(scores)), kept)] = -np.inf
         worst = max(worst, float(scores.max() - scores[token]) / NEAR_TIE)
     return worst
 
@@ -316,7 +322,8 @@ BENCH_OPS: dict[str, BenchOp] = {
             len(c["temperatures"]), c["vocab_size"], sum(t > 0 for t in c["temperatures"])
         ),
         lambda c: len(c["temperatures"]),
-        _by_rows("sample", "logits", "temperatures", "seeds", "output_indices"), judge=_sample_judge,
+        _by_rows("sample", "logits", "temperatures", "seeds", "output_indices", "top_ks", "top_ps"),
+        judge=_sample_judge,
         dtype="float32",
     ),
 }  # fmt: skip
