@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from sharp.answer import AnswerText
@@ -31,6 +32,8 @@ from sharp.request import (
 )
 from sharp.scheduler import Scheduler
 from sharp.trace import RunStats, StepRecord
+from sharp.watch import Watch
+from sharp.watchdog import expected_seconds
 
 
 class Engine:
@@ -52,6 +55,9 @@ class Engine:
         self.door = Door(tokenizer, model.config.vocab_size, config.seed)
         self.stats = RunStats()
         self.log = EventLog(self.scheduler)  # of all that its scheduler was asked and said: log.save(path)
+        # Is told of each phase. Given no method of the engine's: in a cycle it would outlive its last user.
+        self.watch = Watch(partial(expected_seconds, self.scheduler, self.stats))
+        self.trace = self.watch.trace  # when each phase of the latest steps ran: trace.save(path)
         self.last_plan: BatchPlan | None = None
         self._live = LiveRequests()
         self._lock = threading.RLock()  # guards the scheduler and _live; never held during a forward
@@ -170,16 +176,19 @@ class Engine:
             try:
                 self._step()
             except KeyboardInterrupt:
+                self.watch.gave_up()
                 self._roll_back()
                 raise
             except BaseException as error:
+                self.watch.gave_up()
                 self._die(error)
                 raise
         with self._lock:
             return self._live.fetch()
 
     def _step(self) -> None:
-        clock = [time.perf_counter()]
+        lap = self.watch.lap
+        clock = [lap("plan")]
         self._roll_back()  # a second Ctrl-C may have come in the way of it
         with uninterrupted(), self._lock:
             while self._dropped:
@@ -194,15 +203,17 @@ class Engine:
             if plan is not None:
                 self.log.plan(plan)
         if plan is None:
+            self.watch.cut()
             return
         self.last_plan = plan
-        clock.append(time.perf_counter())
+        self.watch.planned(plan)
+        clock.append(lap("stage", plan.step))
         batch = self.model.stage(plan)
-        clock.append(time.perf_counter())
+        clock.append(lap("forward", plan.step))
         logits = self.model.forward(batch)
-        clock.append(time.perf_counter())
+        clock.append(lap("sample", plan.step))
         sampled = self.model.sample(logits, batch)
-        clock.append(time.perf_counter())
+        clock.append(lap("commit", plan.step))
         with uninterrupted(), self._lock:
             try:
                 self._commit(plan, sampled, clock)
@@ -221,16 +232,19 @@ class Engine:
         blocks_used = scheduler.pages.num_written()  # before finished requests give theirs back
         updated = scheduler.commit(plan, sampled)
         moved, stopped = self._live.of(updated), []
+        self.watch.enter("detokenise")
         for _, sample in moved:
             stop = sample.read()
             if stop is not None:
                 scheduler.stop_on_text(sample.request, stop)
                 stopped.append((sample.request.request_id, stop))
-        clock.append(time.perf_counter())
+        self.watch.leave()
+        clock.append(self.watch.lap(None))
         record = StepRecord.of(plan, clock, scheduler, blocks_used)
         self.stats.add(record)
         self.log.commit(plan, sampled, stopped, record)
         scheduler.policy.observe(plan, record.seconds)
+        self.watch.committed(record)
         self._live.deliver(live for live, _ in moved)
 
     @property
