@@ -6,6 +6,7 @@ Knows shapes and a random generator. Refuses to know text: such a model speaks i
 from __future__ import annotations
 
 import math
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,26 @@ SHAPES = {
         num_q_heads=32, num_kv_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_theta=5e5,
         max_position_embeddings=131072, tie_word_embeddings=True,
     ),
+    "qwen2.5-7b": ModelConfig(
+        architecture="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_layers=28,
+        num_q_heads=28, num_kv_heads=4, head_dim=128, rms_norm_eps=1e-6, rope_theta=1e6,
+        max_position_embeddings=131072, tie_word_embeddings=False, qkv_bias=True,
+    ),
 }  # fmt: skip
+# Normal numbers, drawn once; every tensor is a stretch of them from a place of its own. A prime: rows of a
+# matrix begin at different places of the pool.
+POOL = 4_194_301
+BIAS = 0.1  # standard deviation of a bias, beside products near 1
 
 
 class RandomSource:
-    """Tensors drawn when they are read, each from its name: a TensorSource (weights.py) without a file."""
+    """Tensors made when they are read, each from its name and the seed: a TensorSource (weights.py) without a
+    file. As fast as memory is copied, and no two are held at once."""
 
-    def __init__(self, name: str, config: ModelConfig) -> None:
-        self.path, self.config = Path(f"random-{name}"), config
+    def __init__(self, name: str, config: ModelConfig, seed: int = 0) -> None:
+        self.path, self.config, self.seed = Path(f"random-{name}"), config, seed
         self.shapes = expected_shapes(config)
+        self._pool = np.random.default_rng(seed).standard_normal(POOL, np.float32)
         self.num_bytes = 4 * sum(math.prod(shape) for shape in self.shapes.values())
 
     def where(self, name: str) -> str:
@@ -42,11 +54,17 @@ class RandomSource:
 
     def read(self, name: str) -> FloatArray:
         shape = self.shapes[name]
-        if len(shape) == 1:
+        if len(shape) == 1 and not name.endswith(".bias"):
             return np.ones(shape, np.float32)
-        rng = np.random.default_rng(list(name.encode()))
         # Rows of unit length keep activations near 1 through all layers.
-        return rng.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1]))
+        scale = np.float32(BIAS if len(shape) == 1 else 1 / math.sqrt(shape[1]))
+        out = np.empty(math.prod(shape), np.float32)
+        at, place = 0, zlib.crc32(name.encode()) % POOL
+        while at < len(out):
+            part = self._pool[place : place + len(out) - at]
+            np.multiply(part, scale, out=out[at : at + len(part)])
+            at, place = at + len(part), 0
+        return out.reshape(shape)
 
 
 class IdTokenizer:
@@ -68,12 +86,12 @@ class IdTokenizer:
 
 
 class RandomCheckpoint(Checkpoint):
-    """A checkpoint of a shape of SHAPES. Raises ValueError for another name."""
+    """A checkpoint of a shape of SHAPES, the same for a seed. Raises ValueError for another name."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, seed: int = 0) -> None:
         if name not in SHAPES:
             raise ValueError(f"a random model's shape must be one of {', '.join(SHAPES)}, not {name!r}")
-        super().__init__(RandomSource(name, SHAPES[name]))
+        super().__init__(RandomSource(name, SHAPES[name], seed))
 
     def tokenizer(self) -> Any:
         return IdTokenizer()

@@ -26,10 +26,10 @@ NVTX_DOMAIN = "sharp"
 def nvtx_domain() -> Any:
     """NVTX's domain of this engine; None without the package, or without a profiler that would hear."""
     try:
-        import nvtx
+        from nvtx import get_domain
     except ImportError:
         return None
-    domain = nvtx.get_domain(NVTX_DOMAIN)
+    domain = get_domain(NVTX_DOMAIN)
     # Without a tool the package hands out a stand-in, whose calls do nothing.
     return None if type(domain).__name__ == "DummyDomain" else domain
 
