@@ -23,10 +23,11 @@ def build_plan(
     page_copies: npt.NDArray[np.int32],
     config: EngineConfig,
 ) -> tuple[BatchPlan, Rows, Rows]:
-    """The plan of a step, the table row of each of its sequences, and that of each of its logits rows.
+    """The plan of a step, the table row of each of its sequences, and the sequence of each of its logits
+    rows.
 
-    decodes: rows that compute their last token. chunks: (running request, number of its next tokens).
-    One-token sequences come first (BatchPlan says why).
+    decodes: rows that compute their last token, known or coming. chunks: (running request, number of its next
+    tokens). One-token sequences come first (BatchPlan says why).
     """
     block_size, alone = config.block_size, len(decodes)
     chunks = sorted(chunks, key=lambda chunk: chunk[1] > 1)  # stable
@@ -38,7 +39,8 @@ def build_plan(
     np.cumsum(counts, out=cu_seqlens_q[1:])
     context_lens = starts + counts
     token_ids = np.empty(cu_seqlens_q[-1], np.int32)
-    token_ids[:alone] = table.last_token[decodes]
+    coming = table.coming[decodes] > 0  # the value is known to the device alone: ~(where it will be)
+    token_ids[:alone] = np.where(coming, ~table.logits_row[decodes], table.last_token[decodes])
     at = alone
     for request, count in chunks:
         first = request.num_computed_tokens
@@ -48,7 +50,8 @@ def build_plan(
     owner = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
     positions = np.arange(at, dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
     slot_mapping = block_table[owner, positions // block_size] * block_size + positions % block_size
-    complete = np.flatnonzero(context_lens == table.known[rows])
+    ends = table.known[rows] + table.coming[rows]
+    complete = np.flatnonzero(context_lens == ends).astype(np.int32)
     sampled = rows[complete]
     plan = BatchPlan(
         step=step,
@@ -63,9 +66,9 @@ def build_plan(
         logits_rows=cu_seqlens_q[1:][complete] - np.int32(1),
         temperatures=table.temperature[sampled],
         seeds=table.seed[sampled],
-        output_indices=table.known[sampled] - table.prompt[sampled],
+        output_indices=ends[complete] - table.prompt[sampled],
         num_logprobs=table.num_logprobs[sampled],
         page_copies=page_copies,
         token_budget=config.max_num_batched_tokens,
     )
-    return plan, rows, sampled
+    return plan, rows, complete

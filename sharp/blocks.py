@@ -116,6 +116,15 @@ class BlockAllocator:
         if key not in self._page_of:
             self._page_of[key], self._key_of[page] = page, key
 
+    def unpublish(self, pages: Iterable[int]) -> None:
+        """Let pages in use be found no more. Raises ValueError for a page that is not in use."""
+        for page in pages:
+            if page not in self._references:
+                raise ValueError(f"page {page} is not in use")
+            key = self._key_of.pop(page, None)
+            if key is not None:
+                del self._page_of[key]
+
     def find(self, keys: Iterable[bytes]) -> list[int]:
         """The pages of the longest run of `keys` from the first on that are all there."""
         pages = []

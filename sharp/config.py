@@ -42,6 +42,9 @@ class EngineConfig:
     prefix_caching: bool = (
         True  # whole pages of equal beginnings are computed once while room for them is free
     )
+    overlap: bool | None = (
+        None  # plan and launch a step while the one before runs; None: where the device runs beside the host
+    )
     seed: int = 0  # of requests that bring none
     device: str = "auto"
     dtype: str = "auto"
@@ -71,6 +74,8 @@ class EngineConfig:
             raise ValueError(f"admission must be one of {', '.join(ADMISSIONS)}, not {self.admission!r}")
         if not isinstance(self.prefix_caching, bool):
             raise TypeError(f"prefix_caching must be True or False, not {self.prefix_caching!r}")
+        if not isinstance(self.overlap, bool | None):
+            raise TypeError(f"overlap must be True, False or None, not {self.overlap!r}")
         make_policy(self.scheduling_policy, self.target_itl_ms)
         if self.device not in DEVICES:
             raise ValueError(f"device must be one of {', '.join(DEVICES)}, not {self.device!r}")

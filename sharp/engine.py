@@ -1,8 +1,10 @@
-"""The only loop: plan, stage, forward, sample, commit; and the promise that nobody who waits on it hangs.
+"""The only loop: plan, launch, land, commit; and the promise that nobody who waits on it hangs.
 
 By hand (notebooks, tests): add_request(), then step() until has_unfinished is False. Behind LLM: start() runs
-the same step() on a thread, and callers wait on the sinks of their requests. If a step raises, the engine is
-dead: every caller gets that very error, later ones EngineDead. Refuses to know files, devices and chat.
+the same step() on a thread, and callers wait on the sinks of their requests. A step that fails ends its own
+requests: who waits for them gets StepFailed, and the loop goes on. Any other error is the engine's end
+(failures.py says which): every caller gets that very error, later ones EngineDead. Refuses to know files,
+devices and chat, and what a step is made of (pipeline.py).
 """
 
 from __future__ import annotations
@@ -11,16 +13,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
-from functools import partial
+from contextlib import suppress
 from typing import Any
 
 from sharp.answer import AnswerText
 from sharp.config import EngineConfig
 from sharp.door import Door
 from sharp.event_log import EventLog
+from sharp.failures import StepFailed
 from sharp.interrupts import uninterrupted
 from sharp.live import LiveRequest, LiveRequests, Sample, Sink
-from sharp.plan import BatchPlan, SampleOutput, StepModel
+from sharp.pipeline import Pipeline
+from sharp.plan import BatchPlan, StepModel
 from sharp.request import (
     EngineClosed,
     EngineDead,
@@ -32,8 +36,7 @@ from sharp.request import (
 )
 from sharp.scheduler import Scheduler
 from sharp.trace import RunStats, StepRecord
-from sharp.watch import Watch
-from sharp.watchdog import expected_seconds
+from sharp.trace_events import Trace
 
 
 class Engine:
@@ -53,14 +56,12 @@ class Engine:
             )
         self.scheduler = Scheduler(config, model.num_blocks, self.max_model_len, model.config.eos_token_ids)
         self.door = Door(tokenizer, model.config.vocab_size, config.seed)
-        self.stats = RunStats()
-        self.log = EventLog(self.scheduler)  # of all that its scheduler was asked and said: log.save(path)
-        # Is told of each phase. Given no method of the engine's: in a cycle it would outlive its last user.
-        self.watch = Watch(partial(expected_seconds, self.scheduler, self.stats))
-        self.trace = self.watch.trace  # when each phase of the latest steps ran: trace.save(path)
-        self.last_plan: BatchPlan | None = None
         self._live = LiveRequests()
-        self._lock = threading.RLock()  # guards the scheduler and _live; never held during a forward
+        self._lock = threading.RLock()  # guards the scheduler and _live; never held while the model works
+        self.overlap = bool(getattr(model, "overlaps", False)) if config.overlap is None else config.overlap
+        self._pipeline = Pipeline(
+            model, self.scheduler, self._live, self._lock, self._die, overlap=self.overlap
+        )
         self._work = threading.Condition(self._lock)
         self._step_lock = threading.Lock()  # one step at a time
         self._dropped: deque[str] = deque()  # ids to abort before the next plan, see abort_soon
@@ -156,16 +157,22 @@ class Engine:
 
     @property
     def has_unfinished(self) -> bool:
+        """Whether step() has something to do or to return: also the last step in flight, though all may have
+        ended before it."""
         with self._lock:
-            return bool(self._live) or self._live.unfetched
+            return bool(self._live) or self._live.unfetched or self._pipeline.busy
 
     # A step ----------------------------------------------------------------------------------
 
     def step(self) -> list[RequestOutput]:
         """Compute one step; returns the outputs of the requests that moved, empty if there is nothing to do.
 
-        An interruption (Ctrl-C) leaves the engine as it was before the step. Any other error is the engine's
-        end: it is raised here and in every caller that waits.
+        With overlap: launch the next step and land the one before, whose outputs are returned; the first call
+        returns none, and the last one launches nothing.
+
+        An interruption (Ctrl-C) leaves the engine as it was before the steps in flight. StepFailed says that
+        a step's requests have ended by it; the outputs so far come with the next call, and the engine goes
+        on. Any other error is the engine's end: it is raised here and in every caller that waits.
         """
         was_alive = self._error is None
         with self._step_lock:
@@ -174,82 +181,49 @@ class Engine:
             with self._lock:
                 self._raise_if_over()
             try:
-                self._step()
+                self._end_what_is_over()
+                self._pipeline.step()
             except KeyboardInterrupt:
-                self.watch.gave_up()
-                self._roll_back()
+                self._pipeline.roll_back()
+                raise
+            except StepFailed:
                 raise
             except BaseException as error:
-                self.watch.gave_up()
                 self._die(error)
                 raise
         with self._lock:
             return self._live.fetch()
 
-    def _step(self) -> None:
-        lap = self.watch.lap
-        clock = [lap("plan")]
-        self._roll_back()  # a second Ctrl-C may have come in the way of it
+    def _end_what_is_over(self) -> None:
         with uninterrupted(), self._lock:
             while self._dropped:
                 self._abort(self._dropped.popleft())
             for live in self._live.overdue(time.monotonic()):
                 self._end(live, "timeout")
-            plan = self.scheduler.plan()
-            if plan is None and self._live:  # rather an error that reaches everybody than a loop for ever
-                raise RuntimeError(
-                    f"{len(self._live)} requests are unfinished, but the scheduler plans nothing"
-                )
-            if plan is not None:
-                self.log.plan(plan)
-        if plan is None:
-            self.watch.cut()
-            return
-        self.last_plan = plan
-        self.watch.planned(plan)
-        clock.append(lap("stage", plan.step))
-        batch = self.model.stage(plan)
-        clock.append(lap("forward", plan.step))
-        logits = self.model.forward(batch)
-        clock.append(lap("sample", plan.step))
-        sampled = self.model.sample(logits, batch)
-        clock.append(lap("commit", plan.step))
-        with uninterrupted(), self._lock:
-            try:
-                self._commit(plan, sampled, clock)
-            except BaseException as error:  # no Ctrl-C gets here: lengths and texts may disagree now
-                self._die(error)
-                raise
 
-    def _roll_back(self) -> None:
-        with uninterrupted(), self._lock:
-            if self.scheduler.in_flight is not None:
-                self.scheduler.rollback(self.scheduler.in_flight)
-                self.log.rollback()
+    @property
+    def stats(self) -> RunStats:
+        """Totals, and the latest steps."""
+        return self._pipeline.stats
 
-    def _commit(self, plan: BatchPlan, sampled: SampleOutput, clock: list[float]) -> None:
-        scheduler = self.scheduler
-        blocks_used = scheduler.pages.num_written()  # before finished requests give theirs back
-        updated = scheduler.commit(plan, sampled)
-        moved, stopped = self._live.of(updated), []
-        self.watch.enter("detokenise")
-        for _, sample in moved:
-            stop = sample.read()
-            if stop is not None:
-                scheduler.stop_on_text(sample.request, stop)
-                stopped.append((sample.request.request_id, stop))
-        self.watch.leave()
-        clock.append(self.watch.lap(None))
-        record = StepRecord.of(plan, clock, scheduler, blocks_used)
-        self.stats.add(record)
-        self.log.commit(plan, sampled, stopped, record)
-        scheduler.policy.observe(plan, record.seconds)
-        self.watch.committed(record)
-        self._live.deliver(live for live, _ in moved)
+    @property
+    def log(self) -> EventLog:
+        """All that the scheduler was asked and said: log.save(path)."""
+        return self._pipeline.log
+
+    @property
+    def trace(self) -> Trace:
+        """When each phase of the latest steps ran: trace.save(path)."""
+        return self._pipeline.watch.trace
+
+    @property
+    def last_plan(self) -> BatchPlan | None:
+        """The latest plan; with overlap it may still be in flight."""
+        return self._pipeline.last_plan
 
     @property
     def last_step(self) -> StepRecord | None:
-        """The record of the latest step."""
+        """The record of the latest step that has landed."""
         return self.stats.history[-1] if self.stats.history else None
 
     # The loop thread, the end ----------------------------------------------------------------------------
@@ -266,11 +240,12 @@ class Engine:
         try:
             while True:
                 with self._work:
-                    while not self._closed and not self._live:
+                    while not self._closed and not self._live and not self._pipeline.busy:
                         self._work.wait()
                     if self._closed:
                         return
-                self.step()
+                with suppress(StepFailed):  # its requests have been told
+                    self.step()
         except (EngineDead, EngineClosed):
             return
         except BaseException as error:  # step() has told the callers; this is for an error outside of it
@@ -309,6 +284,7 @@ class Engine:
             if self._error is None and not self._closed:
                 self._error = error
             self._live.tell_all(error)
+            self._pipeline.forget()
 
     def close(self, timeout: float = 10.0) -> None:
         """End the loop; callers that still wait get EngineClosed. The model is closed too. May be called
@@ -331,5 +307,6 @@ class Engine:
     def _close_model(self) -> None:
         with self._lock:
             already, self._model_closed = self._model_closed, True
+            self._pipeline.forget()
         if not already:
             self.model.close()

@@ -24,11 +24,11 @@ from sharp.request import Request
 from sharp.scheduler import Scheduler
 from sharp.trace import StepRecord
 
-VERSION = 1
+VERSION = 2  # 1 had other times and one step in flight
 LOG_BYTES = 32 << 20  # of events held, roughly: a busy engine's last quarter of an hour or so
 EVENT_BYTES, SEQUENCE_BYTES, TOKEN_BYTES = 600, 24, 4  # what an event and its parts are counted as
 # Of a StepRecord, beside its commit: what people look for, and the times that a policy was told.
-TIMES = ("plan_s", "stage_s", "forward_s", "sample_s", "commit_s")
+TIMES = ("plan_s", "launch_s", "wait_s", "commit_s", "gpu_s", "seconds")
 STATE = (
     "num_tokens", "num_decodes", "running", "waiting", "waiting_for", "not_scheduled", "blocks_used",
     "blocks_total", "free_blocks", "cached_blocks", "hit_tokens", "preemptions",
@@ -36,9 +36,10 @@ STATE = (
 
 
 def checksum(plan: BatchPlan) -> int:
-    """32 bits of all that a plan says of pages, slots, positions, rows and copies."""
+    """32 bits of all that a plan says of ids, pages, slots, positions, rows and copies."""
     value = 0
-    for name in ("block_table", "slot_mapping", "positions", "cu_seqlens_q", "logits_rows", "page_copies"):
+    for name in ("token_ids", "block_table", "slot_mapping", "positions", "cu_seqlens_q", "logits_rows",
+                 "page_copies"):  # fmt: skip
         value = zlib.crc32(getattr(plan, name).tobytes(), value)
     return value
 
@@ -85,20 +86,21 @@ class EventLog:
         self._add(event, TOKEN_BYTES * len(request.prompt_token_ids))
 
     def end(self, request: Request, reason: str) -> None:
-        """A request was ended from outside: "abort" or "timeout"."""
+        """A request was ended from outside: "abort", "timeout", or "error" of its step."""
         self._add({"event": "end", "id": request.request_id, "reason": reason})
 
     def plan(self, plan: BatchPlan) -> None:
         self._add(planned(plan), SEQUENCE_BYTES * plan.num_seqs)
 
     def rollback(self) -> None:
-        """The latest plan did not happen."""
+        """The newest plan in flight did not happen."""
         self._add({"event": "rollback"})
 
     def commit(
         self, plan: BatchPlan, sampled: SampleOutput, stopped: Sequence[tuple[str, str]], record: StepRecord
     ) -> None:
-        """The latest plan happened. stopped: (id, stop string) of answers that their text ended, in order."""
+        """The oldest plan in flight happened. stopped: (id, stop string) of answers that their text ended, in
+        order."""
         event = {
             "event": "commit",
             "step": plan.step,

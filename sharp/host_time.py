@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sharp.config import EngineConfig, ModelConfig
+from sharp.eager import Eager
 from sharp.engine import Engine
 from sharp.live import Sink
 from sharp.plan import BatchPlan, SampleOutput
@@ -24,7 +25,7 @@ STEPS = 60  # of each size; the median counts
 PROMPT = 64  # tokens: the tables of pages have a few columns
 
 
-class NoModel:
+class NoModel(Eager):
     """Satisfies sharp.plan.StepModel and computes nothing."""
 
     def __init__(self, config: ModelConfig, num_blocks: int, block_size: int) -> None:

@@ -133,9 +133,7 @@ class LiveRequests:
         for live in dict.fromkeys(moved):
             finished = live.finished
             if finished:
-                del self._live[live.request_id]
-                for sample in live.samples:
-                    del self._of[sample.request.request_id]
+                self._forget(live)
             if live.final_only and not finished:
                 continue
             output = live.snapshot()
@@ -143,6 +141,24 @@ class LiveRequests:
                 live.sink.put(output)
             else:
                 self._outbox.append(output)
+
+    def fail(self, ended: Iterable[LiveRequest], error: BaseException) -> None:
+        """Hand `error` to those who wait for these requests, each sink once, and forget them. Who fetches
+        finds their last outputs, as far as they got."""
+        sinks: dict[int, Sink] = {}
+        for live in ended:
+            self._forget(live)
+            if live.sink is not None:
+                sinks[id(live.sink)] = live.sink
+            else:
+                self._outbox.append(live.snapshot())
+        for sink in sinks.values():
+            sink.put(error)
+
+    def _forget(self, live: LiveRequest) -> None:
+        del self._live[live.request_id]
+        for sample in live.samples:
+            del self._of[sample.request.request_id]
 
     def fetch(self) -> list[RequestOutput]:
         """The outputs since the last call of those without a sink."""

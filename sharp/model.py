@@ -40,6 +40,7 @@ from kernels_numba.ops.prefill_attention import door as prefill_door
 from sharp.budget import Budget, plan_memory
 from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
+from sharp.eager import Eager
 from sharp.fits import refuse_if_too_large
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.rope import rope_table
@@ -150,9 +151,9 @@ def forward(
     return logits
 
 
-class Model:
-    """Weights, pages and workspace on one device, and the three verbs the engine drives: stage, forward,
-    sample.
+class Model(Eager):
+    """Weights, pages and workspace on one device, and a step's three verbs: stage, forward, sample; launch
+    and land, which the engine drives, are made of them.
     """
 
     def __init__(
@@ -252,6 +253,11 @@ class Model:
     def device_name(self) -> str:
         chosen = [f", {op} {rung}" for op, rung in self.rungs.items() if rung != self.device.default_rung]
         return f"{self.device.name}, {self.device.dtype}{''.join(chosen)}"
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether steps run beside the host: on a GPU, not in numpy and not in numba's simulator."""
+        return self.device.capability is not None
 
     def stage(self, plan: BatchPlan) -> DeviceBatch:
         """Bring a plan to the device. Raises ValueError if it is larger than the workspace."""

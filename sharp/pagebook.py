@@ -104,12 +104,13 @@ class PageBook:
     def publish(self, planned: Rows, context_lens: Rows) -> None:
         """Let the pages that a step has filled be found: they are written now, and will not change.
 
-        planned: the table's rows of the step, context_lens: tokens in their pages after it.
+        planned: rows of the step that still run, context_lens: tokens in their pages after it. A step in
+        flight behind it has a token more in a page of its own; whether that one counts is not known yet.
         """
         if not self.prefix_caching:
             return
         table, whole = self.table, context_lens // self.block_size
-        filled = np.flatnonzero((whole > table.published[planned]) & table.live[planned])
+        filled = np.flatnonzero(whole > table.published[planned])
         for row, stop in zip(planned[filled].tolist(), whole[filled].tolist(), strict=True):
             request: Request = table.request[row]
             if len(request.page_keys) < stop:

@@ -6,7 +6,7 @@ Knows index arithmetic; refuses to know requests (only their ids, for people), d
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +22,9 @@ class BatchPlan:
     """T tokens of B sequences; R of them need logits. Sequences of exactly one token come first.
 
     So token row b belongs to sequence b for b < num_decodes, and `cu_seqlens_q[num_decodes] == num_decodes`.
-    page_copies are (source, destination) pages, to be copied before anything else of the step.
+    page_copies are (source, destination) pages, to be copied before anything else of the step. A token id ~r,
+    which is negative, is one that the host does not know yet: the id sampled in logits row r of the plan
+    right before this one.
     """
 
     step: int
@@ -65,6 +67,22 @@ class BatchPlan:
     def logits_seqs(self) -> Int32:
         """[R] the sequence of each logits row."""
         return (np.searchsorted(self.cu_seqlens_q, self.logits_rows, side="right") - 1).astype(np.int32)
+
+    def with_ids(self, sampled: Int32) -> BatchPlan:
+        """This plan with its unknown ids filled in. sampled: [R] of the plan right before it. Raises
+        ValueError for a row that it does not have."""
+        unknown = self.token_ids < 0
+        if not unknown.any():
+            return self
+        rows = ~self.token_ids[unknown]
+        if rows.max() >= len(sampled):
+            raise ValueError(
+                f"step {self.step} goes on from logits row {rows.max()} of the step before, which sampled "
+                f"{len(sampled)} rows"
+            )
+        token_ids = self.token_ids.copy()
+        token_ids[unknown] = sampled[rows]
+        return replace(self, token_ids=token_ids)
 
     def check(self, block_size: int) -> None:
         """Raise AssertionError naming the first array that contradicts another."""
@@ -132,12 +150,35 @@ class SampleOutput:
     logprobs: tuple[dict[int, float] | None, ...]  # R
 
 
+@dataclass
+class Launched:
+    """A step that a model has queued. state: what the model needs to land it; gpu_s: seconds from the step's
+    start to its end on the device, filled in by land() where the model measures it; so are streams, what the
+    device did for it: (row, name, start, end), a row of trace_events.ROWS, seconds of time.perf_counter."""
+
+    plan: BatchPlan
+    state: Any = None
+    gpu_s: float | None = None
+    streams: tuple[tuple[str, str, float, float], ...] = ()
+
+
 class StepModel(Protocol):
-    """What the engine asks of a model: it answers a BatchPlan in three calls. See sharp/model.py."""
+    """What the engine asks of a model: it answers a BatchPlan in two calls. See sharp/model.py.
+
+    launch() queues a step behind those launched before and does not wait for it; land() waits and returns its
+    ids, in the order of launching. What is launched need not be landed: an interrupted step is forgotten, and
+    the next launch goes on as if it were the first. stage, forward and sample are the same step one by one,
+    to be looked at and timed. A model whose device runs beside the host says so by an attribute `overlaps`,
+    True.
+    """
 
     config: ModelConfig
     num_blocks: int
     block_size: int
+
+    def launch(self, plan: BatchPlan) -> Launched: ...
+
+    def land(self, launched: Launched) -> SampleOutput: ...
 
     def stage(self, plan: BatchPlan) -> Any: ...
 

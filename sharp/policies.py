@@ -64,8 +64,8 @@ class SchedulingPolicy:
         return most
 
     def observe(self, plan: BatchPlan, seconds: float) -> None:
-        """Told after each step how long it took, from before it was planned until its tokens were handed
-        over."""
+        """Told after each step how long it took: StepRecord.seconds. With overlap the step after it has been
+        planned by then."""
 
     def predict(self, plan: BatchPlan) -> float | None:
         """Seconds that a step is expected to take, if the policy knows: the watchdog asks."""

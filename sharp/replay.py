@@ -53,7 +53,7 @@ class Arrive(msgspec.Struct, tag_field="event", tag="arrive"):
 
 class End(msgspec.Struct, tag_field="event", tag="end"):
     id: str
-    reason: Literal["abort", "timeout"]
+    reason: Literal["abort", "timeout", "error"]
 
 
 class Plan(msgspec.Struct, tag_field="event", tag="plan"):
@@ -70,7 +70,7 @@ class Commit(msgspec.Struct, tag_field="event", tag="commit"):
     step: int
     sampled: list[int]
     stopped: list[tuple[str, str]]
-    times: dict[str, float]
+    times: dict[str, float | None]
 
 
 Event = Arrive | End | Plan | Rollback | Commit
@@ -165,20 +165,17 @@ class _Run:
         self.scheduler, self.steps, self.arrivals = scheduler, 0, 0
         self._door = Door(None, ANY_TOKEN, 0)
         self._requests: dict[str, Request] = {}
-        self._plan: BatchPlan | None = None
 
     def take(self, event: Event) -> None:
         match event:
             case Arrive():
                 self._arrive(event)
             case End():
-                self._request(event.id)
-                self.scheduler.finish(self._requests[event.id], event.reason)
-                self._forget((event.id,))
+                self._end(self._request(event.id), event.reason)
             case Plan():
                 self._compare(event)
             case Rollback():
-                self.scheduler.rollback(self._in_flight())
+                self.scheduler.rollback(self._in_flight(-1))
             case Commit():
                 self._commit(event)
 
@@ -198,16 +195,26 @@ class _Run:
             raise ReplayError(f"no unfinished request {name!r}")
         return self._requests[name]
 
-    def _in_flight(self) -> BatchPlan:
-        if self._plan is None or self.scheduler.in_flight is None:
+    def _end(self, request: Request, reason: str) -> None:
+        names = [one.request_id for one in (request, *request.samples)]
+        if reason == "error":
+            self.scheduler.fail(request)
+        else:
+            self.scheduler.finish(request, reason)
+        for name in names:
+            del self._requests[name]
+
+    def _in_flight(self, which: int) -> BatchPlan:
+        """The oldest plan in flight (0) or the newest (-1)."""
+        if not self.scheduler.in_flight:
             raise ReplayError("no plan is in flight")
-        return self._plan
+        return self.scheduler.in_flight[which]
 
     def _compare(self, logged: Plan) -> None:
-        self._plan = self.scheduler.plan()
-        if self._plan is None:
+        plan = self.scheduler.plan()
+        if plan is None:
             raise ReplayError(f"the log has a plan of step {logged.step}, the scheduler plans nothing")
-        again = planned(self._plan)
+        again = planned(plan)
         names, counts = again["scheduled"]
         ours = (list(names), counts.tolist())
         if (again["step"], ours) != (logged.step, logged.scheduled):
@@ -216,11 +223,11 @@ class _Run:
                 f"{again['step']}: {_who(*ours)}"
             )
         if again["checksum"] != logged.checksum:
-            raise ReplayError(f"step {logged.step}: the same tokens, but other pages, rows or copies")
+            raise ReplayError(f"step {logged.step}: the same tokens, but other ids, pages, rows or copies")
         self.steps += 1
 
     def _commit(self, event: Commit) -> None:
-        plan = self._in_flight()
+        plan = self._in_flight(0)
         if event.step != plan.step:
             raise ReplayError(f"step {event.step} is committed, but step {plan.step} is in flight")
         missing = [name for name in TIMES if name not in event.times]
@@ -233,9 +240,7 @@ class _Run:
         for name, stop in event.stopped:
             self.scheduler.stop_on_text(self._request(name), stop)
         self._forget(r.request_id for r in updated if r.status is Status.FINISHED)
-        # The sum as StepRecord makes it: a policy must be told the same float.
-        plan_s, stage_s, forward_s, sample_s, commit_s = (event.times[name] for name in TIMES)
-        self.scheduler.policy.observe(plan, plan_s + stage_s + forward_s + sample_s + commit_s)
+        self.scheduler.policy.observe(plan, event.times["seconds"] or 0.0)
 
     def _forget(self, names: Iterable[str]) -> None:
         for name in names:

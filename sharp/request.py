@@ -156,7 +156,7 @@ class Request:
     table: RunningTable | None = field(default=None, repr=False)
     row: int = -1
     status: Status = Status.WAITING
-    finish_reason: str | None = None  # "stop", "length", "abort" or "timeout"
+    finish_reason: str | None = None  # "stop", "length", "abort", "timeout" or "error" (its step failed)
     stop_reason: int | str | None = None  # the token id or string that ended it; None for eos and limits
 
     @property

@@ -16,9 +16,12 @@ from sharp.request import Request
 
 COLUMNS: dict[str, Any] = {
     "live": np.bool_,  # False: the row is free
+    "admission": np.int64,  # which of all that ever got a row this is, from 1; 0: the row is free
     "computed": np.int32,  # tokens planned into steps: Request.num_computed_tokens reads it
     "prompt": np.int32,  # tokens of the prompt
     "known": np.int32,  # tokens whose values are known
+    "coming": np.int32,  # tokens that steps in flight sample: their values are not known yet
+    "logits_row": np.int32,  # of the latest plan that samples one: where the latest coming token will be
     "limit": np.int32,  # known tokens at which the answer ends with "length"
     "last_token": np.int32,
     "num_pages": np.int32,
@@ -38,9 +41,12 @@ class RunningTable:
     """Columns of R rows and pages i32[R, P], -1 padded; both grow by doubling and never shrink."""
 
     live: npt.NDArray[np.bool_]
+    admission: npt.NDArray[np.int64]
     computed: npt.NDArray[np.int32]
     prompt: npt.NDArray[np.int32]
     known: npt.NDArray[np.int32]
+    coming: npt.NDArray[np.int32]
+    logits_row: npt.NDArray[np.int32]
     limit: npt.NDArray[np.int32]
     last_token: npt.NDArray[np.int32]
     num_pages: npt.NDArray[np.int32]
@@ -62,6 +68,7 @@ class RunningTable:
         self._ordered = 0
         self._stale = False
         self._free = list(range(15, -1, -1))
+        self._admissions = 0  # since the start
         self.promised = 0  # samples that will fork from what runs: seats that are taken
 
     def __len__(self) -> int:
@@ -93,8 +100,11 @@ class RunningTable:
         self._order[len(rows)] = row
         self._ordered += 1
         self.live[row] = True
+        self._admissions += 1
+        self.admission[row] = self._admissions
         self.computed[row], self.published[row] = computed, published
         self.prompt[row], self.known[row] = len(request.prompt_token_ids), request.num_tokens
+        self.coming[row] = 0
         self.limit[row], self.last_token[row] = limit, request.last_token
         self.temperature[row], self.seed[row] = params.temperature, request.seed
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
@@ -127,7 +137,7 @@ class RunningTable:
         """Free the request's row. Its `block_ids` are left to it."""
         self.promised -= int(self.num_samples[request.row])
         self.num_samples[request.row] = 0
-        self.live[request.row] = False
+        self.live[request.row], self.admission[request.row] = False, 0
         self.request[request.row] = self.name[request.row] = None
         self._free.append(request.row)
         self._stale = True
@@ -168,7 +178,8 @@ class RunningTable:
             assert self.known[row] == request.num_tokens, f"{name}: known tokens"
             assert self.last_token[row] == request.last_token, f"{name}: last token"
             assert self.num_samples[row] == len(request.samples), f"{name}: samples"
-            assert self.computed[row] <= self.known[row], f"{name}: more computed than known"
+            known = self.known[row] + max(0, self.coming[row] - 1)  # the latest coming token is not computed
+            assert self.computed[row] <= known, f"{name}: more computed than known"
             assert self.seed[row] == request.seed, f"{name}: seed"
             pages = self.pages[row]
             assert pages[pages >= 0].tolist() == request.block_ids, f"{name}: pages"

@@ -7,8 +7,9 @@ here. Admission "reserve" books a request's worst case in pages, so nothing runn
 books what is known of it, and when a page is missing a running request gives all of its own back, waits, and
 reads prompt and answer so far again. Pages are found, booked and given back by the PageBook (pagebook.py).
 Nobody but this class changes a Request: plan() reserves and advances lengths, commit() appends token values
-and lets pages be found, rollback() undoes a plan that did not run. Refuses to know text, devices, time, and
-what a model computes.
+and lets pages be found, rollback() undoes a plan that did not run. A step may be planned while the one before
+it runs (flights.py): who ends by a token that is still to come goes one step too far, and that step's token
+is dropped. Refuses to know text, devices, time, and what a model computes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from sharp.batching import Rows, build_plan
 from sharp.blocks import BlockAllocator
 from sharp.config import EngineConfig
+from sharp.flights import MOST, Flights
 from sharp.pagebook import PageBook
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.policies import make_policy, share_out, step_budget
@@ -50,8 +53,7 @@ class Scheduler:
         self.step = 0
         self.arrivals = 0
         self.preemptions = 0
-        self.in_flight: BatchPlan | None = None  # planned, neither committed nor rolled back
-        self._planned = self._sampled = NO_ROWS  # of the plan in flight: rows of its sequences, of its logits
+        self.flights = Flights(self.table)
         # Of the latest plan(), for people: why a running or preempted request got no token, by id, and what
         # the waiting ones wait for ("pages", "token budget", "max_num_seqs", "preemption").
         self.not_scheduled: dict[str, str] = {}
@@ -61,6 +63,11 @@ class Scheduler:
     def running(self) -> list[Request]:
         """What runs, in order of admission."""
         return self.table.requests()
+
+    @property
+    def in_flight(self) -> tuple[BatchPlan, ...]:
+        """Plans that are neither committed nor rolled back, oldest first."""
+        return self.flights.plans
 
     # Admission ------------------------------------------------------------------------------------
 
@@ -82,8 +89,8 @@ class Scheduler:
         """Take all pages from a running request and put it back in the queue; its answer so far is kept.
 
         When it is admitted again, prompt and answer so far are read again, in chunks, but for those pages
-        that are still in the prefix cache. If its step is in flight, the token sampled there is dropped (and
-        will be sampled again, the same). Raises ValueError for what does not run.
+        that are still in the prefix cache. Tokens of its steps in flight are dropped (and will be sampled
+        again, the same). Raises ValueError for what does not run.
         """
         if request.status is not Status.RUNNING:
             raise ValueError(f"request {request.request_id} is {request.status.value}, not running")
@@ -96,18 +103,24 @@ class Scheduler:
     # A step ---------------------------------------------------------------------------------------
 
     def plan(self) -> BatchPlan | None:
-        """The next step, or None if there is nothing to compute. Advances `num_computed_tokens` of its
-        requests.
+        """The next step, or None if there is nothing to compute before a step in flight has landed. Advances
+        `num_computed_tokens` of its requests.
 
-        Raises RuntimeError while a plan is in flight, and ValueError or RuntimeError for a policy that shares
-        out what there is not, or nothing.
+        Raises RuntimeError while two plans are in flight, and ValueError or RuntimeError for a policy that
+        shares out what there is not, or nothing.
         """
-        if self.in_flight is not None:
-            raise RuntimeError(f"the plan of step {self.in_flight.step} is neither committed nor rolled back")
+        if len(self.flights) == MOST:
+            steps = " and ".join(str(plan.step) for plan in self.in_flight)
+            raise RuntimeError(f"the plans of steps {steps} are neither committed nor rolled back")
         self.not_scheduled, self.waiting_for = {}, None
         table, rows = self.table, self.table.rows
+        if self.flights:
+            last = self._last_is_coming(rows)
+            self.not_scheduled.update(dict.fromkeys(table.name[rows[last]].tolist(), "last token in flight"))
+            rows = rows[~last]
         computed = table.computed[rows]
-        decoding = (table.known[rows] - computed == 1) & (computed >= table.prompt[rows])
+        decoding = table.known[rows] + table.coming[rows] - computed == 1
+        decoding &= computed >= table.prompt[rows]
         decodes, reading = rows[decoding], rows[~decoding]
         budget = self.config.max_num_batched_tokens
         chunks: list[tuple[Request, int]] = []
@@ -119,37 +132,58 @@ class Scheduler:
         if not chunks:
             if self._grow(decodes):  # pages are short: admitting in the same step would ask for more
                 decodes, reading = decodes[table.live[decodes]], reading[table.live[reading]]
+                decodes = decodes[~self._short(decodes)]
                 self.waiting_for = "preemption"
             prompts, budget = table.request[reading].tolist(), budget - len(decodes)
             if prompts or self.waiting:
                 budget = step_budget(self.policy, table.computed[decodes], prompts, budget)
             chunks = self._read(prompts, budget)
         if not len(decodes) and not chunks:
-            if len(table):
+            if len(table) and not self.flights:
                 raise RuntimeError(f"scheduling policy {self.policy.name!r} gives no prompt any token")
             return None
         self.step += 1
-        plan, self._planned, self._sampled = build_plan(
-            self.step, table, decodes, chunks, self.pages.forks.array(), self.config
+        plan, planned, sampled = build_plan(
+            self.step, table, decodes, chunks, self.pages.forks.take(), self.config
         )
-        table.computed[self._planned] = plan.context_lens
-        self.in_flight = plan
+        self.flights.add(plan, planned, sampled)
         return plan
 
+    def _last_is_coming(self, rows: Rows) -> npt.NDArray[np.bool_]:
+        """Which rows end with "length", at the latest, when the steps in flight have landed."""
+        table = self.table
+        last: npt.NDArray[np.bool_] = table.known[rows] + table.coming[rows] >= table.limit[rows]
+        return last
+
+    def _short(self, decodes: Rows) -> npt.NDArray[np.bool_]:
+        """Which rows have no page for their next token."""
+        table = self.table
+        short: npt.NDArray[np.bool_] = (
+            table.num_pages[decodes] * self.config.block_size <= table.computed[decodes]
+        )
+        return short
+
     def _grow(self, decodes: Rows) -> bool:
-        """A page for every decode whose next token has none; True if somebody was preempted for it."""
-        preemptions, table = self.preemptions, self.table
-        short = decodes[table.num_pages[decodes] * self.config.block_size <= table.computed[decodes]]
-        for request in table.request[short].tolist():
+        """A page for every decode whose next token has none; True if there were too few.
+
+        Then somebody is preempted, unless the one to give way gives its pages back when the step in flight
+        lands: what lacks a page waits so long.
+        """
+        scarce = False
+        for request in self.table.request[decodes[self._short(decodes)]].tolist():
             while request.status is Status.RUNNING and (
                 len(request.block_ids) * self.config.block_size <= request.num_computed_tokens
             ):
                 if self.pages.grow(request):
                     continue
+                scarce = True
                 victim = self.policy.victim(self.running)
+                if self._last_is_coming(np.array([victim.row], np.int32))[0]:
+                    self.not_scheduled[request.request_id] = "pages"
+                    break
                 self.preempt(victim)
                 self.not_scheduled[victim.request_id] = "preempted"
-        return self.preemptions > preemptions
+        return scarce
 
     def _read(self, prompts: Sequence[Request], budget: int) -> list[tuple[Request, int]]:
         """Chunks of prompts: of those that run, and of new ones as long as some of the budget remains, or
@@ -179,29 +213,32 @@ class Scheduler:
         return work
 
     def commit(self, plan: BatchPlan, sampled: SampleOutput) -> list[Request]:
-        """Append the step's tokens; returns the requests that got one. Those that ended have given their
-        pages back.
+        """Append the tokens of the oldest step in flight; returns the requests that got one. Those that ended
+        have given their pages back.
 
-        A request that was aborted while the step ran is passed over.
+        A request that was ended or preempted since the step was planned is passed over. Raises ValueError for
+        another plan than the oldest, or another number of tokens than it samples, and FloatingPointError for
+        a token that could not be sampled; nothing is changed then.
         """
-        self._land(plan)
+        flight = self.flights.oldest(plan)
         if not len(sampled.token_ids) == len(sampled.logprobs) == len(plan.logits_rows):
             raise ValueError(
                 f"{len(sampled.token_ids)} tokens sampled for {len(plan.logits_rows)} logits rows"
             )
-        self.pages.forks.made()
-        table = self.table
-        kept = np.flatnonzero(table.live[self._sampled])
-        rows, token_ids = self._sampled[kept], sampled.token_ids[kept]
-        if (token_ids < 0).any():
-            name = table.name[rows[token_ids < 0][0]]
+        table, none = self.table, sampled.token_ids < 0
+        if none.any() and (none := none & flight.alive(table)[flight.sampled]).any():
+            name = plan.request_ids[flight.sampled[none][0]]
             raise FloatingPointError(f"request {name}: no token sampled, its logits are not finite")
+        alive = self.flights.land(plan)
+        self.pages.forks.made(plan.page_copies)
+        kept = np.flatnonzero(alive[flight.sampled])
+        rows, token_ids = flight.rows[flight.sampled[kept]], sampled.token_ids[kept]
         updated = table.append_tokens(rows, token_ids)
         for place in np.flatnonzero(plan.num_logprobs[kept] >= 0).tolist():
             logprobs = sampled.logprobs[kept[place]]
             assert logprobs is not None
             updated[place][0].logprobs.append(logprobs)
-        self.pages.publish(self._planned, plan.context_lens)
+        self.pages.publish(flight.rows[alive], plan.context_lens[alive])
         for place in np.flatnonzero(table.num_samples[rows]).tolist():
             self.pages.forks.fork(updated[place][0])
         may_end = table.known[rows] >= table.limit[rows]
@@ -223,7 +260,7 @@ class Scheduler:
         """How many further steps give each running sequence one token and nothing else, whatever waits: none
         ends, so nothing that waits can come in. 0 where a step may differ, or pages be missing."""
         table, rows = self.table, self.table.rows
-        if self.in_flight is not None or self.config.admission != "reserve" or not len(rows):
+        if self.flights or self.config.admission != "reserve" or not len(rows):
             return 0
         if self.config.prefix_caching or self.pages.forks.copies:  # pages are published, copied on the way
             return 0
@@ -244,19 +281,17 @@ class Scheduler:
             request.output_token_ids.extend([token_id] * steps)
         self.step += steps
 
-    def _land(self, plan: BatchPlan) -> None:
-        if plan is not self.in_flight:
-            raise ValueError(f"the plan of step {plan.step} is not the one in flight")
-        self.in_flight = None
+    def rollback(self, plan: BatchPlan) -> list[Request]:
+        """Undo the newest plan in flight, whose step did not happen or does not count: the same tokens are
+        planned again. Returns its requests that still run.
 
-    def rollback(self, plan: BatchPlan) -> None:
-        """Undo a plan whose step did not happen (it was interrupted): the same tokens are planned again.
-
-        K and V already written by it are written again with the same values, and copies made again.
+        K and V already written by it are written again with the same values, and copies made again. Raises
+        ValueError for another plan than the newest.
         """
-        self._land(plan)
-        counts, live = np.diff(plan.cu_seqlens_q), self.table.live[self._planned]
-        self.table.computed[self._planned[live]] -= counts[live]
+        flight, alive = self.flights.undo(plan)
+        self.pages.forks.undo(plan.page_copies)
+        requests: list[Request] = self.table.request[flight.rows[alive]].tolist()
+        return requests
 
     # The end of a request -------------------------------------------------------------------------
 
@@ -277,6 +312,12 @@ class Scheduler:
         request.finish_reason, request.stop_reason = reason, stop_reason
         for sample in request.samples[:]:
             self.finish(sample, reason)
+
+    def fail(self, request: Request) -> None:
+        """End a request whose step failed. Its pages are found by nobody any more: what made the step fail
+        may be in them, and would come back with every prompt that begins alike."""
+        self.blocks.unpublish(request.block_ids)
+        self.finish(request, "error")
 
     def stop_on_text(self, request: Request, stop: str) -> None:
         """End a request because its text holds a stop string, also when its last token has just ended it."""
@@ -303,6 +344,7 @@ class Scheduler:
     def check(self) -> None:
         """Raise AssertionError unless pages, sequences and lengths agree."""
         self.table.check()
+        self.flights.check()
         self.waiting.check()
         self.pages.check()
         assert len(self.table) + self.table.promised <= self.config.max_num_seqs, "too many sequences run"

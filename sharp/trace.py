@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from itertools import islice
 
 import numpy as np
 
@@ -19,21 +19,38 @@ HISTORY = 4096  # steps kept
 RECENT = 64  # steps that an estimate looks back on: seconds of a busy engine
 
 
+@dataclass
+class Phases:
+    """Seconds of a step by the host's clock, as they become known; gpu_s by the device's, if it tells."""
+
+    plan_s: float = 0.0
+    launch_s: float = 0.0  # queueing it; where the host computes (numpy, the simulator), the computation
+    wait_s: float = 0.0  # the host waiting for the device
+    commit_s: float = 0.0
+    gpu_s: float | None = None
+    seconds: float = 0.0  # what it took: see StepRecord
+
+
 @dataclass(frozen=True)
 class StepRecord:
-    """One step: what it computed, how long each phase took (seconds, host clock), and what was in use after
-    it."""
+    """One step: what it computed, how long it took, and what was in use after it.
+
+    seconds: until its tokens were there, from when its planning began or, if that is later, from when those
+    of the step before were there. With overlap, planning and launching fall into the time of the step before.
+    The host's share is host_s, the device's gpu_s.
+    """
 
     step: int
     plan_s: float
-    stage_s: float
-    forward_s: float  # on a GPU: queueing the launches; the wait for them is in sample_s
-    sample_s: float
+    launch_s: float  # queueing it; where the host computes (numpy, the simulator), the computation
+    wait_s: float  # the host waiting for the device
     commit_s: float
+    gpu_s: float | None  # from its start to its end on the device; None where that is not measured
+    seconds: float
     num_tokens: int
     num_seqs: int
     num_decodes: int
-    num_sampled: int
+    num_sampled: int  # tokens that became part of an answer
     padded_tokens: int  # what a rectangle of this step's sequences would have computed
     blocks_used: int
     blocks_total: int
@@ -48,28 +65,34 @@ class StepRecord:
     preemptions: int  # since the start
 
     @classmethod
-    def of(cls, plan: BatchPlan, clock: list[float], scheduler: Scheduler, blocks_used: int) -> StepRecord:
-        """The record of a step that was just committed; clock: the six times between its five phases."""
-        plan_s, stage_s, forward_s, sample_s, commit_s = (b - a for a, b in pairwise(clock))
+    def of(
+        cls,
+        plan: BatchPlan,
+        phases: Phases,
+        scheduler: Scheduler,
+        *,
+        blocks_used: int,
+        num_sampled: int,
+        not_scheduled: dict[str, str],
+        waiting_for: str | None,
+    ) -> StepRecord:
+        """The record of a step that was just committed. blocks_used: before those that ended gave theirs
+        back; not_scheduled, waiting_for: the scheduler's when it was planned."""
         return cls(
             step=plan.step,
-            plan_s=plan_s,
-            stage_s=stage_s,
-            forward_s=forward_s,
-            sample_s=sample_s,
-            commit_s=commit_s,
+            **vars(phases),
             num_tokens=plan.num_tokens,
             num_seqs=plan.num_seqs,
             num_decodes=plan.num_decodes,
-            num_sampled=len(plan.logits_rows),
+            num_sampled=num_sampled,
             padded_tokens=plan.padded_tokens,
             blocks_used=blocks_used,
             blocks_total=scheduler.blocks.num_blocks,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             scheduled=tuple(zip(plan.request_ids, np.diff(plan.cu_seqlens_q).tolist(), strict=True)),
-            not_scheduled=dict(scheduler.not_scheduled),
-            waiting_for=scheduler.waiting_for,
+            not_scheduled=not_scheduled,
+            waiting_for=waiting_for,
             free_blocks=scheduler.blocks.num_free,
             cached_blocks=scheduler.blocks.num_cached,
             hit_tokens=scheduler.pages.hit_tokens,
@@ -77,8 +100,9 @@ class StepRecord:
         )
 
     @property
-    def seconds(self) -> float:
-        return self.plan_s + self.stage_s + self.forward_s + self.sample_s + self.commit_s
+    def host_s(self) -> float:
+        """Seconds that the host worked for this step; on the host itself, computing is among them."""
+        return self.plan_s + self.launch_s + self.commit_s
 
     def _repr_html_(self) -> str:
         return records_table([self])
@@ -87,14 +111,15 @@ class StepRecord:
 def records_table(records: Iterable[StepRecord]) -> str:
     """An HTML table, a row a step."""
     head = "step|tokens|sequences|decodes|sampled|rectangle|pages|cached|hits|running|waiting|for|"
-    head += "preemptions|plan ms|stage|forward|sample|commit"
+    head += "preemptions|ms|plan|launch|wait|commit|gpu"
     rows = []
     for r in records:
         cells: list[object] = [
             r.step, r.num_tokens, r.num_seqs, r.num_decodes, r.num_sampled, r.padded_tokens,
             f"{r.blocks_used} / {r.blocks_total}", r.cached_blocks, r.hit_tokens, r.running, r.waiting,
             r.waiting_for or "", r.preemptions,
-            *(f"{1e3 * t:.2f}" for t in (r.plan_s, r.stage_s, r.forward_s, r.sample_s, r.commit_s)),
+            *(f"{1e3 * t:.2f}" for t in (r.seconds, r.plan_s, r.launch_s, r.wait_s, r.commit_s)),
+            "" if r.gpu_s is None else f"{1e3 * r.gpu_s:.2f}",
         ]  # fmt: skip
         rows.append("<tr>" + "".join(f"<td style='text-align:right'>{cell}</td>" for cell in cells) + "</tr>")
     header = "".join(f"<th>{name}</th>" for name in head.split("|"))

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from sharp.config import EngineConfig, ModelConfig
+from sharp.eager import Eager
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.request import SamplingParams
 
@@ -86,7 +87,7 @@ def expected(
 
 
 @dataclass
-class FakeModel:
+class FakeModel(Eager):
     """Pages of (token, position) cells instead of keys and values. Satisfies sharp.engine.StepModel."""
 
     config: ModelConfig = field(default_factory=model_config)

@@ -24,7 +24,8 @@ from sharp.request import EngineClosed, EngineDead, RequestOutput, SamplingParam
 TOKENIZER = FakeTokenizer()
 FOREVER = SamplingParams(max_tokens=2000, ignore_eos=True)
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-PHASES = ("plan", "stage", "forward", "sample", "commit", "detokenise")
+OF_THE_HOST = ("plan", "commit", "detokenise")
+PHASES = (*OF_THE_HOST, "stage", "forward", "sample")
 
 
 def make_llm(model: FakeModel | None = None, **options: Any) -> LLM:
@@ -103,12 +104,15 @@ class Odd(BaseException):
     """Not an Exception, as CancelledError is not."""
 
 
-@pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(
-    "error", [ValueError("boom"), MemoryError("no more"), Odd("odd")], ids=lambda e: type(e).__name__
-)
-def test_every_caller_gets_the_error(phase: str, error: BaseException) -> None:
-    with make_llm() as llm:
+ERRORS = (ValueError("boom"), MemoryError("no more"), Odd("odd"))
+# A MemoryError of the model ends its step alone: see test_failed_steps.py.
+FATAL = [(p, e) for p in PHASES for e in ERRORS if p in OF_THE_HOST or not isinstance(e, MemoryError)]
+
+
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+@pytest.mark.parametrize(("phase", "error"), FATAL, ids=repr)
+def test_every_caller_gets_the_error(phase: str, error: BaseException, overlap: bool) -> None:
+    with make_llm(overlap=overlap) as llm:
         armed = threading.Event()
         break_it(llm.engine, phase, error, armed)
         callers = Callers(llm)
@@ -143,9 +147,10 @@ def test_errors_that_end_loops_are_not_swallowed(error: BaseException) -> None:
             assert got is error or (isinstance(got, EngineDead) and got.__cause__ is error)
 
 
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
 @pytest.mark.parametrize("phase", PHASES)
-def test_by_hand_the_error_is_raised_by_step(phase: str) -> None:
-    engine = Engine(FakeModel(num_blocks=1024), FakeTokenizer(), engine_config())
+def test_by_hand_the_error_is_raised_by_step(phase: str, overlap: bool) -> None:
+    engine = Engine(FakeModel(num_blocks=1024), FakeTokenizer(), engine_config(overlap=overlap))
     armed, error = threading.Event(), ValueError("boom")
     break_it(engine, phase, error, armed)
     engine.add_request([4], FOREVER, "a")
@@ -332,13 +337,15 @@ def test_ctrl_c_ends_the_callers_requests_only(call: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-def test_ctrl_c_in_steps_by_hand() -> None:
+@pytest.mark.parametrize("overlap", [False, True], ids=["", "overlap"])
+def test_ctrl_c_in_steps_by_hand(overlap: bool) -> None:
     """A hundred interruptions by a timer, at any point of the loop: nothing lost, answers as without them."""
     output = run_script(
         """
         import signal
         signal.signal(signal.SIGALRM, lambda *args: signal.raise_signal(signal.SIGINT))
-        engine = Engine(FakeModel(num_blocks=4096), FakeTokenizer(), engine_config(max_num_batched_tokens=16))
+        config = engine_config(max_num_batched_tokens=16, overlap=OVERLAP)
+        engine = Engine(FakeModel(num_blocks=4096), FakeTokenizer(), config)
         wanted = {}
         long = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
         for n in range(8):
@@ -359,7 +366,7 @@ def test_ctrl_c_in_steps_by_hand() -> None:
                 if o.finished:
                     last[o.request_id] = list(o.outputs[0].token_ids)
         say("interruptions", count > 20, "equal", last == wanted, engine.scheduler.blocks.num_used)
-        """,
+        """.replace("OVERLAP", str(overlap)),
         "nothing",
     )
     assert "interruptions True equal True 0" in output, output

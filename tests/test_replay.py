@@ -143,12 +143,12 @@ def told(tmp_path: Path, lines: list[str], **options: Any) -> str:
 
 def test_what_a_log_says(lines: list[str]) -> None:
     header, *events = [json.loads(line) for line in lines]
-    assert header["sharp_log"] == 1
+    assert header["sharp_log"] == 2
     assert header["config"]["seed"] == 7
     assert header["policy"] == {"name": "fcfs", "options": {}}
     assert [event["event"] for event in events[:4]] == ["arrive", "plan", "commit", "arrive"]
     commit = events[2]
-    assert set(commit["times"]) == {"plan_s", "stage_s", "forward_s", "sample_s", "commit_s"}
+    assert set(commit["times"]) == {"plan_s", "launch_s", "wait_s", "commit_s", "gpu_s", "seconds"}
     assert {"running", "waiting", "free_blocks", "not_scheduled", "waiting_for"} <= set(commit)
     assert {"event": "end", "id": "r0", "reason": "abort"} in events
 
@@ -157,8 +157,8 @@ def test_damage_is_named_with_its_line(tmp_path: Path, lines: list[str]) -> None
     assert "changed.jsonl:3: damaged: " in told(tmp_path, [*lines[:2], lines[2][:-9], *lines[3:]])
     assert "changed.jsonl:2: damaged: " in told(tmp_path, [lines[0], '{"event": "nap"}', *lines[1:]])
     assert "changed.jsonl:1: damaged: " in told(tmp_path, lines[1:])
-    assert ":1: a log of version 99; this reads version 1" in told(
-        tmp_path, [lines[0].replace('"sharp_log":1', '"sharp_log":99'), *lines[1:]]
+    assert ":1: a log of version 99; this reads version 2" in told(
+        tmp_path, [lines[0].replace('"sharp_log":2', '"sharp_log":99'), *lines[1:]]
     )
     assert ":1: num_blocks must be at least 1" in told(
         tmp_path,
@@ -188,7 +188,7 @@ def test_another_plan_is_named(tmp_path: Path, lines: list[str]) -> None:
     )
     event = json.loads(lines[plan]) | {"checksum": 1}
     changed = [*lines[:plan], json.dumps(event), *lines[plan + 1 :]]
-    assert "step 1: the same tokens, but other pages, rows or copies" in told(tmp_path, changed)
+    assert "step 1: the same tokens, but other ids, pages, rows or copies" in told(tmp_path, changed)
     smaller = lines[0].replace('"max_num_batched_tokens":32', '"max_num_batched_tokens":8')
     assert "the scheduler plans step 1: r0: 8" in told(tmp_path, [smaller, *lines[1:]])
 
@@ -199,7 +199,7 @@ def test_other_pages_are_another_plan(
     """An allocator that hands out the same number of pages in another order is noticed."""
     original = BlockAllocator.allocate
     monkeypatch.setattr(BlockAllocator, "allocate", lambda self, count: original(self, count)[::-1])
-    assert "step 1: the same tokens, but other pages" in told(tmp_path, lines)
+    assert "step 1: the same tokens, but other ids, pages" in told(tmp_path, lines)
 
 
 def test_what_does_not_follow_is_named(tmp_path: Path, lines: list[str]) -> None:
@@ -212,15 +212,18 @@ def test_what_does_not_follow_is_named(tmp_path: Path, lines: list[str]) -> None
     assert "no unfinished request 'r9'" in told(
         tmp_path, [lines[0], '{"event":"end","id":"r9","reason":"abort"}']
     )
-    assert "does not fit what came before" in told(tmp_path, [*lines[: plan + 1], *lines[plan : plan + 1]])
+    again = told(tmp_path, [*lines[: plan + 1], *lines[plan : plan + 1]])  # behind the first, so another
+    assert "the scheduler plans step 2: r0: 1" in again
     twice = json.loads(lines[commit]) | {"sampled": [1, 2, 3]}
-    assert "3 tokens sampled for 1 logits rows" in told(tmp_path, [*lines[:commit], json.dumps(twice)])
+    assert "does not fit what came before: 3 tokens sampled for 1 logits rows" in told(
+        tmp_path, [*lines[:commit], json.dumps(twice)]
+    )
     late = json.loads(lines[commit]) | {"step": 8}
     assert "step 8 is committed, but step 1 is in flight" in told(
         tmp_path, [*lines[:commit], json.dumps(late)]
     )
     bare = json.loads(lines[commit]) | {"times": {"plan_s": 1.0}}
-    assert "times lack stage_s" in told(tmp_path, [*lines[:commit], json.dumps(bare)])
+    assert "times lack launch_s" in told(tmp_path, [*lines[:commit], json.dumps(bare)])
 
 
 def test_any_byte_may_be_wrong(tmp_path: Path, lines: list[str]) -> None:

@@ -339,19 +339,28 @@ def test_rollback_plans_the_same_again() -> None:
 
 
 def test_wrong_use() -> None:
+    """What is refused changes nothing: the plan can still be committed."""
     harness = Harness()
     harness.add(request("a", [3]))
     plan = harness.scheduler.plan()
     assert plan is not None
-    with pytest.raises(RuntimeError, match="neither committed nor rolled back"):
+    behind = harness.scheduler.plan()
+    assert behind is not None
+    with pytest.raises(RuntimeError, match="steps 1 and 2 are neither committed nor rolled back"):
         harness.scheduler.plan()
-    nothing = SampleOutput(np.zeros(0, np.int32), ())
+    nothing, one = SampleOutput(np.zeros(0, np.int32), ()), SampleOutput(np.array([7], np.int32), (None,))
     with pytest.raises(ValueError, match="0 tokens sampled for 1"):
         harness.scheduler.commit(plan, nothing)
-    with pytest.raises(ValueError, match="not the one in flight"):
-        harness.scheduler.commit(plan, nothing)
-    with pytest.raises(ValueError, match="not the one in flight"):
+    with pytest.raises(ValueError, match="step 2 is not the oldest one in flight"):
+        harness.scheduler.commit(behind, one)
+    with pytest.raises(ValueError, match="step 1 is not the newest one in flight"):
         harness.scheduler.rollback(plan)
+    harness.scheduler.check()
+    harness.scheduler.rollback(behind)
+    harness.scheduler.commit(plan, one)
+    for call in (lambda: harness.scheduler.commit(plan, one), lambda: harness.scheduler.rollback(plan)):
+        with pytest.raises(ValueError, match="step 1 is not the one in flight"):
+            call()
 
 
 def test_no_token_sampled() -> None:
@@ -361,6 +370,9 @@ def test_no_token_sampled() -> None:
     assert plan is not None
     with pytest.raises(FloatingPointError, match="request a"):
         harness.scheduler.commit(plan, SampleOutput(np.array([-1], np.int32), (None,)))
+    assert harness.scheduler.in_flight == (plan,)  # nothing has changed
+    harness.scheduler.rollback(plan)
+    harness.finish()
 
 
 # Random histories --------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ from sharp.watch import Watch, nvtx_domain
 
 TINY = str(Path(__file__).resolve().parent.parent / "weights" / "tiny")
 PARAMS = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
-PHASES = {"plan": "plan_s", "stage": "stage_s", "forward": "forward_s", "sample": "sample_s",
-          "commit": "commit_s"}  # fmt: skip
+PHASES = {"plan": "plan_s", "launch": "launch_s", "wait": "wait_s", "commit": "commit_s"}
 
 
 def run(engine: Engine) -> None:
@@ -56,8 +55,9 @@ def check_rows(events: list[dict[str, Any]]) -> None:
         assert [event["ts"] for event in row] == sorted(event["ts"] for event in row)
 
 
-def test_the_file_of_a_run(tmp_path: Path) -> None:
-    engine = traced()
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_file_of_a_run(overlap: bool, tmp_path: Path) -> None:
+    engine = traced(overlap=overlap)
     engine.trace.save(tmp_path / "run.json")
     document = json.loads((tmp_path / "run.json").read_text())
     events, records = document["traceEvents"], list(engine.stats.history)
@@ -75,6 +75,18 @@ def test_the_file_of_a_run(tmp_path: Path) -> None:
     for event in (e for e in spans if e["name"] == "commit"):
         part = inner[event["args"]["step"]]
         assert event["ts"] <= part["ts"] <= part["ts"] + part["dur"] <= event["ts"] + event["dur"] + 1e-6
+    order = [(e["name"], e["args"]["step"] - spans[0]["args"]["step"]) for e in spans if e["name"] in PHASES]
+    if overlap:  # the next step is launched before this one is waited for
+        assert order[:6] == [
+            ("plan", 0),
+            ("launch", 0),
+            ("plan", 1),
+            ("launch", 1),
+            ("wait", 0),
+            ("commit", 0),
+        ]
+    else:
+        assert order[:5] == [("plan", 0), ("launch", 0), ("wait", 0), ("commit", 0), ("plan", 1)]
     names = {e["args"]["name"] for e in events if e["name"] in ("thread_name", "process_name")}
     assert names == {"sharp", HOST}  # no row of a GPU that is not there
     counters = defaultdict(list)
@@ -116,7 +128,7 @@ def test_a_step_that_is_given_up_leaves_no_span(phase: str) -> None:
     engine.step()
     with pytest.raises(KeyboardInterrupt):
         engine.step()
-    assert engine.watch.watchdog.in_flight == 0
+    assert engine._pipeline.watch.watchdog.in_flight == 0
     model.fail_in = ""
     time.sleep(0.05)
     while engine.has_unfinished:
@@ -176,13 +188,13 @@ def test_nvtx_ranges_open_and_close_with_the_phases() -> None:
     """A profiler sees the phases of a run, of a step that fails and of one with nothing to do."""
     model = FakeModel()
     engine, ranges = Engine(model, FakeTokenizer(), engine_config()), Ranges()
-    engine.watch._domain = ranges
+    engine._pipeline.watch._domain = ranges
     engine.step()
     assert (ranges.seen, ranges.open) == (["plan"], [])
     engine.add_request([5] * 3, PARAMS)
     ranges.seen.clear()
     engine.step()
-    assert ranges.seen == ["plan", "stage", "forward", "sample", "commit", "commit/detokenise"]
+    assert ranges.seen == ["plan", "launch", "wait", "commit", "commit/detokenise"]
     assert ranges.open == []
     model.fail_in, model.error = "forward", OSError("gone")
     with pytest.raises(OSError, match="gone"):
@@ -212,15 +224,15 @@ def test_the_real_package_without_a_profiler() -> None:
 
 
 def test_watching_a_step_costs_microseconds() -> None:
-    """Six borders, a part and the counters of a step: the least of many, on whatever machine this is."""
+    """Seven borders, a part and the counters of a step: the least of many, on whatever machine this is."""
     engine = traced()
-    watch, record, plan = engine.watch, engine.stats.history[-1], engine.last_plan
+    watch, record, plan = engine._pipeline.watch, engine.stats.history[-1], engine.last_plan
     assert plan is not None
 
     def step() -> None:
         watch.lap("plan")
         watch.planned(plan)
-        for phase in ("stage", "forward", "sample", "commit"):
+        for phase in ("launch", None, "wait", None, "commit"):
             watch.lap(phase, 1)
         watch.enter("detokenise")
         watch.leave()

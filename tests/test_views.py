@@ -44,7 +44,7 @@ def test_a_cell_for_each_sequence_of_each_step() -> None:
 
 
 def test_widths_are_times() -> None:
-    records = [replace(r, forward_s=f) for r, f in zip(run().stats.history, (1.0, 2.0, 3.0), strict=False)]
+    records = [replace(r, seconds=f) for r, f in zip(run().stats.history, (1.0, 2.0, 3.0), strict=False)]
     wide = [float(c.get("width")) for c in rects(Timeline.of(records).svg()) if "step 3" in c[0].text]
     narrow = [float(c.get("width")) for c in rects(Timeline.of(records).svg()) if "step 1" in c[0].text]
     assert 2.8 < wide[0] / narrow[0] < 3.2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from sharp.latency_target import LatencyTarget
 from sharp.plan import BatchPlan
 from sharp.request import SamplingParams
 from sharp.step_times import uniform_step
+from sharp.watch import Watch
 from sharp.watchdog import FIRST_S, FLOOR_S, TIMES, Patrol, Watchdog, pace
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -122,7 +124,7 @@ class Stalls(FakeModel):
 def test_an_engine_whose_model_stalls(caplog: pytest.LogCaptureFixture) -> None:
     """Told while the step runs, once; the answer is what it is without a stall."""
     engine = Engine(Stalls(), FakeTokenizer(), engine_config())
-    engine.watch.watchdog._floor_s = 0.3  # a second of FLOOR_S would take this test as long again
+    engine._pipeline.watch.watchdog._floor_s = 0.3  # a second of FLOOR_S would take this test as long again
     engine.add_request([5, 6, 7], PARAMS, "slow one")
     told_in_time = threading.Event()
 
@@ -169,13 +171,15 @@ def test_the_thread_ends_and_comes_again(monkeypatch: pytest.MonkeyPatch) -> Non
         assert not patrol.running
 
 
-def test_a_dropped_engine_is_not_kept() -> None:
-    import weakref
+def test_the_patrol_keeps_nobody() -> None:
+    """What a watchdog was given to ask with goes with its engine's last reference, no garbage collection."""
 
-    engine = Engine(FakeModel(), FakeTokenizer(), engine_config())
-    dog = weakref.ref(engine.watch.watchdog)
-    engine.close()
-    before = weakref.ref(engine)
-    del engine
-    assert before() is None, "by its last reference alone, no garbage collection"
-    assert dog() is None
+    class Asked:
+        def __call__(self, plan: BatchPlan) -> float:
+            return 1.0
+
+    watch = Watch(asked := Asked())
+    gone = weakref.ref(asked)
+    watch.planned(plan())
+    del watch, asked
+    assert gone() is None

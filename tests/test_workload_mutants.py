@@ -63,7 +63,7 @@ def published_when_planned(patch: pytest.MonkeyPatch) -> None:
     def early(self: Scheduler) -> Any:
         made = plan(self)
         if made is not None:
-            self.pages.publish(self._planned, made.context_lens)
+            self.pages.publish(self.flights._flights[-1].rows, made.context_lens)
         return made
 
     patch.setattr(Scheduler, "plan", early)
@@ -143,16 +143,17 @@ def last_page_shared(patch: pytest.MonkeyPatch) -> None:
 
 
 def nothing_copied(patch: pytest.MonkeyPatch) -> None:
-    array = Forks.array
-    patch.setattr(Forks, "array", lambda self: array(self)[:0])
+    take = Forks.take
+    patch.setattr(Forks, "take", lambda self: take(self)[:0])
 
 
 def copied_once_though_rolled_back(patch: pytest.MonkeyPatch) -> None:
     rollback = Scheduler.rollback
 
-    def hasty(self: Scheduler, plan: Any) -> None:
-        rollback(self, plan)
-        self.pages.forks.made()
+    def hasty(self: Scheduler, plan: Any) -> Any:
+        requests = rollback(self, plan)
+        self.pages.forks.made(plan.page_copies)
+        return requests
 
     patch.setattr(Scheduler, "rollback", hasty)
 
