@@ -177,19 +177,16 @@ def _kernels(words: list[str]) -> int:
 
 
 def _engine(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="sharp.bench engine", description="The engine on the CPU beside transformers."
-    )
-    parser.add_argument("--against", choices=["transformers"], default="transformers")
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--commit", help="the commit being measured (default: HEAD of a clean checkout)")
-    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows here, for `import`")
-    args = parser.parse_args(words)
+    from sharp.bench_cases import bench_cases, parser
+
+    args = parser().parse_args(words)
+    if args.against is None:
+        return bench_cases(args)
     from sharp.bench_engine import bench_engine
 
+    model = args.model[0] if args.model else "smollm2-135m-instruct"
     try:
-        rows = bench_engine(args.model, args.commit or head_commit(), args.rounds)
+        rows = bench_engine(model, args.commit or head_commit(), args.rounds or LEAST_ROUNDS)
     except ValueError as error:
         sys.exit(f"not measured: {error}")
     if args.out:

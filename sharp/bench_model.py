@@ -6,21 +6,23 @@ answers that are not what each request gets alone.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sharp import results
 from sharp.bench_engine import SOURCES
 from sharp.busy import steps_busy
-from sharp.config import EngineConfig
+from sharp.config import EngineConfig, ModelConfig
 from sharp.engine import Engine
 from sharp.load import Load, run_load
 from sharp.stall import disagreements, with_engine
+from sharp.trace import RunStats
 from sharp.trace_events import COMPUTE, Trace
 from sharp.workloads import Arrival
 
@@ -34,6 +36,13 @@ OPTIONS = {
 }
 
 
+class Seen(NamedTuple):
+    """What an engine leaves behind."""
+
+    trace: Trace
+    stats: RunStats
+
+
 @dataclass(frozen=True)
 class Opened:
     """A model on a device, and what its rows say of where they were measured."""
@@ -45,14 +54,14 @@ class Opened:
     driver: str | None
     commit: str
     say: Callable[[str], object] = print
-    traces: deque[Trace] = field(default_factory=lambda: deque(maxlen=1))  # of the latest run
+    seen: deque[Seen] = field(default_factory=lambda: deque(maxlen=1))  # of the latest run
 
     def run(self, prompts: Sequence[list[int]], new: Sequence[int], times: Sequence[float]) -> Load:
         """A new engine's answers to these prompts, which arrive at these times; its trace is kept."""
         workload = [Arrival(at, len(ids), count) for at, ids, count in zip(times, prompts, new, strict=True)]
 
         def work(engine: Engine) -> Load:
-            self.traces.append(engine.trace)
+            self.seen.append(Seen(engine.trace, engine.stats))
             return run_load(engine, workload, prompts=prompts)
 
         return with_engine(self.model, self.config, work)
@@ -74,18 +83,25 @@ class Opened:
                 f"{len(short)} answers have another length than asked for; of request {place} there are "
                 f"{len(load.answers.get(place, ()))} of {new[place]} tokens"
             )
-        measured = list(self.traces)
+        measured = list(self.seen)
         for place in gate_places(len(prompts)):
             alone = self.run([prompts[place]], [new[place]], [0.0])
             if disagreements([{0: load.answers.get(place, ())}, alone.answers]):
                 found.append(f"request {place} has another answer than alone")
-        self.traces.extend(measured)
+        self.seen.extend(measured)
         return found
 
     def gpu_busy(self, steps: int = BUSY_STEPS) -> float | None:
         """How busy the GPU was over the latest run's last steps, see busy.py; None where no model says."""
-        spans = [(span.start, span.end) for trace in self.traces for span in trace.spans(COMPUTE)]
+        spans = [(span.start, span.end) for trace, _ in self.seen for span in trace.spans(COMPUTE)]
         return steps_busy(spans, min(steps, len(spans))) if spans else None
+
+    def host_share(self, steps: int = BUSY_STEPS) -> float | None:
+        """Median over the latest run's last steps of the host's own time over the device's; None where no
+        model says."""
+        records = [record for _, stats in self.seen for record in stats.history][-steps:]
+        shares = [record.host_s / record.gpu_s for record in records if record.gpu_s]
+        return statistics.median(shares) if shares else None
 
     def row(self, op: str, case: str, value: float, unit: str, us: float, **more: Any) -> dict[str, Any]:
         """A row of what passed the gate: its err is 0."""
@@ -95,6 +111,13 @@ class Opened:
             source_hash=results.source_hash(SOURCES), date=date.today().isoformat(), gpu=self.gpu,
             driver=self.driver, **more,
         )  # fmt: skip
+
+
+def options_of(kind: str, config: ModelConfig) -> dict[str, Any]:
+    """OPTIONS of a device, and of a model of few positions no more than these."""
+    found: dict[str, Any] = dict(OPTIONS[kind])
+    found["max_model_len"] = min(found["max_model_len"], config.max_position_embeddings)
+    return found
 
 
 def gate_places(count: int) -> list[int]:
@@ -128,8 +151,7 @@ def open_model(
     kind, _, shape = name.partition(":")
     checkpoint = RandomCheckpoint(shape) if kind == "random" else open_checkpoint(name)
     device = open_device(device_name, dtype)
-    chosen: dict[str, Any] = {**OPTIONS[device.kind], **options}
-    chosen["max_model_len"] = min(chosen["max_model_len"], checkpoint.config.max_position_embeddings)
+    chosen = {**options_of(device.kind, checkpoint.config), **options}
     config = EngineConfig(device=device.kind, dtype=device.dtype, prefix_caching=False, **chosen)
     start = time.perf_counter()
     model = Model(checkpoint, config, device)

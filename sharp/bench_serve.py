@@ -111,7 +111,7 @@ def main(words: list[str]) -> int:
     finally:
         opened.model.close()
     if args.trace_out is not None:
-        opened.traces[-1].save(args.trace_out)
+        opened.seen[-1].trace.save(args.trace_out)
     if args.out is not None:
         args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(rows))

@@ -158,11 +158,11 @@ def test_a_gpus_share_is_that_of_the_measured_run() -> None:
     prompts, new = [[5] * 9] * 4, [3] * 4
     load = one.run(prompts, new, [0.0] * 4)
     assert one.gpu_busy() is None
-    [trace] = one.traces
+    [(trace, _)] = one.seen
     for step in range(10):
         trace.add_stream(bench_model.COMPUTE, "graph", step * 1.0, step + 0.9, step)
     assert one.wrong(prompts, new, load) == []
-    assert list(one.traces) == [trace]  # not that of a request alone
+    assert one.seen[0].trace is trace  # not that of a request alone
     assert one.gpu_busy() == pytest.approx(9 / 9.9)
     assert one.gpu_busy(1) == 1
 
