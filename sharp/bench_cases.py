@@ -152,6 +152,8 @@ def run_model(
 ) -> tuple[list[dict[str, Any]], int]:
     """All cases of a shape: their rows, and how many rows a case was denied."""
     opened = opener(f"random:{shape}")
+    if size.requests is None and opened.model.device.kind == "cpu":
+        opened.say("on a CPU whole cases take from minutes to hours; --requests N takes the first N of each")
     rows, denied = [], 0
     try:
         opened.warm()

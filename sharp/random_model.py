@@ -10,7 +10,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 from sharp.config import ModelConfig
 from sharp.weights import Checkpoint, FloatArray, expected_shapes
@@ -41,30 +43,45 @@ BIAS = 0.1  # standard deviation of a bias, beside products near 1
 
 class RandomSource:
     """Tensors made when they are read, each from its name and the seed: a TensorSource (weights.py) without a
-    file. As fast as memory is copied, and no two are held at once."""
+    file. Stored, so to speak, in bfloat16: rows of them come as fast as memory is copied, from any number of
+    threads, and no tensor is held."""
 
     def __init__(self, name: str, config: ModelConfig, seed: int = 0) -> None:
         self.path, self.config, self.seed = Path(f"random-{name}"), config, seed
         self.shapes = expected_shapes(config)
-        self._pool = np.random.default_rng(seed).standard_normal(POOL, np.float32)
-        self.num_bytes = 4 * sum(math.prod(shape) for shape in self.shapes.values())
+        self.num_bytes = 2 * sum(math.prod(shape) for shape in self.shapes.values())
+        self._normal = np.random.default_rng(seed).standard_normal(POOL, np.float32)
+        self._pools: dict[float, npt.NDArray[Any]] = {}  # by standard deviation: a few for all tensors
 
     def where(self, name: str) -> str:
         return f"{self.path}: tensor {name}"
 
     def read(self, name: str) -> FloatArray:
-        shape = self.shapes[name]
-        if len(shape) == 1 and not name.endswith(".bias"):
-            return np.ones(shape, np.float32)
+        return self.rows(name, 0, self.shapes[name][0]).astype(np.float32)
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop) of a tensor, or elements of a vector, in bfloat16."""
+        rest = self.shapes[name][1:]
+        width = math.prod(rest)
+        if not rest and not name.endswith(".bias"):
+            return np.ones(stop - start, ml_dtypes.bfloat16)
         # Rows of unit length keep activations near 1 through all layers.
-        scale = np.float32(BIAS if len(shape) == 1 else 1 / math.sqrt(shape[1]))
-        out = np.empty(math.prod(shape), np.float32)
-        at, place = 0, zlib.crc32(name.encode()) % POOL
-        while at < len(out):
-            part = self._pool[place : place + len(out) - at]
-            np.multiply(part, scale, out=out[at : at + len(part)])
+        pool = self._pool(BIAS if not rest else 1 / math.sqrt(width))
+        out = np.empty((stop - start) * width, ml_dtypes.bfloat16)
+        bits = out.view(np.uint16)  # integers are copied without the interpreter's lock
+        at, place = 0, (zlib.crc32(name.encode()) + start * width) % POOL
+        while at < len(bits):
+            part = pool[place : place + len(bits) - at]
+            bits[at : at + len(part)] = part
             at, place = at + len(part), 0
-        return out.reshape(shape)
+        return out.reshape(stop - start, *rest)
+
+    def _pool(self, deviation: float) -> npt.NDArray[Any]:
+        found = self._pools.get(deviation)
+        if found is None:  # two threads may both make it: they make the same
+            found = (self._normal * np.float32(deviation)).astype(ml_dtypes.bfloat16).view(np.uint16)
+            self._pools[deviation] = found
+        return found
 
 
 class IdTokenizer:

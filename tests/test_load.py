@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from fake_model import FakeModel, FakeTokenizer, engine_config, model_config
@@ -21,7 +22,7 @@ from sharp.host_time import NoModel, measure_host
 from sharp.load import Load, run_load
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.predictor import StepPredictor, StepWork
-from sharp.random_model import SHAPES, IdTokenizer, RandomCheckpoint
+from sharp.random_model import SHAPES, IdTokenizer, RandomCheckpoint, RandomSource
 from sharp.workloads import Arrival
 
 
@@ -273,6 +274,17 @@ def test_random_models() -> None:
     gate = checkpoint.read(name.replace("up_proj", "gate_proj"))
     assert (weight != gate).mean() > 0.99
     assert abs(np.corrcoef(weight[0], weight[1])[0, 1]) < 0.2  # rows are no copies of each other
+    source = RandomSource("x", SHAPES["qwen2.5-7b"])
+    for name in (
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.self_attn.k_proj.bias",
+        "model.norm.weight",
+    ):
+        whole = source.rows(name, 0, 512)
+        assert whole.dtype == ml_dtypes.bfloat16
+        for start, stop in ((0, 1), (7, 300), (511, 512), (3, 3)):  # past the pool's end, too
+            assert (source.rows(name, start, stop) == whole[start:stop]).all()
+    assert 0.05 < source.rows("model.layers.1.self_attn.k_proj.bias", 0, 512).astype(float).std() < 0.2
     assert SHAPES["qwen2.5-7b"].num_parameters == pytest.approx(7.62e9, rel=0.01)
     assert SHAPES["llama-3.2-1b"].num_parameters == pytest.approx(1.24e9, rel=0.01)
     with pytest.raises(ValueError, match=r"one of smollm2-135m, llama-3\.2-1b, qwen2\.5-7b, not 'x'"):
