@@ -19,7 +19,7 @@ from kernels_numba.ops import OPS
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 HOST_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 LARGEST_SCORE = 4.0  # of some ten thousand standard normal ones
-FIXED = frozenset({"cos_sin", "logits", "temperatures"})  # float32 whatever the element type
+FIXED = frozenset({"cos_sin", "logits", "temperatures", "top_ps"})  # float32 whatever the element type
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,7 @@ class Call:
         """What the op's definition says the outputs become."""
         function = getattr(OPS[self.op], f"{self.op}_spec")
         args = self.resolved()
-        in_place = {"rope": ("q", "k"), "qk_norm": ("q", "k"), "store_kv": ("k_cache", "v_cache")}.get(
-            self.op
-        )
+        in_place = self.op in {"rope", "qk_norm", "store_kv", "rope_store_kv"}
         inputs = [value for name, value in args.items() if in_place or name not in self.outputs]
         kwargs = dict(self.kwargs)
         if self.op == "rms_norm":
@@ -198,6 +196,16 @@ def _store_kv(rng: np.random.Generator, c: Any) -> Call:
     return Call("store_kv", args, ("k_cache", "v_cache"), buffers={"qkv": qkv})
 
 
+def _rope_store_kv(rng: np.random.Generator, c: Any) -> Call:
+    turned = _rope(rng, c)
+    stored = _store_kv(rng, c)
+    k_at = c["num_q_heads"] + c["num_kv_heads"]
+    args = {"q": turned.args["q"], "k": turned.args["k"], "v": Cut("qkv", k_at, k_at + c["num_kv_heads"])}
+    args |= {name: turned.args[name] for name in ("positions", "cos_sin")}
+    args |= {name: stored.args[name] for name in ("k_cache", "v_cache", "slot_mapping")}
+    return Call("rope_store_kv", args, ("q", "k", "k_cache", "v_cache"), buffers=turned.buffers)
+
+
 def _attention(
     rng: np.random.Generator, c: Any, query_lens: Any
 ) -> tuple[dict[str, Any], dict[str, Any], Any]:
@@ -255,14 +263,16 @@ def _sample(rng: np.random.Generator, c: Any) -> Call:
         "temperatures": np.asarray(c["temperatures"], np.float32),
         "seeds": rng.integers(0, 2**64, rows, dtype=np.uint64),
         "output_indices": rng.integers(0, 2**31 - 1, rows).astype(np.int32),
+        "top_ks": np.asarray(c.get("top_ks", (0,) * rows), np.int32),
+        "top_ps": np.asarray(c.get("top_ps", (1.0,) * rows), np.float32),
     }
     return Call("sample", args, ("out",))
 
 
 _BUILDERS: dict[str, Callable[[np.random.Generator, Any], Call]] = {
     "embedding": _embedding, "rms_norm": _rms_norm, "gemm": _gemm, "qk_norm": _qk_norm, "rope": _rope,
-    "store_kv": _store_kv, "prefill_attention": _prefill_attention, "decode_attention": _decode_attention,
-    "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
+    "store_kv": _store_kv, "rope_store_kv": _rope_store_kv, "prefill_attention": _prefill_attention,
+    "decode_attention": _decode_attention, "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from kernels_numba.ops import (
     silu_mul,
     store_kv,
 )
+from kernels_numba.ops.sample.plain import make_sample_kernel
 
 
 @dataclass(frozen=True)
@@ -90,5 +91,6 @@ def variants() -> Iterator[Variant]:
             if layout == "C":
                 kernel = prefill_attention.make_prefill_attention_kernel(128, 4, 64, dtype, window=4096)
                 yield Variant(name("prefill_attention_window"), kernel, paged, paged_attention.THREADS)
-    sample_arguments = (ids, array(f32, 2), array(f32, 1), array(u64, 1), ids)
-    yield Variant("sample", sample.make_sample_kernel(), sample_arguments, sample.THREADS)
+    sample_arguments = (ids, array(f32, 2), array(f32, 1), array(u64, 1), ids, ids, array(f32, 1))
+    kernel = make_sample_kernel(sample.THREADS)
+    yield Variant("sample", kernel, sample_arguments, sample.THREADS)

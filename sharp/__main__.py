@@ -33,6 +33,13 @@ Model = Annotated[
 ]
 MaxTokens = Annotated[int, typer.Option(metavar="N", help="Most tokens to generate for a request.")]
 Temperature = Annotated[float, typer.Option(metavar="T", help="0 takes the likeliest token, else samples.")]
+TopK = Annotated[int, typer.Option(metavar="K", help="Sample from the K likeliest tokens; 0: from all.")]
+TopP = Annotated[
+    float, typer.Option(metavar="P", help="Sample from the likeliest tokens that reach this probability.")
+]
+NoPrefixCaching = Annotated[
+    bool, typer.Option("--no-prefix-caching", help="Compute beginnings that prompts share each time.")
+]
 Seed = Annotated[int | None, typer.Option(metavar="S", help="Of the random numbers; one for all requests.")]
 Device = Annotated[str, typer.Option(metavar="auto|cuda|cpu")]
 Dtype = Annotated[str, typer.Option(metavar="auto|float32|bfloat16")]
@@ -61,7 +68,11 @@ def generate(
     ] = None,
     max_tokens: MaxTokens = 16,
     temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    n: Annotated[int, typer.Option("--n", metavar="N", help="Answers to each prompt.")] = 1,
     seed: Seed = None,
+    no_prefix_caching: NoPrefixCaching = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     rung: Rung = None,
@@ -69,6 +80,7 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="One JSON object a request on stdout.")] = False,
 ) -> None:
     """Continue prompts. Answers go to stdout, everything else to stderr."""
+    from sharp.cli.answers import answers_json, answers_text
     from sharp.cli.prompts import check_text, read_prompts
 
     if bool(prompt) == (prompts_file is not None):
@@ -78,25 +90,19 @@ def generate(
         prompts = read_prompts(prompts_file)
     else:
         prompts = [check_text(text, f"prompt {i}") for i, text in enumerate(prompt or [])]
-    params = sampling(max_tokens, temperature, seed)
+    params = sampling(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, n=n, seed=seed
+    )
     check_trace_out(trace_out)
+    options = {"prefix_caching": not no_prefix_caching}
     # bad_input: what the engine refuses at its door: an empty prompt, one too long, no token id of this model
-    with load(model, device, dtype, rung) as llm, bad_input(), traced(llm, trace_out):
+    with load(model, device, dtype, rung, **options) as llm, bad_input(), traced(llm, trace_out):
         outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
-    for index, output in enumerate(outputs):
-        answer = output.outputs[0]
-        if json:
-            write_json(
-                {
-                    "prompt": output.prompt,
-                    "prompt_token_ids": list(output.prompt_token_ids),
-                    "token_ids": list(answer.token_ids),
-                    "text": answer.text,
-                    "finish_reason": answer.finish_reason,
-                }
-            )
-        else:
-            print(f"[{index + 1}] {answer.text}" if len(outputs) > 1 else answer.text)
+    if json:
+        for found in answers_json(outputs):
+            write_json(found)
+    else:
+        print("\n".join(answers_text(outputs)))
 
 
 @app.command()
@@ -105,7 +111,10 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
     seed: Seed = None,
+    no_prefix_caching: NoPrefixCaching = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     rung: Rung = None,
@@ -114,9 +123,10 @@ def chat(
     """Talk with a chat model. /reset forgets, /exit ends, Ctrl-C stops an answer."""
     from sharp.cli.chat import chat_loop
 
-    params = sampling(max_tokens, temperature, seed)
+    params = sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     check_trace_out(trace_out)
-    with load(model, device, dtype, rung) as llm, traced(llm, trace_out):
+    options = {"prefix_caching": not no_prefix_caching}
+    with load(model, device, dtype, rung, **options) as llm, traced(llm, trace_out):
         chat_loop(llm, params, system)
 
 
@@ -234,18 +244,18 @@ def demo(
     check_trace_out(trace_out)
     if model in read_manifest():
         fetch(model, progress=sys.stderr.isatty())
-    sampling(max_tokens, 0.0, None)
+    sampling(max_tokens=max_tokens)
     options = {"long_prefill_token_threshold": PROMPT_CHUNK}
     with load(model, device, dtype, rung, **options) as llm, bad_input(), traced(llm, trace_out):
         run_demo(llm, STARTED, max_tokens, Console())
 
 
-def sampling(max_tokens: int, temperature: float, seed: int | None) -> SamplingParams:
+def sampling(**options: Any) -> SamplingParams:
     """The sampling options, checked before a model is loaded for them."""
     from sharp.request import SamplingParams
 
     with bad_input():
-        return SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        return SamplingParams(**options)
 
 
 def load(model: str, device: str, dtype: str, rung: list[str] | None, **options: Any) -> LLM:

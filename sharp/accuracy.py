@@ -8,11 +8,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sharp.config import EngineConfig
 from sharp.load import Load, run_load
+from sharp.pipeline import overlaps
 from sharp.predictor import StepPredictor, StepWork
 from sharp.simulate import Noisy, Simulated, simulate
 from sharp.stall import with_engine
@@ -117,6 +118,7 @@ def compare_runs(
 ) -> Iterator[Comparison]:
     """Each workload of KINDS, of about so many seconds. The real run is warmed up by a part of itself."""
     length = config.max_model_len or model.config.max_position_embeddings
+    config = replace(config, overlap=overlaps(model, config))
     for kind in KINDS:
         workload = workload_of(kind, seconds, predictor, config, model.num_blocks, length)
         noisy = Noisy(predictor, noise)

@@ -65,6 +65,8 @@ def build_plan(
         slot_mapping=slot_mapping,
         logits_rows=cu_seqlens_q[1:][complete] - np.int32(1),
         temperatures=table.temperature[sampled],
+        top_ks=table.top_k[sampled],
+        top_ps=table.top_p[sampled],
         seeds=table.seed[sampled],
         output_indices=ends[complete] - table.prompt[sampled],
         num_logprobs=table.num_logprobs[sampled],

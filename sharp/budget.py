@@ -9,9 +9,11 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from sharp.config import EngineConfig, ModelConfig
+from sharp.layout import aligned, recipes, workspace
 from sharp.model_config import DTYPE_BYTES
 
 HOST_PAGES_LIMIT = 1 << 30  # default bytes of KV pages in host memory: a laptop has other things to do
@@ -25,10 +27,15 @@ COMMENTS = {
     "activations": "the workspace of the largest step: residual, x, delta, qkv, attention, gate_up, act",
     "logits": "float32 logits of the most rows that a step can want",
     "rope_table": "cosines and sines of every position",
+    "workspaces": "what attention kernels keep beside their operands: partial results of splits, counters",
+    "staging": "a step's indices on the device, twice, and the ids that it samples",
+    "graphs": "of the driver, for captured steps; measured: by how much free memory fell meanwhile",
     "reserve": "left free; measured: how far memory rose over all buffers, at its peak during the steps",
     "kv_pages": "keys and values; the pages that remain",
-    "buffers": "activations, logits, rope_table and kv_pages together, as they can only be measured",
+    "buffers": "all buffers beside the weights together, as they can only be measured",
+    "arena": "weights and all buffers: one allocation, as the device sees it",
 }
+PARTS = ("activations", "logits", "rope_table", "workspaces", "staging", "kv_pages")  # the buffers
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,10 @@ class BudgetReport:
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes by name, after the weights are loaded. `num_blocks` pages of `page_bytes` each fit in
-    `kv_pages`.
+    """Bytes by name, the weights beside them. `num_blocks` pages of `page_bytes` each fit in `kv_pages`.
 
     free: what could be taken, after weights and context: measured, or less where memory_limit leaves less.
+    arena: on a GPU, weights and buffers in one allocation, each array on a multiple of 256 bytes; else 0.
     """
 
     free: int
@@ -101,6 +108,10 @@ class Budget:
     num_blocks: int
     weights: int = 0
     context: int = 0
+    workspaces: int = 0
+    staging: int = 0
+    graphs: int = 0
+    arena: int = 0
 
     @property
     def kv_pages(self) -> int:
@@ -108,25 +119,19 @@ class Budget:
 
     def terms(self) -> dict[str, int]:
         """How `free` is divided, in bytes."""
-        return {
-            "free": self.free,
-            "activations": self.activations,
-            "logits": self.logits,
-            "rope_table": self.rope_table,
-            "reserve": self.reserve,
-            "kv_pages": self.kv_pages,
-        }
+        parts = {name: int(getattr(self, name)) for name in PARTS if name != "kv_pages"}
+        rest = {"graphs": self.graphs, "reserve": self.reserve, "kv_pages": self.kv_pages}
+        return {"free": self.free, **parts, **rest}
 
     def report(self, measured: Mapping[str, int] | None = None) -> BudgetReport:
-        """The terms with comments, and beside them `measured` bytes by name (context, weights, buffers,
-        reserve).
-        """
+        """The terms with comments, and beside them `measured` bytes by name (terms, buffers, arena)."""
         measured = measured or {}
-        parts = ("activations", "logits", "rope_table", "kv_pages")
-        predicted = {name: int(getattr(self, name)) for name in ("context", "weights", *parts)}
+        predicted = {name: int(getattr(self, name)) for name in ("context", "weights", *PARTS)}
         if "buffers" in measured:
-            predicted["buffers"] = sum(predicted[name] for name in parts)
-        predicted["reserve"] = self.reserve
+            predicted["buffers"] = sum(predicted[name] for name in PARTS)
+        if "arena" in measured:
+            predicted["arena"] = self.arena
+        predicted |= {"graphs": self.graphs, "reserve": self.reserve}
         return BudgetReport(
             tuple(Term(name, size, measured.get(name), COMMENTS[name]) for name, size in predicted.items())
         )
@@ -138,47 +143,66 @@ class Budget:
         return self.report()._repr_html_()
 
 
-def activation_columns(model: ModelConfig) -> int:
-    """Elements per token of the workspace: residual, x, delta, packed qkv, attention output, gate_up, act."""
-    heads = model.num_q_heads + 2 * model.num_kv_heads
-    return (
-        3 * model.hidden_size
-        + heads * model.head_dim
-        + model.num_q_heads * model.head_dim
-        + 3 * model.intermediate_size
-    )
-
-
 def weight_bytes(model: ModelConfig, dtype: str, kind: str) -> int:
     """Bytes of all weights on a device of `kind`; the host keeps them in float32 (BLAS takes no less)."""
-    return model.num_parameters * (4 if kind == "cpu" else DTYPE_BYTES[dtype])
+    if kind == "cpu":
+        return 4 * model.num_parameters
+    return sum(aligned(prod(recipe.shape) * DTYPE_BYTES[dtype]) for recipe in recipes(model).values())
+
+
+def _buffer_bytes(
+    model: ModelConfig, num_tokens: int, num_rows: int, dtype: str, kind: str
+) -> dict[str, int]:
+    """Term -> bytes of a step's buffers, with an arena's padding on a GPU."""
+    terms: dict[str, int] = {}
+    for term, shape, name in workspace(model, num_tokens, num_rows).values():
+        size = prod(shape) * (DTYPE_BYTES[dtype] if name is None else 4)
+        terms[term] = terms.get(term, 0) + (size if kind == "cpu" else aligned(size))
+    return terms
 
 
 def plan_memory(
-    model: ModelConfig, config: EngineConfig, *, free: int, dtype: str, kind: str, max_model_len: int
+    model: ModelConfig,
+    config: EngineConfig,
+    *,
+    free: int,
+    dtype: str,
+    kind: str,
+    max_model_len: int,
+    workspaces: int = 0,
+    staging: int = 0,
+    graphs: int = 0,
 ) -> Budget:
-    """Divide `free` bytes (measured, weights already loaded) into named terms.
+    """Divide `free` bytes (measured, and the weights taken off) into named terms.
 
+    workspaces, staging, graphs: bytes that kernels, a step's indices and captured steps take on the device.
     `config.memory_limit` is the memory of a smaller device: weights, context (an estimate, on CUDA),
-    reserve, workspace and pages stay within it together, and within `free`. Pages never exceed what
+    reserve, buffers and pages stay within it together, and within `free`. Pages never exceed what
     max_num_seqs sequences of max_model_len tokens could use; `config.num_blocks` sets their number instead.
     Without either, a host gives pages a quarter of what is free, at most 1 GiB.
     Raises MemoryError naming needed and available bytes if not even one page fits, or not num_blocks.
     """
-    element = DTYPE_BYTES[dtype]
-    activations = config.max_num_batched_tokens * activation_columns(model) * element
     rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-    logits = rows * model.vocab_size * 4
-    rope_table = max_model_len * model.head_dim * 4
-    reserve = CUDA_RESERVE if kind == "cuda" else 0
+    buffers = _buffer_bytes(model, config.max_num_batched_tokens, rows, dtype, kind)
+    table = max_model_len * model.head_dim * 4
+    parts = {
+        "activations": buffers["activations"],
+        "logits": buffers["logits"],
+        "rope_table": table if kind == "cpu" else aligned(table),
+        "workspaces": workspaces,
+        "staging": staging + buffers["staging"],
+        "graphs": graphs,
+        "reserve": CUDA_RESERVE if kind == "cuda" else 0,
+    }
     context = CUDA_CONTEXT if kind == "cuda" else 0
     weights = weight_bytes(model, dtype, kind)
-    page_bytes = 2 * model.num_layers * model.num_kv_heads * config.block_size * model.head_dim * element
+    cache_bytes = model.num_kv_heads * config.block_size * model.head_dim * DTYPE_BYTES[dtype]
+    page_bytes = 2 * model.num_layers * cache_bytes
     where = f"{free:,} free"
     if config.memory_limit is not None and config.memory_limit - weights - context < free:
         free = config.memory_limit - weights - context
         where = f"{free:,} that memory_limit {config.memory_limit:,} leaves beside the weights ({weights:,})"
-    available = free - activations - logits - rope_table - reserve
+    available = free - sum(parts.values())
     most_useful = config.max_num_seqs * -(-max_model_len // config.block_size)
     if config.num_blocks is not None:
         num_blocks = config.num_blocks
@@ -188,20 +212,20 @@ def plan_memory(
             share = min(HOST_PAGES_LIMIT, int(available * HOST_PAGES_FRACTION))
         num_blocks = min(share // page_bytes, most_useful)
     if num_blocks < 1 or num_blocks * page_bytes > available:
+        taken = ", ".join(f"{name.replace('_', ' ')} ({size:,})" for name, size in parts.items() if size)
         raise MemoryError(
             f"{max(num_blocks, 1)} KV pages need {max(num_blocks, 1) * page_bytes:,} bytes, "
-            f"but {max(available, 0):,} remain of {where} after "
-            f"activations ({activations:,}), logits ({logits:,}), rope table ({rope_table:,}) and reserve "
-            f"({reserve:,}); lower max_num_batched_tokens, max_num_seqs or num_blocks, or raise memory_limit"
+            f"but {max(available, 0):,} remain of {where} after {taken}; "
+            "lower max_num_batched_tokens, max_num_seqs or num_blocks, or raise memory_limit"
         )
+    caches = 2 * model.num_layers * aligned(num_blocks * cache_bytes)
+    arena = weights + sum(parts.values()) - graphs - parts["reserve"] + caches
     return Budget(
         free=free,
-        activations=activations,
-        logits=logits,
-        rope_table=rope_table,
-        reserve=reserve,
         page_bytes=page_bytes,
         num_blocks=num_blocks,
         weights=weights,
         context=context,
+        arena=arena if kind == "cuda" else 0,
+        **parts,
     )

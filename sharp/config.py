@@ -45,6 +45,7 @@ class EngineConfig:
     overlap: bool | None = (
         None  # plan and launch a step while the one before runs; None: where the device runs beside the host
     )
+    graphs: bool = True  # on a GPU: replay a step's launches as one, instead of queueing them one by one
     seed: int = 0  # of requests that bring none
     device: str = "auto"
     dtype: str = "auto"
@@ -72,8 +73,9 @@ class EngineConfig:
             )
         if self.admission not in ADMISSIONS:
             raise ValueError(f"admission must be one of {', '.join(ADMISSIONS)}, not {self.admission!r}")
-        if not isinstance(self.prefix_caching, bool):
-            raise TypeError(f"prefix_caching must be True or False, not {self.prefix_caching!r}")
+        for name in ("prefix_caching", "graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if not isinstance(self.overlap, bool | None):
             raise TypeError(f"overlap must be True, False or None, not {self.overlap!r}")
         make_policy(self.scheduling_policy, self.target_itl_ms)

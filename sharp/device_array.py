@@ -23,7 +23,18 @@ class DeviceArray:
     numba kernels take it through __cuda_array_interface__, checks.py and the doors as a device array.
     """
 
-    __slots__ = ("__weakref__", "address", "dtype", "nbytes", "ndim", "owner", "shape", "size", "strides")
+    __slots__ = (
+        "__weakref__",
+        "address",
+        "contiguous",
+        "dtype",
+        "nbytes",
+        "ndim",
+        "owner",
+        "shape",
+        "size",
+        "strides",
+    )
 
     __cuda_ndarray__ = True  # what kernels_numba/checks.py takes for a device array
 
@@ -48,15 +59,13 @@ class DeviceArray:
         self.size = math.prod(self.shape)
         self.nbytes = self.size * self.dtype.itemsize
         self.owner = owner
-
-    @property
-    def contiguous(self) -> bool:
-        """Whether its elements follow each other in C order; strides of axes of length 1 do not matter."""
-        if not self.size:
-            return True
-        dense = _dense(self.shape, self.dtype.itemsize)
-        return all(
-            n == 1 or have == want for n, have, want in zip(self.shape, self.strides, dense, strict=True)
+        # Elements follow each other in C order; strides of axes of length 1 do not matter.
+        self.contiguous = (
+            self.strides == dense
+            or not self.size
+            or all(
+                n == 1 or have == want for n, have, want in zip(self.shape, self.strides, dense, strict=True)
+            )
         )
 
     @property

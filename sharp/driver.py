@@ -13,11 +13,10 @@ import re
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
-# After these no call of CUDA works in this process (so the documentation of CUresult; after 214, 220, 709 and
-# 710 the context is lost, and there is one for all).
+# After these no call of CUDA works in this process (documentation of CUresult), or its one context is lost.
 STICKY = frozenset(
     f"CUDA_ERROR_{name}"
     for name in (
@@ -58,7 +57,7 @@ class ForkedError(CudaError):
 
 # Whether CUDA works --------------------------------------------------------------------------------
 
-_poison: str | None = None  # what ran when CUDA was lost
+_poison: tuple[str, str] | None = None  # what was being done when CUDA was lost, and the error's name
 _started = False  # a context has been made, by this process or by the one that it was forked from
 _forked = False
 _thread = threading.local()  # .bound: the context is current in this thread
@@ -67,13 +66,13 @@ _thread = threading.local()  # .bound: the context is current in this thread
 def poisoned() -> str | None:
     """What ended CUDA in this process, as one sentence for every caller of every engine; None while it
     works. Needs no CUDA to be asked."""
-    return _poison
+    return None if _poison is None else str(CudaError(*_poison))
 
 
-def _lost(text: str) -> None:
-    global _poison
-    if _poison is None:  # later errors are the first one's echo
-        _poison = text
+def refuse_if_lost() -> None:
+    """Raise that sentence as a CudaError, if there is one."""
+    if _poison is not None:
+        raise CudaError(*_poison)
 
 
 def _fork_happened() -> None:
@@ -124,9 +123,10 @@ def check(result: Any, what: str) -> Any:
 
 
 def _error(what: str, name: str) -> CudaError:
+    global _poison
     error = CudaOutOfMemory(what, name) if name == OUT_OF_MEMORY else CudaError(what, name)
-    if error.sticky:
-        _lost(str(error))
+    if error.sticky and _poison is None:  # later errors are the first one's echo
+        _poison = what, name
     return error
 
 
@@ -143,6 +143,9 @@ def during(what: str) -> Iterator[None]:
         if found is None:
             raise
         words = str(error).removesuffix(f". {RESTART}").removesuffix(f": the driver says {found.group()}")
+        global _poison
+        if _poison == (words, found.group()):
+            _poison = None  # check() remembered it a moment ago, and did not know during what
         raise _error(f"{words}, during {what}", found.group()) from error
 
 
@@ -159,14 +162,16 @@ def handle_of(stream: Any) -> int:
     return number
 
 
-def _quietly(destroy: str, handle: Any, after: Event | None) -> None:
+def _quietly(destroy: Any, handle: Any, after: Event | None) -> None:
     """For finalizers: give something back if CUDA still works. An error here has nobody to go to, and what
-    could cause one (a lost context) has freed everything already."""
-    if not _forked and _poison is None:
-        driver = _driver()
+    could cause one (a lost context, none at all) has freed everything already."""
+    if _forked or _poison is not None:
+        return
+    with suppress(Exception):
+        bind()
         if after is not None:
-            driver.cuEventSynchronize(after._event)
-        getattr(driver, destroy)(handle)
+            after.synchronize()
+        destroy(handle)
 
 
 def on_collect(
@@ -174,13 +179,13 @@ def on_collect(
 ) -> weakref.finalize[Any, Any]:
     """Call the driver's `destroy` on the handle when `owner` is collected, or when what this returns is
     called; after an event if one is given. Not at the interpreter's exit, when all goes back anyway."""
-    finalizer = weakref.finalize(owner, _quietly, destroy, handle, after)
+    finalizer = weakref.finalize(owner, _quietly, getattr(_driver(), destroy), handle, after)
     finalizer.atexit = False
     return finalizer
 
 
 class Event:
-    """A point in a stream's work. timing: whether elapsed_ms may be asked (costs the device a little)."""
+    """A point in a stream's work. timing: whether elapsed_ms may be asked."""
 
     def __init__(self, *, timing: bool = False) -> None:
         driver = _driver()
@@ -217,11 +222,8 @@ class Event:
 
 
 class Stream:
-    """A queue of work on the device. handle: the CUstream as an int.
-
-    implicit: order with the default stream as the driver does it by itself. Wanted where kernels run that
-    prepare themselves with numba's default-stream copies; such a copy may return before its data has arrived.
-    """
+    """A queue of work on the device. handle: the CUstream as an int. implicit: in order with the default
+    stream, which numba's own copies use, and which may return before their data has arrived."""
 
     def __init__(self, *, implicit: bool = False) -> None:
         driver = _driver()

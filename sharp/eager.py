@@ -1,6 +1,7 @@
 """launch and land over stage, forward and sample: for a model that computes while it is called.
 
-Knows that the ids a plan does not have are those sampled last. Refuses to know what is computed.
+Knows that the ids a plan does not have are those sampled last. Refuses to know what is computed. A model on a
+GPU has a `runtime` (runtime.py), which does both instead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sharp.plan import BatchPlan, Int32, Launched, SampleOutput
 class Eager(ABC):
     """A model of three verbs, driven by two: the whole step is computed in launch()."""
 
+    runtime: Any = None
     _latest: Int32 = np.empty(0, np.int32)  # [R] ids of the latest step
 
     @abstractmethod
@@ -29,6 +31,9 @@ class Eager(ABC):
 
     def launch(self, plan: BatchPlan) -> Launched:
         """Compute a step. Raises what stage, forward and sample raise."""
+        if self.runtime is not None:
+            queued: Launched = self.runtime.launch(plan)
+            return queued
         batch = self.stage(plan.with_ids(self._latest))
         sampled = self.sample(self.forward(batch), batch)
         self._latest = sampled.token_ids
@@ -36,5 +41,10 @@ class Eager(ABC):
 
     def land(self, launched: Launched) -> SampleOutput:
         """What the step has sampled."""
-        sampled: SampleOutput = launched.state
+        sampled: SampleOutput = launched.state if self.runtime is None else self.runtime.land(launched)
         return sampled
+
+    def capture(self, progress: bool = False) -> None:
+        """Make ready what would cost time within steps: nothing, where they are computed here."""
+        if self.runtime is not None:
+            self.runtime.capture(progress)

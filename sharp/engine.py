@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+from sharp import driver
 from sharp.answer import AnswerText
 from sharp.config import EngineConfig
 from sharp.door import Door
@@ -23,7 +24,7 @@ from sharp.event_log import EventLog
 from sharp.failures import StepFailed
 from sharp.interrupts import uninterrupted
 from sharp.live import LiveRequest, LiveRequests, Sample, Sink
-from sharp.pipeline import Pipeline
+from sharp.pipeline import Pipeline, overlaps
 from sharp.plan import BatchPlan, StepModel
 from sharp.request import (
     EngineClosed,
@@ -58,7 +59,7 @@ class Engine:
         self.door = Door(tokenizer, model.config.vocab_size, config.seed)
         self._live = LiveRequests()
         self._lock = threading.RLock()  # guards the scheduler and _live; never held while the model works
-        self.overlap = bool(getattr(model, "overlaps", False)) if config.overlap is None else config.overlap
+        self.overlap = overlaps(model, config)
         self._pipeline = Pipeline(
             model, self.scheduler, self._live, self._lock, self._die, overlap=self.overlap
         )
@@ -272,6 +273,11 @@ class Engine:
                 raise EngineDead("the engine's thread has ended without an error of its own")
 
     def _raise_if_over(self) -> None:
+        if self._error is None and getattr(self.model, "uses_cuda", False):
+            try:
+                driver.refuse_if_lost()  # through this engine's work or another's
+            except driver.CudaError as error:
+                self._die(error)
         if self._error is not None:
             raise EngineDead(
                 f"the engine is dead: {type(self._error).__name__}: {self._error}"

@@ -11,8 +11,7 @@ sticky one). Refuses to know what a step computes.
 
 from __future__ import annotations
 
-import sys
-
+from sharp import driver
 from sharp.plan import BatchPlan
 
 STEP_ERRORS = (RuntimeError, FloatingPointError, MemoryError)
@@ -35,7 +34,5 @@ class StepFailed(RuntimeError):
 
 def ends_the_step_only(error: BaseException) -> bool:
     """Whether an error that a model raised leaves the engine alive."""
-    if not isinstance(error, STEP_ERRORS) or isinstance(error, MISTAKES) or getattr(error, "sticky", False):
-        return False
-    driver = sys.modules.get("sharp.driver")  # never imported: no CUDA call of ours was made
-    return driver is None or not driver.poisoned()
+    could_not = isinstance(error, STEP_ERRORS) and not isinstance(error, MISTAKES)
+    return could_not and driver.poisoned() is None

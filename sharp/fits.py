@@ -22,10 +22,14 @@ def refuse_if_too_large(
     dtype: str,
     kind: str,
     max_model_len: int,
+    workspaces: int = 0,
+    staging: int = 0,
+    graphs: int = 0,
 ) -> None:
     """Return if weights, workspace and pages fit in `free` bytes (nothing loaded) and in memory_limit.
 
-    where: the model's file, for the message. Raises MemoryError with figures and the known models that fit.
+    where: the model's file, for the message; workspaces, staging, graphs: see plan_memory. Raises MemoryError
+    with figures and the known models that fit.
     """
     weights = weight_bytes(model, dtype, kind)
     context = CUDA_CONTEXT if kind == "cuda" else 0
@@ -36,8 +40,9 @@ def refuse_if_too_large(
     else:
         try:
             plan_memory(
-                model, config, free=free - weights, dtype=dtype, kind=kind, max_model_len=max_model_len
-            )
+                model, config, free=free - weights, dtype=dtype, kind=kind, max_model_len=max_model_len,
+                workspaces=workspaces, staging=staging, graphs=graphs,
+            )  # fmt: skip
             return
         except MemoryError as error:
             problem = str(error)

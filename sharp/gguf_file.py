@@ -62,13 +62,23 @@ class GGUFFile:
 
     def read(self, name: str) -> FloatArray:
         """The tensor of our name: float32, HF shape, contiguous, q/k rows in rotate-half order."""
+        return self.rows(name, 0, self.shapes[name][0])
+
+    def rows(self, name: str, start: int, stop: int) -> FloatArray:
+        """Rows [start, stop) of what read() gives; nothing else is dequantised, but all of a vector.
+
+        Safe to call from several threads.
+        """
         tensor, shape = self._tensors[name], self.shapes[name]
-        rows = np.asarray(tensor.data)
+        stored = np.asarray(tensor.data)
+        order: slice | npt.NDArray[np.intp] = slice(start, stop)
         for part, num_heads in (("q_proj.", self.config.num_q_heads), ("k_proj.", self.config.num_kv_heads)):
             if part in name and self._family.gguf_interleaved:
                 # Whole rows move, so they are moved while they are still quantised, and small.
-                rows = rows[_rotate_half_rows(num_heads, shape[0] // num_heads)]
-        return dequantize(rows, tensor.tensor_type, shape)
+                order = _rotate_half_rows(num_heads, shape[0] // num_heads)[start:stop]
+        if len(shape) == 1:  # of blocks that hold several elements
+            return dequantize(stored, tensor.tensor_type, shape)[order]
+        return dequantize(stored[order], tensor.tensor_type, (stop - start, *shape[1:]))
 
 
 def _rope_factors(tensor: ReaderTensor | None, path: Path) -> tuple[float, ...]:

@@ -6,10 +6,11 @@ for.
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy, in which safetensors hands out BF16 tensors)
+import ml_dtypes  # (registers bfloat16 with numpy, in which safetensors hands out BF16 tensors)
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
@@ -17,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from sharp.families import FAMILIES
 from sharp.hf_config import config_from_hf
 from sharp.model_config import ModelConfig, ModelFileError, read_json
-from sharp.safetensors_header import DTYPE_BYTES, read_header
+from sharp.safetensors_header import DTYPE_BYTES, data_start, read_header
 from sharp.untrusted import check_directory, file_inside
 
 FloatArray = npt.NDArray[np.float32]
 _INDEX = "model.safetensors.index.json"
+_STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
 class HFDirectory:
@@ -40,6 +42,8 @@ class HFDirectory:
         self.num_bytes = 0
         self._files: dict[str, Any] = {}  # file name -> open file (memory-mapped by the library)
         self._file_names: dict[str, str] = {}
+        self._spans: dict[str, tuple[np.dtype[Any], int]] = {}  # stored dtype, first byte in the file
+        self._maps: dict[str, npt.NDArray[np.uint8]] = {}  # file name -> its bytes, mapped when first asked
         index = self._read_index()
         self._listing = _INDEX if index else "model.safetensors"
         for file_name in sorted(set(index.values())) if index else ["model.safetensors"]:
@@ -73,7 +77,9 @@ class HFDirectory:
         return index
 
     def _open(self, path: Path, file_name: str) -> None:
-        for stored, info in read_header(path).items():
+        infos = read_header(path)
+        start = data_start(path) if infos else 0
+        for stored, info in infos.items():
             name = self._names.ours(stored)
             if info.dtype not in DTYPE_BYTES:
                 raise ModelFileError(
@@ -83,6 +89,7 @@ class HFDirectory:
             if name in self.shapes:
                 raise ModelFileError(f"{path}: tensor {stored} is also in {self._file_names[name]}")
             self.shapes[name], self._file_names[name] = tuple(info.shape), file_name
+            self._spans[name] = _STORED[info.dtype], start + info.data_offsets[0]
             self.num_bytes += info.data_offsets[1] - info.data_offsets[0]
         try:
             file: Any = safe_open(path, framework="numpy")
@@ -102,3 +109,17 @@ class HFDirectory:
         except SafetensorError as error:
             raise ModelFileError(f"{self.where(name)}: {error}") from None
         return np.ascontiguousarray(tensor, dtype=np.float32)
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop) of the tensor `name` where they lie in the mapped file, in the stored dtype.
+
+        Safe to call from several threads. OSError where the file cannot be mapped any more.
+        """
+        file_name = self._file_names[name]
+        if file_name not in self._maps:  # two threads may map it twice: one of them is dropped
+            self._maps[file_name] = np.memmap(self.path / file_name, np.uint8, "r")
+        dtype, first = self._spans[name]
+        columns = self.shapes[name][1:]
+        row_bytes = prod(columns) * dtype.itemsize
+        raw = self._maps[file_name][first + start * row_bytes : first + stop * row_bytes]
+        return np.frombuffer(raw, dtype).reshape(stop - start, *columns)

@@ -66,6 +66,7 @@ class LLM:
             from sharp.model import Model
 
             path, model = model, Model.load(model, config, progress=progress)
+            model.capture(progress)
             if config.scheduling_policy == LatencyTarget.name:
                 from sharp.probe_cache import kept_predictor
 

@@ -17,16 +17,10 @@ import numpy.typing as npt
 
 from sharp import driver
 from sharp.device_array import DeviceArray as DeviceArray  # part of this module's interface
+from sharp.layout import ALIGNMENT, aligned
 
-ALIGNMENT = 256  # bytes: what the driver's own allocations start on, and more than any kernel asks for
 SMALLEST = 4096  # bytes of the smallest pinned buffer: a page
 AT_LEAST = 2  # pinned buffers of a size: one is written while the other is copied
-
-
-def aligned(num_bytes: int) -> int:
-    """Bytes that an array takes of an arena: whole units of 256, one at least, so that an empty array has an
-    address too."""
-    return max(1, -(-num_bytes // ALIGNMENT)) * ALIGNMENT
 
 
 class ArenaFull(MemoryError):
@@ -115,6 +109,13 @@ class PinnedBuffer:
     def address(self) -> int:
         return int(self._memory.ctypes.data)
 
+    def cut(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """Make .array its first num_bytes, and return it. ValueError if it has fewer."""
+        if not 0 <= num_bytes <= self.capacity:
+            raise ValueError(f"{num_bytes} bytes of a pinned buffer of {self.capacity}")
+        self.array = self._memory[:num_bytes]
+        return self.array
+
     def release(self) -> None:
         """Give it back to the pool. ValueError if it is not taken."""
         self._pool._release(self)
@@ -164,7 +165,8 @@ class PinnedPool:
             waiting = self._free[capacity]
             at = next((i for i, one in enumerate(waiting) if one.event.done), None)
             buffer = self._make(capacity) if at is None else waiting.pop(at)
-            buffer.taken, buffer.array = True, buffer._memory[:num_bytes]
+            buffer.taken = True
+            buffer.cut(num_bytes)
         return buffer
 
     def _fill(self, capacity: int) -> None:

@@ -1,6 +1,6 @@
 """Readings of a device for the probe: bytes taken, the peak of a call, and copy bandwidth.
 
-Knows /proc, the CUDA driver through numba, and NVML through ctypes. Refuses to know models and budgets.
+Knows /proc, the CUDA driver (driver.py), and NVML through ctypes. Refuses to know models and budgets.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sharp import driver
 from sharp.device import Device
+from sharp.memory import device_array, pinned_memory
 
 COPY_BYTES = (1 << 16, 1 << 20, 1 << 24, 1 << 26)  # 64 KiB is a step's indices, 64 MiB a layer of weights
 ROUNDS = 5
@@ -100,7 +102,7 @@ class CudaMeter:
 
         if compiler.SIMULATOR:
             return self._device.free_bytes()
-        return int(compiler.cuda.current_context().get_memory_info().total)
+        return driver.memory_info()[1]
 
     def used(self) -> int:
         return self.total() - self.free()
@@ -158,7 +160,7 @@ def copy_bandwidth(device: Device) -> list[dict[str, Any]]:
     from kernels_numba import compiler
 
     if device.kind == "cuda" and not compiler.SIMULATOR:
-        return _cuda_copies(compiler.cuda)
+        return _cuda_copies()
     rows = []
     for size in COPY_BYTES:
         source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
@@ -170,29 +172,29 @@ def copy_bandwidth(device: Device) -> list[dict[str, Any]]:
     return rows
 
 
-def _cuda_copies(cuda: Any) -> list[dict[str, Any]]:
-    up, down = cuda.stream(), cuda.stream()
+def _cuda_copies() -> list[dict[str, Any]]:
+    up, down = driver.Stream(), driver.Stream()
     rows = []
     for size in COPY_BYTES:
-        there, back = cuda.device_array(size, np.uint8), cuda.device_array(size, np.uint8)
+        arrays = [device_array((size,), np.uint8, "the bandwidth's array") for _ in range(2)]
+        there, back = (array.address for array in arrays)
         for memory in ("pinned", "pageable"):
-            make = cuda.pinned_array if memory == "pinned" else np.empty
-            source, target = make(size, np.uint8), make(size, np.uint8)
+            source, target = (_host_memory(memory, size) for _ in range(2))
             source[:], target[:] = 1, 1
 
-            def to_device(there: Any = there, source: Any = source) -> None:
-                there.copy_to_device(source, stream=up)
+            def to_device(there: int = there, source: Any = source) -> None:
+                driver.copy_to_device(there, source.ctypes.data, source.nbytes, up)
                 up.synchronize()
 
-            def from_device(back: Any = back, target: Any = target) -> None:
-                back.copy_to_host(target, stream=down)
+            def from_device(back: int = back, target: Any = target) -> None:
+                driver.copy_to_host(target.ctypes.data, back, target.nbytes, down)
                 down.synchronize()
 
             def both(
-                there: Any = there, source: Any = source, back: Any = back, target: Any = target
+                there: int = there, back: int = back, source: Any = source, target: Any = target
             ) -> None:
-                there.copy_to_device(source, stream=up)
-                back.copy_to_host(target, stream=down)
+                driver.copy_to_device(there, source.ctypes.data, source.nbytes, up)
+                driver.copy_to_host(target.ctypes.data, back, target.nbytes, down)
                 up.synchronize()
                 down.synchronize()
 
@@ -200,6 +202,10 @@ def _cuda_copies(cuda: Any) -> list[dict[str, Any]]:
             rows.append(_row(f"from the device, {memory}", size, _median(from_device)))
             rows.append(_row(f"both at once, {memory}", 2 * size, _median(both)))
     return rows
+
+
+def _host_memory(kind: str, size: int) -> Any:
+    return pinned_memory(size, driver.Event()) if kind == "pinned" else np.empty(size, np.uint8)
 
 
 def _median(call: Callable[[], None]) -> float:

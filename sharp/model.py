@@ -12,9 +12,8 @@ from inputs as stored, and rounds once where its result is stored:
                      output (normalised x weight) is rounded once
     gemm             float32 accumulation with K ascending, bias added in float32, rounded once
     qk_norm          (Qwen3) each head of q and k normalised x weight, rounded once, in place
-    rope             angles from a float32 table (yarn's attention factor is in it); the rotated pair rounded
-                     once
-    store_kv         copied
+    rope_store_kv    angles from a float32 table (yarn's attention factor is in it); the rotated pair rounded
+                     once; keys and values copied to their pages
     attention        scores, softmax and the weighted sum in float32, rounded once; a sliding window leaves
                      keys out and changes nothing else
     silu_mul         silu(gate) * up in float32, rounded once
@@ -23,30 +22,35 @@ from inputs as stored, and rounds once where its result is stored:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
-
-from kernels_numba.attention_contract import SPLIT
 from kernels_numba.ops import resolve
+from kernels_numba.ops.apply_step import StepLayout
 from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.prefill_attention import door as prefill_door
-from sharp.budget import Budget, plan_memory
+from sharp import driver
+from sharp.budget import Budget, plan_memory, weight_bytes
 from sharp.config import EngineConfig, ModelConfig
 from sharp.device import Array, Device, open_device
 from sharp.eager import Eager
 from sharp.fits import refuse_if_too_large
-from sharp.plan import BatchPlan, SampleOutput
+from sharp.layout import aligned, workspace
+from sharp.plan import BatchPlan, Int32, SampleOutput
 from sharp.rope import rope_table
+from sharp.rungs import describe_rungs, small_op_rungs
+from sharp.runtime import device_bytes, open_runtime, predicted_bytes
 from sharp.sampling import sample
-from sharp.staging import DeviceBatch, stage, staging_bytes
+from sharp.staging import DeviceBatch, StepArrays, stage, staging_bytes
+from sharp.weight_stream import Lanes, stream_weights
 from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
+from sharp.workspaces import AttentionNeeds
 
 
 @dataclass(frozen=True)
@@ -67,17 +71,9 @@ class Workspace:
 
     @staticmethod
     def allocate(config: ModelConfig, device: Device, num_tokens: int, num_rows: int) -> Workspace:
-        heads = config.num_q_heads + 2 * config.num_kv_heads
+        planned = workspace(config, num_tokens, num_rows)
         return Workspace(
-            residual=device.empty((num_tokens, config.hidden_size)),
-            x=device.empty((num_tokens, config.hidden_size)),
-            delta=device.empty((num_tokens, config.hidden_size)),
-            qkv=device.empty((num_tokens, heads, config.head_dim)),
-            attention=device.empty((num_tokens, config.num_q_heads, config.head_dim)),
-            gate_up=device.empty((num_tokens, 2 * config.intermediate_size)),
-            act=device.empty((num_tokens, config.intermediate_size)),
-            logits=device.empty((num_rows, config.vocab_size), np.float32),
-            sampled=device.empty((num_rows,), np.int32),
+            **{name: device.empty(shape, dtype, term=term) for name, (term, shape, dtype) in planned.items()}
         )
 
 
@@ -89,10 +85,17 @@ class KVCache:
     v: Array
 
 
+def copy_pages(device: Device, kv: list[KVCache], pairs: Int32) -> None:
+    """Queue the copies of (source, destination) pages in all layers."""
+    for cache in kv if len(pairs) else ():
+        device.copy_rows(cache.k, pairs)
+        device.copy_rows(cache.v, pairs)
+
+
 def forward(
     config: ModelConfig,
     weights: ModelWeights,
-    batch: DeviceBatch,
+    batch: StepArrays,
     ops: SimpleNamespace,
     kv: list[KVCache],
     cos_sin: Array,
@@ -102,9 +105,10 @@ def forward(
     """Logits f32[R, V] of the batch's `logits_rows`; the keys and values of all T tokens are in their pages
     after it.
 
-    Nothing is allocated on the device and nothing waits: all launches go to `stream`.
+    Nothing is allocated on the device and nothing waits: all launches go to `stream`. Decodes come before the
+    rest: of a bucket, those past the real number write zeros into rows that belong to the rest.
     """
-    tokens, rows = batch.plan.num_tokens, len(batch.plan.logits_rows)
+    tokens, rows = batch.num_tokens, batch.num_rows
     hq, hkv = config.num_q_heads, config.num_kv_heads
     residual, x, delta = work.residual[:tokens], work.x[:tokens], work.delta[:tokens]
     gate_up, act = work.gate_up[:tokens], work.act[:tokens]
@@ -128,8 +132,9 @@ def forward(
         ops.gemm(qkv_rows, x, layer.qkv, layer.qkv_bias, stream=stream)
         if config.qk_norm:
             ops.qk_norm(q, k, layer.q_norm, layer.k_norm, eps=eps, stream=stream)
-        ops.rope(q, k, batch.positions, cos_sin, stream=stream)
-        ops.store_kv(cache.k, cache.v, k, v, batch.slot_mapping, stream=stream)
+        ops.rope_store_kv(
+            q, k, v, batch.positions, cos_sin, cache.k, cache.v, batch.slot_mapping, stream=stream
+        )
         if decodes:
             ops.decode_attention(
                 decode_out, decode_q, cache.k, cache.v, batch.decode_context_lens, batch.decode_block_table,
@@ -179,7 +184,10 @@ class Model(Eager):
         heads = c.num_q_heads + 2 * c.num_kv_heads
         sizes = (c.hidden_size, heads * c.head_dim, c.num_q_heads * c.head_dim, c.intermediate_size)
         gemm = best_rung(device.default_rung, device.capability, device.dtype, sizes)
-        self.rungs = {"gemm": gemm, **config.rungs}
+        small = small_op_rungs(
+            device.default_rung, device.capability, device.dtype, c, config.block_size, config.rungs
+        )
+        self.rungs = {"gemm": gemm, **small, **config.rungs}
         self.ops = resolve(device.default_rung, self.rungs)
         elsewhere = "plain" if device.kind == "cpu" else "reference"
         for op, rung in config.rungs.items():
@@ -201,45 +209,47 @@ class Model(Eager):
         why_not = prefill_door.refusal(*where) if prefill == prefill_door.RUNG else ""
         if why_not:
             raise ValueError(f"rung {prefill!r} of prefill_attention does not run this model: {why_not}")
-        refuse_if_too_large(
-            self.config,
-            config,
-            where=str(checkpoint.path),
-            free=device.free_bytes(),
-            dtype=device.dtype,
-            kind=device.kind,
-            max_model_len=self.max_model_len,
-        )
-        self.tokenizer = checkpoint.tokenizer()
-        self.weights = load_weights(checkpoint, device.upload_float, progress=progress)
-        observe("weights")
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
-        if decode in decode_door.NEEDS:  # before the pages are counted, which get what is left
-            splits = rows * -(-self.max_model_len // SPLIT)
-            space = decode_door.Workspace.of(rows, splits, c.num_q_heads, c.num_kv_heads, c.head_dim)
-            self.ops.decode_attention = partial(self.ops.decode_attention, workspace=space)
-        if prefill == prefill_door.RUNG:
-            counters = prefill_door.Workspace.of()
-            self.ops.prefill_attention = partial(self.ops.prefill_attention, workspace=counters)
-        self.budget: Budget = plan_memory(
-            self.config,
-            config,
-            free=device.free_bytes(),
-            dtype=device.dtype,
-            kind=device.kind,
-            max_model_len=self.max_model_len,
-        )
-        self.num_blocks = self.budget.num_blocks
-        table = rope_table(self.config.rope, self.config.rope_theta, self.config.head_dim, self.max_model_len)
-        self.cos_sin = device.upload(table)
-        self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
-        pages = -(-self.max_model_len // self.block_size)
-        device.reserve_staging(staging_bytes(config.max_num_batched_tokens, rows, pages))
-        page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
-        self.kv = [
-            KVCache(k=device.empty(page_shape), v=device.empty(page_shape))
-            for _ in range(self.config.num_layers)
-        ]
+        layout = StepLayout(config.max_num_batched_tokens, rows, -(-self.max_model_len // self.block_size))
+        staging = staging_bytes(layout.max_tokens, rows, layout.max_pages)
+        needs = AttentionNeeds.of(self.config, self.rungs, rows, self.max_model_len)
+        asynchronous = device.copy_stream is not None
+        shape: dict[str, Any] = {"dtype": device.dtype, "kind": device.kind}
+        shape |= {"max_model_len": self.max_model_len, "workspaces": needs.num_bytes}
+        if asynchronous:
+            shape["staging"] = 2 * aligned(staging) + device_bytes(layout)
+            shape["graphs"] = predicted_bytes(layout, c.num_layers) if config.graphs else 0
+        free = device.free_bytes()
+        refuse_if_too_large(self.config, config, where=str(checkpoint.path), free=free, **shape)
+        self.tokenizer = checkpoint.tokenizer()
+        if asynchronous:  # all is planned before anything is allocated, and cut from one arena
+            left = free - weight_bytes(self.config, device.dtype, device.kind)
+            self.budget: Budget = plan_memory(self.config, config, free=left, **shape)
+        with device.arena(self.budget.arena if asynchronous else 0) as self.arena:
+            if asynchronous:
+                self.weights = stream_weights(checkpoint, cast(Lanes, device), progress=progress)
+            else:
+                self.weights = load_weights(checkpoint, device.upload_float, progress=progress)
+            observe("weights")
+            if not asynchronous:
+                self.budget = plan_memory(self.config, config, free=device.free_bytes(), **shape)
+            self.num_blocks = self.budget.num_blocks
+            needs.give(self.ops, device)
+            angles = rope_table(
+                self.config.rope, self.config.rope_theta, self.config.head_dim, self.max_model_len
+            )
+            self.cos_sin = device.upload(angles, term="rope_table")
+            self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
+            if self.rungs.get("lm_head") == "warp":  # delta is spent when the logits come
+                self.ops.lm_head = partial(self.ops.lm_head, x_rows=self.work.delta)
+            device.reserve_staging(staging)
+            page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
+            self.kv = [
+                KVCache(*(device.empty(page_shape, term="kv_pages") for _ in range(2)))
+                for _ in range(self.config.num_layers)
+            ]
+            if asynchronous:
+                self.runtime = open_runtime(self, layout, config.graphs)
 
     @classmethod
     def load(cls, path: str | Path, config: EngineConfig, *, progress: bool = False) -> Model:
@@ -251,8 +261,9 @@ class Model(Eager):
 
     @property
     def device_name(self) -> str:
-        chosen = [f", {op} {rung}" for op, rung in self.rungs.items() if rung != self.device.default_rung]
-        return f"{self.device.name}, {self.device.dtype}{''.join(chosen)}"
+        return (
+            f"{self.device.name}, {self.device.dtype}{describe_rungs(self.rungs, self.device.default_rung)}"
+        )
 
     @property
     def overlaps(self) -> bool:
@@ -266,27 +277,44 @@ class Model(Eager):
                 f"a step of {plan.num_tokens} tokens and {len(plan.logits_rows)} logits rows is over the "
                 f"workspace of {self.work.x.shape[0]} tokens and {self.work.logits.shape[0]} rows"
             )
-        return stage(plan, self.device)
+        with self._step(plan):
+            return stage(plan, self.device)
+
+    @property
+    def uses_cuda(self) -> bool:
+        """Whether a lost CUDA (driver.poisoned) is this model's loss too."""
+        return self.device.kind == "cuda"
+
+    @contextmanager
+    def _step(self, plan: BatchPlan) -> Iterator[None]:
+        """Errors of CUDA from inside say which step and whose; a CUDA that was lost is not asked again."""
+        if self.uses_cuda:
+            driver.refuse_if_lost()
+        with driver.during(f"step {plan.step} ({plan.num_tokens} tokens of {plan.num_seqs} requests)"):
+            yield
 
     def forward(self, batch: DeviceBatch) -> Array:
         """Queue one forward pass; returns f32[R, V] on the device, valid once the stream has got there.
 
         Pages that the plan wants copied (samples that part) are copied first.
         """
-        if len(batch.plan.page_copies):
-            for cache in self.kv:
-                self.device.copy_rows(cache.k, batch.plan.page_copies)
-                self.device.copy_rows(cache.v, batch.plan.page_copies)
-        return forward(
-            self.config, self.weights, batch, self.ops, self.kv, self.cos_sin, self.work, self.device.stream
-        )
+        with self._step(batch.plan):
+            copy_pages(self.device, self.kv, batch.plan.page_copies)
+            where = self.kv, self.cos_sin, self.work, self.device.stream
+            return forward(self.config, self.weights, batch, self.ops, *where)
 
     def sample(self, logits: Array, batch: DeviceBatch) -> SampleOutput:
         """Wait for the step and return the chosen ids (and log-probabilities where asked for)."""
         rows = len(batch.plan.logits_rows)
-        return sample(logits, batch, self.work.sampled[:rows], self.ops, self.device)
+        with self._step(batch.plan):
+            return sample(logits, batch, self.work.sampled[:rows], self.ops, self.device)
 
     def close(self) -> None:
-        """Give the device's buffers back; the model cannot be used afterwards."""
+        """Give the device's memory back; the model cannot be used afterwards. The garbage collector does the
+        same for a model that nobody refers to any more."""
+        if self.runtime is not None:
+            self.runtime.close()
         self.device.close()
         del self.weights, self.kv, self.work
+        if self.arena is not None:
+            self.arena.close()

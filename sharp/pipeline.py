@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NoReturn
 
+from sharp.config import EngineConfig
 from sharp.event_log import EventLog
 from sharp.failures import StepFailed, ends_the_step_only
 from sharp.interrupts import uninterrupted
@@ -41,6 +42,11 @@ class _Flight:
     phases: Phases
     not_scheduled: dict[str, str] = field(default_factory=dict)
     waiting_for: str | None = None
+
+
+def overlaps(model: StepModel, config: EngineConfig) -> bool:
+    """Whether steps overlap: as config says, or else as the model does (StepModel tells how)."""
+    return bool(getattr(model, "overlaps", False)) if config.overlap is None else config.overlap
 
 
 class Pipeline:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from sharp.config import ModelConfig
 
 Int32 = npt.NDArray[np.int32]
+DTYPES: dict[str, Any] = {"temperatures": np.float32, "top_ps": np.float32, "seeds": np.uint64}  # else int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,8 @@ class BatchPlan:
     slot_mapping: Int32  # [T] page * block_size + offset: where each token's K and V go
     logits_rows: Int32  # [R] token rows whose next token is wanted, one per sequence at most
     temperatures: npt.NDArray[np.float32]  # [R]
+    top_ks: Int32  # [R], 0: all
+    top_ps: npt.NDArray[np.float32]  # [R], 1: all
     seeds: npt.NDArray[np.uint64]  # [R]
     output_indices: Int32  # [R] index of the sampled token in its answer
     num_logprobs: Int32  # [R], -1: none
@@ -90,10 +93,10 @@ class BatchPlan:
         num_seqs, num_rows = self.num_seqs, len(self.logits_rows)
         for name in ("token_ids", "positions", "slot_mapping"):
             assert len(getattr(self, name)) == self.cu_seqlens_q[-1], name
-        for name in ("temperatures", "seeds", "output_indices", "num_logprobs"):
+        for name in ("temperatures", "top_ks", "top_ps", "seeds", "output_indices", "num_logprobs"):
             assert len(getattr(self, name)) == num_rows, name
         for name, array in vars(self).items():
-            wanted = {"temperatures": np.float32, "seeds": np.uint64}.get(name, np.int32)
+            wanted = DTYPES.get(name, np.int32)
             assert not isinstance(array, np.ndarray) or array.dtype == wanted, f"{name} is {array.dtype}"
         assert self.page_copies.ndim == 2, "page_copies"
         assert self.page_copies.shape[1] == 2, "page_copies"

@@ -166,11 +166,12 @@ def run_probe(
         meter.start_peak()
         curves = measure_curves(model, config, meter, max_model_len=model.max_model_len, limit_s=limit_s)
         at = dict(readings)
-        measured = {
-            "weights": max(0, at["weights"] - at["start"]),  # a host may reuse memory that it held before
-            "buffers": max(0, at["buffers"] - at["weights"]),
-            "reserve": meter.peak(),
-        }
+        measured = {"reserve": meter.peak()}
+        if model.arena is not None:  # by its own books, and as the device sees it
+            measured |= {**model.arena.terms, "arena": max(0, at["buffers"] - at["start"])}
+        else:  # a host may reuse memory that it held before
+            measured["weights"] = max(0, at["weights"] - at["start"])
+            measured["buffers"] = max(0, at["buffers"] - at["weights"])
         # NVML speaks of the whole card: of a MIG slice, say, it tells nothing.
         if device.kind == "cuda" and outside and abs(outside[1] - meter.total()) < 0.05 * outside[1]:
             measured["context"] = max(0, outside[0] - free)

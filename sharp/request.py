@@ -60,6 +60,13 @@ def _check_temperature(value: object) -> None:
         raise ValueError(f"temperature must be 0 (greedy) or in [{low:g}, {high:g}], not {value}")
 
 
+def _check_top_p(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"top_p must be a number, not {value!r}")
+    if not 0 < value <= 1:  # NaN fails both
+        raise ValueError(f"top_p must be over 0 and at most 1, not {value}")
+
+
 def _check_timeout(value: object) -> None:
     if value is None:
         return
@@ -84,7 +91,11 @@ class SamplingParams:
     limit."""
 
     max_tokens: int = 16
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy, whatever top_k and top_p are
+    top_k: int | None = None  # drawn from so many of the likeliest ids; None or 0: from all
+    top_p: float = (
+        1.0  # of these, from the fewest likeliest whose probabilities reach this sum; 1.0: from all
+    )
     seed: int | None = (
         None  # of this request's random numbers; None: from the engine's seed and the request's order
     )
@@ -98,6 +109,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _whole("max_tokens", self.max_tokens, 1, MAX_TOKENS_LIMIT)
         _check_temperature(self.temperature)
+        if self.top_k is not None:
+            _whole("top_k", self.top_k, 0, MAX_TOKENS_LIMIT)
+        _check_top_p(self.top_p)
         if self.seed is not None:
             _whole("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:

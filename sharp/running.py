@@ -28,6 +28,8 @@ COLUMNS: dict[str, Any] = {
     "published": np.int32,  # first pages that were shared with others or offered to the prefix cache
     "num_samples": np.int32,  # that will fork from it
     "temperature": np.float32,
+    "top_k": np.int32,  # 0: all
+    "top_p": np.float32,
     "seed": np.uint64,
     "num_logprobs": np.int32,  # -1: none
     "has_stop_ids": np.bool_,
@@ -53,6 +55,8 @@ class RunningTable:
     published: npt.NDArray[np.int32]
     num_samples: npt.NDArray[np.int32]
     temperature: npt.NDArray[np.float32]
+    top_k: npt.NDArray[np.int32]
+    top_p: npt.NDArray[np.float32]
     seed: npt.NDArray[np.uint64]
     num_logprobs: npt.NDArray[np.int32]
     has_stop_ids: npt.NDArray[np.bool_]
@@ -107,6 +111,7 @@ class RunningTable:
         self.coming[row] = 0
         self.limit[row], self.last_token[row] = limit, request.last_token
         self.temperature[row], self.seed[row] = params.temperature, request.seed
+        self.top_k[row], self.top_p[row] = params.top_k or 0, params.top_p
         self.num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         self.has_stop_ids[row], self.obeys_eos[row] = bool(params.stop_token_ids), not params.ignore_eos
         self.request[row], self.name[row] = request, request.request_id
@@ -181,6 +186,8 @@ class RunningTable:
             known = self.known[row] + max(0, self.coming[row] - 1)  # the latest coming token is not computed
             assert self.computed[row] <= known, f"{name}: more computed than known"
             assert self.seed[row] == request.seed, f"{name}: seed"
+            assert self.top_k[row] == (request.params.top_k or 0), f"{name}: top-k"
+            assert self.top_p[row] == np.float32(request.params.top_p), f"{name}: top-p"
             pages = self.pages[row]
             assert pages[pages >= 0].tolist() == request.block_ids, f"{name}: pages"
             assert self.num_pages[row] == len(request.block_ids), f"{name}: number of pages"

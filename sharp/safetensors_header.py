@@ -57,6 +57,12 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return infos
 
 
+def data_start(path: Path) -> int:
+    """The byte of a file that passed read_header at which its data begin."""
+    with path.open("rb") as file:
+        return 8 + int(struct.unpack("<Q", file.read(8))[0])
+
+
 def _check(infos: dict[str, TensorInfo], num_data_bytes: int) -> None:
     covered = 0
     for name, info in sorted(infos.items(), key=lambda item: item[1].data_offsets):

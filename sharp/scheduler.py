@@ -6,10 +6,11 @@ first and who gives way is a SchedulingPolicy's to say (policies.py); that budge
 here. Admission "reserve" books a request's worst case in pages, so nothing running can lack one; "optimistic"
 books what is known of it, and when a page is missing a running request gives all of its own back, waits, and
 reads prompt and answer so far again. Pages are found, booked and given back by the PageBook (pagebook.py).
-Nobody but this class changes a Request: plan() reserves and advances lengths, commit() appends token values
-and lets pages be found, rollback() undoes a plan that did not run. A step may be planned while the one before
-it runs (flights.py): who ends by a token that is still to come goes one step too far, and that step's token
-is dropped. Refuses to know text, devices, time, and what a model computes.
+Nobody but this class (and, for a simulator, quiet.py) changes a Request: plan() reserves and advances
+lengths, commit() appends token values and lets pages be found, rollback() undoes a plan that did not run. A
+step may be planned while the one before it runs (flights.py): who ends by a token that is still to come goes
+one step too far, and that step's token is dropped. Refuses to know text, devices, time, and what a model
+computes.
 """
 
 from __future__ import annotations
@@ -255,31 +256,6 @@ class Scheduler:
             self.finish(request, "stop")
         elif request.num_tokens >= self.sizes.worst_tokens(request):
             self.finish(request, "length")
-
-    def quiet_steps(self) -> int:
-        """How many further steps give each running sequence one token and nothing else, whatever waits: none
-        ends, so nothing that waits can come in. 0 where a step may differ, or pages be missing."""
-        table, rows = self.table, self.table.rows
-        if self.flights or self.config.admission != "reserve" or not len(rows):
-            return 0
-        if self.config.prefix_caching or self.pages.forks.copies:  # pages are published, copied on the way
-            return 0
-        if (table.known[rows] - table.computed[rows] != 1).any():
-            return 0
-        return max(0, int((table.limit[rows] - table.known[rows]).min()) - 1)
-
-    def skip(self, steps: int, token_id: int) -> None:
-        """What `steps` plans and commits of `token_id` for each running sequence would come to; for a
-        simulator. Raises ValueError for more than quiet_steps()."""
-        if not 0 <= steps <= self.quiet_steps():
-            raise ValueError(f"{steps} steps cannot be skipped; {self.quiet_steps()} are quiet")
-        rows = self.table.rows
-        self.table.computed[rows] += steps
-        self.table.known[rows] += steps
-        self.table.last_token[rows] = token_id
-        for request in self.running:
-            request.output_token_ids.extend([token_id] * steps)
-        self.step += steps
 
     def rollback(self, plan: BatchPlan) -> list[Request]:
         """Undo the newest plan in flight, whose step did not happen or does not count: the same tokens are

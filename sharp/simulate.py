@@ -1,14 +1,15 @@
 """The simulator: the engine's own scheduler over predicted step times, in virtual time.
 
-Every decision is the real one: Scheduler, policy, pages, queue. Only the model is absent: a step takes what
-StepPredictor says, and an answer is as long as the workload says. Refuses to know tokens' values, files and
-devices.
+Every decision is the real one: Scheduler, policy, pages, queue, and when each is taken: with overlap a step
+is planned when the one before it starts. Only the model is absent: a step takes what StepPredictor says, and
+an answer is as long as the workload says. Refuses to know tokens' values, files and devices.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -19,9 +20,10 @@ import numpy as np
 from sharp.config import EngineConfig
 from sharp.latencies import Spread, TokenClock
 from sharp.latency_target import LatencyTarget
-from sharp.plan import SampleOutput
+from sharp.plan import BatchPlan, SampleOutput
 from sharp.policies import SchedulingPolicy
 from sharp.predictor import StepWork
+from sharp.quiet import quiet_steps, skip
 from sharp.request import QueueFull, Request, RequestTooLarge, SamplingParams
 from sharp.scheduler import Scheduler
 from sharp.workloads import Arrival
@@ -74,6 +76,18 @@ class Simulated:
         return self.output_tokens / self.seconds if self.seconds else 0.0
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A step on the device: what it computes, seconds that it takes, when it ends, and who waits
+    meanwhile."""
+
+    plan: BatchPlan
+    work: StepWork
+    seconds: float
+    end: float
+    waiting: int
+
+
 def _quiet_times(work: StepWork, steps: int, now: float, until: float, predictor: Predictor) -> list[float]:
     """When each of the next `steps` steps ends, if each begins before `until` and has the decodes of `work`
     with one more key each than the step before it."""
@@ -102,9 +116,9 @@ def simulate(
 ) -> Simulated:
     """Run a workload (by time of arrival) to its end.
 
-    Runs of steps that only decode are computed at once: the policy's observe() and `look` hear of the first.
-    look: called after a step is planned, with the virtual time at which it starts. Raises what the
-    scheduler raises, but for requests that it refuses: those are counted.
+    Steps overlap if config.overlap is True. Runs of steps that only decode are computed at once: the policy's
+    observe() and `look` hear of the first. look: called after a step is planned, with the virtual time at
+    which it is. Raises what the scheduler raises, but for requests that it refuses: those are counted.
     """
     began = time.perf_counter()
     # A workload says nothing of what prompts have in common.
@@ -120,6 +134,22 @@ def simulate(
     prompts: dict[int, list[int]] = {}  # token values mean nothing here, and equal lists are one
     no_logprobs: tuple[None, ...] = ()
     ids = np.ones(config.max_num_batched_tokens, np.int32)
+    flying: deque[_Flight] = deque()
+    most, free = 2 if config.overlap else 1, 0.0  # steps in flight; when the device has done all it has
+
+    def launch(at: float) -> bool:
+        """Plan a step at a time, to start when the device has done what it has; False if there is none."""
+        nonlocal free
+        plan = scheduler.plan()
+        if plan is None:
+            return False
+        look(scheduler, at)
+        work = StepWork.of(plan)
+        seconds = predictor.seconds(work)
+        free = max(at, free) + seconds
+        flying.append(_Flight(plan, work, seconds, free, len(scheduler.waiting)))
+        return True
+
     while True:
         while coming < len(workload) and workload[coming].arrival_s <= now:
             arrival = workload[coming]
@@ -138,19 +168,18 @@ def simulate(
                 clock.arrive(request.request_id, arrival.arrival_s)
             except (QueueFull, RequestTooLarge) as error:
                 refused[type(error).__name__] += 1
-        plan = scheduler.plan()
-        if plan is None:
+        if launch(now):
+            if len(flying) < most:
+                continue
+        elif not flying:
             if coming == len(workload):
                 break
             now = max(now, workload[coming].arrival_s)
             continue
-        look(scheduler, now)
-        work = StepWork.of(plan)
-        seconds = predictor.seconds(work)
-        waiting = len(scheduler.waiting)
-        queue_area += waiting * seconds
-        queue_max = max(queue_max, waiting)
-        now += seconds
+        flight = flying.popleft()
+        plan, now = flight.plan, flight.end
+        queue_area += flight.waiting * flight.seconds
+        queue_max = max(queue_max, flight.waiting)
         steps += 1
         rows = len(plan.logits_rows)
         if len(no_logprobs) != rows:
@@ -164,18 +193,27 @@ def simulate(
                 prompt_tokens += len(request.prompt_token_ids)
         completed += ended
         running_max = max(running_max, plan.num_seqs)
-        policy.observe(plan, seconds)
+        policy.observe(plan, flight.seconds)
         if ended or not steps_alike or plan.num_decodes < len(scheduler.table):
             continue
         # All that runs has decoded, and will again until somebody ends or comes: no plan is needed to know.
         next_arrival = workload[coming].arrival_s if coming < len(workload) else math.inf
-        times = _quiet_times(work, scheduler.quiet_steps(), now, next_arrival, predictor)
-        if times:
-            scheduler.skip(len(times), 1)
-            clock.tokens_of_all(plan.request_ids, times)
-            steps += len(times)
-            queue_area += waiting * (times[-1] - now)
-            now = times[-1]
+        quiet, times = quiet_steps(scheduler), [now]
+        if not quiet or now >= next_arrival:
+            continue
+        behind = flying.pop() if flying else None
+        if behind is not None:  # is one of them; the one that is in flight after them is planned anew
+            scheduler.rollback(behind.plan)
+            times.append(behind.end)
+            flight = behind
+        times += _quiet_times(flight.work, quiet, times[-1], next_arrival, predictor)
+        skip(scheduler, len(times) - 1, 1)
+        clock.tokens_of_all(plan.request_ids, times[1:])
+        steps += len(times) - 1
+        queue_area += flight.waiting * (times[-1] - now)
+        now = free = times[-1]
+        if behind is not None:
+            launch(times[-2])
     return Simulated(
         policy=policy.name,
         requests=len(workload),

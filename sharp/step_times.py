@@ -65,6 +65,8 @@ def uniform_step(
         slot_mapping=slots.reshape(count).astype(np.int32),
         logits_rows=ends - 1,
         temperatures=np.zeros(num_seqs, np.float32),
+        top_ks=np.zeros(num_seqs, np.int32),
+        top_ps=np.ones(num_seqs, np.float32),
         seeds=np.zeros(num_seqs, np.uint64),
         output_indices=np.zeros(num_seqs, np.int32),
         num_logprobs=np.full(num_seqs, -1, np.int32),

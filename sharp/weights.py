@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
+from sharp.layout import GATE_UP_BLOCK
 from sharp.model_config import ModelConfig, ModelFileError
 from sharp.pull import resolve
 
@@ -25,12 +26,9 @@ if TYPE_CHECKING:
 
 FloatArray = npt.NDArray[np.float32]
 
-# Gate and up rows of neurons 8j..8j+7 sit together, so that one thread of a kernel holds both (see silu_mul).
-GATE_UP_BLOCK = 8
-
 
 class TensorSource(Protocol):
-    """What a file format gives: see GGUFFile and HFDirectory."""
+    """What a file format gives: see GGUFFile and HFDirectory, which also give `rows` of a tensor."""
 
     path: Path
     config: ModelConfig
@@ -106,6 +104,32 @@ class Checkpoint:
         if name not in self.names:
             raise KeyError(f"{self.path} has no tensor {name}")
         return self._source.read(name)
+
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [start, stop) of a tensor (elements of a vector), as `read` orders them: float32, or as they
+        are stored where the file is mapped (bfloat16, float16), without a copy. A source that has whole
+        tensors only reads the whole for every call."""
+        if name not in self.names:
+            raise KeyError(f"{self.path} has no tensor {name}")
+        rows = getattr(self._source, "rows", None)
+        found: npt.NDArray[Any] = (
+            self._source.read(name)[start:stop] if rows is None else rows(name, start, stop)
+        )
+        return found
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether rows() reads no more than it gives."""
+        return hasattr(self._source, "rows")
+
+    def check_fusable(self) -> None:
+        """ModelFileError when intermediate_size is not a multiple of 8, the rows that gate and up take turns
+        in."""
+        if self.config.intermediate_size % GATE_UP_BLOCK:
+            raise ModelFileError(
+                f"{self.path}: intermediate_size {self.config.intermediate_size} is not a multiple "
+                f"of {GATE_UP_BLOCK}"
+            )
 
     def tokenizer(self) -> Tokenizer:
         """The checkpoint's tokenizer. Raises ModelFileError when it is absent, unsupported or too large."""
@@ -195,11 +219,7 @@ def load_weights(
     Raises ModelFileError when intermediate_size is not a multiple of 8.
     """
     config = checkpoint.config
-    if config.intermediate_size % GATE_UP_BLOCK:
-        raise ModelFileError(
-            f"{checkpoint.path}: intermediate_size {config.intermediate_size} is not a multiple "
-            f"of {GATE_UP_BLOCK}"
-        )
+    checkpoint.check_fusable()
     with tqdm(total=config.num_layers + 1, desc="loading", unit="layer", disable=not progress) as bar:
         embed = upload(checkpoint.read("model.embed_tokens.weight"))
         final_norm = upload(checkpoint.read("model.norm.weight"))

@@ -55,11 +55,18 @@ def next_logits(tokens: Any, positions: Any, vocab_size: int = VOCAB) -> np.ndar
     return logits
 
 
-def draw(logits: np.ndarray, temperature: float, seed: int, output_index: int) -> int:
-    """Greedy, or Gumbel-max with noise from (seed, output_index) alone."""
+def draw(
+    logits: np.ndarray, temperature: float, seed: int, output_index: int, top_k: int = 0, top_p: float = 1.0
+) -> int:
+    """Greedy, or Gumbel-max with noise from (seed, output_index) alone, over what top-k and top-p leave."""
     if temperature > 0:
         noise = np.random.default_rng([int(seed), int(output_index)]).gumbel(size=len(logits))
-        logits = logits / np.float32(temperature) + noise
+        logits = logits / np.float32(temperature)
+        order = np.argsort(-logits, kind="stable")[: top_k or None]
+        if top_p < 1:
+            sums = np.cumsum(np.exp(logits[order].astype(np.float64)))
+            order = order[: np.searchsorted(sums, np.float32(top_p) * sums[-1]) + 1]
+        logits = np.where(np.isin(np.arange(len(logits)), order), logits + noise, -np.inf)
     return int(np.argmax(logits))
 
 
@@ -80,7 +87,8 @@ def expected(
     seed = seed if params.seed is None else params.seed
     while len(tokens) - len(prompt) < params.max_tokens and len(tokens) < max_model_len:
         logits = next_logits(tokens, range(len(tokens)))
-        tokens.append(draw(logits, params.temperature, seed, len(tokens) - len(prompt)))
+        index, cut = len(tokens) - len(prompt), (params.top_k or 0, params.top_p)
+        tokens.append(draw(logits, params.temperature, seed, index, *cut))
         if tokens[-1] in params.stop_token_ids or (tokens[-1] == EOS and not params.ignore_eos):
             break
     return tokens[len(prompt) :]
@@ -143,8 +151,9 @@ class FakeModel(Eager):
 
     def sample(self, logits: np.ndarray, plan: BatchPlan) -> SampleOutput:
         self._maybe_fail("sample")
-        parameters = zip(logits, plan.temperatures, plan.seeds, plan.output_indices, strict=True)
-        tokens = [draw(row, float(t), int(seed), int(index)) for row, t, seed, index in parameters]
+        numbers = (plan.temperatures, plan.seeds, plan.output_indices, plan.top_ks, plan.top_ps)
+        columns = (column.tolist() for column in numbers)
+        tokens = [draw(*parameters) for parameters in zip(logits, *columns, strict=True)]
         wanted = zip(logits, tokens, plan.num_logprobs.tolist(), strict=True)
         logprobs = tuple(None if n < 0 else logprobs_of(row, token, n) for row, token, n in wanted)
         return SampleOutput(token_ids=np.array(tokens, np.int32), logprobs=logprobs)

@@ -69,6 +69,8 @@ def plan_of(pieces: list[tuple[list[int], int, int, list[int]]]) -> BatchPlan:
         slot_mapping=(table[owner, positions // BLOCK] * BLOCK + positions % BLOCK).astype(np.int32),
         logits_rows=np.arange(total, dtype=np.int32),
         temperatures=np.zeros(total, np.float32),
+        top_ks=np.zeros(total, np.int32),
+        top_ps=np.ones(total, np.float32),
         seeds=np.zeros(total, np.uint64),
         output_indices=np.zeros(total, np.int32),
         num_logprobs=np.full(total, -1, np.int32),

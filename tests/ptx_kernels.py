@@ -18,15 +18,18 @@ from kernels_numba.ptx import (
     debug,
     fences,
     griddep,
+    halves,
     ldst,
     matrix,
     mbarrier,
     mbarrier_poll,
     mma,
     named_barrier,
+    packs,
     policy,
     predicated,
     predicated_vector,
+    quotients,
     shuffle,
     tma,
     vector,
@@ -149,6 +152,46 @@ def make_predicated():
         predicated_vector.st_global_v4_if(i32(cuda.threadIdx.x % 3 == 0), out + at, words)
 
     return predicated
+
+
+def make_packs():
+    """(x, out), 32 threads: out u32[32, 12] = x[32, 8] where the lane is odd, and 0 in its first four words
+    elsewhere; the last four words are x's first four where the lane is below 5. The rest stays."""
+
+    def packs_(x, out):
+        lane = i32(cuda.threadIdx.x)
+        words = cuda.local.array(8, np.int32)
+        numbers = cuda.local.array(8, np.float32)
+        at = x + 32 * cuda.threadIdx.x
+        to = out + 48 * cuda.threadIdx.x
+        packs.ld_global_v4_if_at(lane & 1, words, 4, at)
+        packs.ld_global_nc_v4_if_at(lane & 1, numbers, 0, at + 16)
+        packs.st_global_v4_if_at(1, to, words, 4)
+        packs.st_global_v4_if_at(lane & 1, to + 16, numbers, 0)
+        packs.ld_global_v4_if_at(1, words, 0, at)
+        packs.st_global_v4_if_at(i32(lane < 5), to + 32, words, 0)
+
+    return packs_
+
+
+def make_halves():
+    """(x, y, out), 256 threads: out f32[256, 6] = both bfloat16 and both float16 halves of x u32[256], the
+    square root of y f32[256, 2]'s first and the quotient of its two."""
+
+    def halves_(x, y, out):
+        thread = cuda.threadIdx.x
+        word = ld_global_i32(x + 4 * thread)
+        value = cuda.local.array(2, np.float32)
+        vector.ld_global_v2(value, y + 8 * thread)
+        at = out + 24 * thread
+        st_global_f32(at, halves.bf16_low(word))
+        st_global_f32(at + 4, halves.bf16_high(word))
+        st_global_f32(at + 8, halves.f16_low(word))
+        st_global_f32(at + 12, halves.f16_high(word))
+        st_global_f32(at + 16, quotients.sqrt_f32(value[0]))
+        st_global_f32(at + 20, quotients.divide_full_f32(value[0], value[1]))
+
+    return halves_
 
 
 def make_wgmma_gemm(n):

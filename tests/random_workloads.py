@@ -1,9 +1,10 @@
 """Random workloads: `python tests/random_workloads.py 5000` runs so many, and prints what they reached.
 
-Requests with shared beginnings and several samples arrive, are cancelled, time out and are preempted at any
-point, in steps that happen or are rolled back, over admission modes, policies, page sizes and the prefix
-cache on and off. After every move: free + used + cached = total, references are those of the requests,
-nothing is lost or duplicated. At the end: every answer as if its request were alone.
+Requests with shared beginnings and several samples arrive, are cancelled, time out, fail and are preempted at
+any point, in steps that happen or are rolled back, one at a time or the next one behind the one that runs,
+over admission modes, policies, page sizes and the prefix cache on and off. Answers end by length, by eos or
+by their text. After every move: free + used + cached = total, references are those of the requests, nothing
+is lost or duplicated. At the end: every answer as if its request were alone.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from typing import ClassVar
 
+import numpy as np
 from fake_model import EOS, FakeModel, engine_config, expected
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ from hypothesis.stateful import (
 )
 
 from sharp.door import Door
-from sharp.plan import BatchPlan
+from sharp.plan import BatchPlan, Launched
 from sharp.policies import POLICIES
 from sharp.request import QueueFull, Request, RequestTooLarge, SamplingParams, Status
 from sharp.scheduler import Scheduler
@@ -50,6 +52,7 @@ class Workload(RuleBasedStateMachine):
         bypass=st.sampled_from([0, 1, 8]),
         threshold=st.sampled_from([None, 2]),
         caching=st.sampled_from([True, True, False]),
+        depth=st.sampled_from([1, 2, 2]),
     )
     def start(
         self,
@@ -62,8 +65,11 @@ class Workload(RuleBasedStateMachine):
         bypass: int,
         threshold: int | None,
         caching: bool,
+        depth: int,
     ) -> None:
-        self.flying: BatchPlan | None = None
+        self.depth = depth  # steps in flight
+        self.flying: deque[Launched] = deque()
+        self.text_ends: dict[str, int] = {}  # tokens after which an answer's text holds its stop string
         self.seen: list[Request] = []
         self.model = FakeModel(num_blocks=blocks, block_size=block_size)
         self.door = Door(None, 300, 0)
@@ -95,7 +101,9 @@ class Workload(RuleBasedStateMachine):
         prompt = FAMILIES[family][:size]
         for place in range(max(0, size - own), size):
             prompt[place] = rng.randrange(2, 300)
-        params = SamplingParams(max_tokens=tokens, temperature=float(hot), ignore_eos=True, logprobs=1, n=n)
+        params = SamplingParams(
+            max_tokens=tokens, temperature=float(hot), ignore_eos=rng.random() < 0.7, logprobs=1, n=n
+        )
         first = self.door.make_request(prompt, params, None, priority)
         waiting = len(self.scheduler.waiting)
         try:
@@ -108,6 +116,8 @@ class Workload(RuleBasedStateMachine):
             assert waiting >= 6
         else:
             self.seen += [first, *first.samples]
+            if rng.random() < 0.2:
+                self.text_ends[first.request_id] = rng.randint(1, tokens)
 
     def plan(self) -> BatchPlan | None:
         scheduler, config = self.scheduler, self.scheduler.config
@@ -117,9 +127,10 @@ class Workload(RuleBasedStateMachine):
         for name, a, b in zip(("hit tokens", "evictions", "preemptions"), before, after, strict=True):
             self.reached[name] += b - a
         if plan is None:
-            assert not scheduler.requests(), "unfinished requests, but no plan"
+            assert self.flying or not scheduler.requests(), "unfinished requests, but no plan"
             return None
         self.reached["steps"] += 1
+        self.check_unknown_ids(plan)
         self.reached["copied pages"] += len(plan.page_copies)
         assert 1 <= plan.num_tokens <= config.max_num_batched_tokens
         content = {page for item in scheduler.running for page in item.block_ids[: self.pages_of(item)]}
@@ -144,45 +155,84 @@ class Workload(RuleBasedStateMachine):
     def pages_of(self, item: Request) -> int:
         return -(-item.num_computed_tokens // self.model.block_size)
 
-    def run(self, plan: BatchPlan) -> None:
-        batch, forked = self.model.stage(plan), self.scheduler.pages.forks.forked
-        self.scheduler.commit(plan, self.model.sample(self.model.forward(batch), batch))
-        self.reached["forks"] += self.scheduler.pages.forks.forked - forked
+    def check_unknown_ids(self, plan: BatchPlan) -> None:
+        """They are of the step right before, of the same request."""
+        for token in np.flatnonzero(plan.token_ids < 0).tolist():
+            before = self.flying[-1].plan
+            seq = before.logits_seqs[~plan.token_ids[token]]
+            name = plan.request_ids[np.searchsorted(plan.cu_seqlens_q, token, side="right") - 1]
+            assert before.request_ids[seq] == name, "another request's token"
+            self.reached["unknown ids"] += 1
+
+    def launch(self) -> bool:
+        """One more step in flight, if there may be one and there is one."""
+        plan = self.plan() if len(self.flying) < self.depth else None
+        if plan is not None:
+            self.flying.append(self.model.launch(plan))
+        return plan is not None
 
     @rule()
     def begin(self) -> None:
-        if self.flying is None:
-            self.flying = self.plan()
+        self.launch()
 
-    @rule(happens=st.sampled_from(["all", "all", "half", "nothing"]))
+    def land(self) -> None:
+        """The oldest step in flight has happened."""
+        launched, forks = self.flying.popleft(), self.scheduler.pages.forks
+        forked, sampled = forks.forked, self.model.land(launched)
+        updated = self.scheduler.commit(launched.plan, sampled)
+        self.reached["forks"] += forks.forked - forked
+        self.reached["dropped tokens"] += len(sampled.token_ids) - len(updated)
+        for item in updated:
+            if len(item.output_token_ids) == self.text_ends.get(item.request_id):
+                self.scheduler.stop_on_text(item, "stop")
+
+    def undo(self, launched: bool) -> list[Request]:
+        """No step in flight happens (nor one that was planned and not launched); requests of the oldest."""
+        if not launched and len(self.flying) < self.depth:
+            self.plan()
+        requests: list[Request] = []
+        for plan in reversed(self.scheduler.in_flight):
+            requests = self.scheduler.rollback(plan)
+            self.reached["rollbacks"] += 1
+        self.flying.clear()
+        return requests
+
+    @rule(happens=st.sampled_from(["all", "all", "all", "launched", "planned", "fails"]))
     def end(self, happens: str) -> None:
-        plan, self.flying = self.flying, None
-        if plan is None:
-            return
         if happens == "all":
-            self.run(plan)
-            return
-        self.reached["rollbacks"] += 1
-        if happens == "half":
-            self.model.forward(plan)
-        self.scheduler.rollback(plan)
+            if self.flying:
+                self.land()
+        elif happens == "fails":
+            for item in self.undo(launched=True):
+                if item.status is not Status.FINISHED:
+                    self.scheduler.fail(item)
+                    self.reached["failed"] += 1
+        else:
+            self.undo(happens == "launched")
 
     @rule(count=st.integers(1, 12))
     def steps(self, count: int) -> None:
-        self.end("all")
         for _ in range(count):
-            plan = self.plan()
-            if plan is not None:
-                self.run(plan)
-            self.nothing_is_lost()
+            self.turn()
 
-    @rule(seed=st.integers(0, 2**32), count=st.integers(1, 6), half=st.booleans())
-    def traffic(self, seed: int, count: int, half: bool) -> None:
-        """Arrivals, then steps of which one is interrupted."""
+    def turn(self) -> None:
+        """As the engine does: the next step behind the one that runs, then that one lands."""
+        more = self.launch()
+        if self.flying and (not more or len(self.flying) == self.depth):
+            self.land()
+        self.nothing_is_lost()
+
+    @rule(
+        seed=st.integers(0, 2**32),
+        count=st.integers(1, 6),
+        happens=st.sampled_from(["launched", "planned", "fails"]),
+    )
+    def traffic(self, seed: int, count: int, happens: str) -> None:
+        """Arrivals, then steps of which one is interrupted or fails."""
         self.arrive(seed, count)
         self.steps(count)
-        self.begin()
-        self.end("half" if half else "nothing")
+        self.launch()
+        self.end(happens)
         self.steps(1)
 
     @rule(which=st.integers(0, 99), whole=st.booleans())
@@ -210,6 +260,9 @@ class Workload(RuleBasedStateMachine):
         if running:
             self.scheduler.preempt(running[which % len(running)])
 
+    def obeys(self, item: Request) -> bool:
+        return not item.params.ignore_eos
+
     @invariant()
     def nothing_is_lost(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -224,25 +277,24 @@ class Workload(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        self.end("all")
         for _ in range(5000):
-            plan = self.plan()
-            if plan is None:
+            self.turn()
+            if not self.scheduler.requests() and not self.flying:
                 break
-            self.run(plan)
-            self.nothing_is_lost()
         else:
             raise AssertionError("no end in sight")
         assert self.scheduler.blocks.num_available == self.model.num_blocks
         for item in self.seen:
             assert item.status is Status.FINISHED, item.request_id
-            if item.finish_reason == "length":
-                assert item.output_token_ids == expected(item.prompt_token_ids, item.params, item.seed)
-                assert len(item.logprobs) == len(item.output_token_ids)
+            alone = expected(item.prompt_token_ids, item.params, item.seed)
+            if item.stop_reason is not None:
+                alone = alone[: self.text_ends[item.request_id]]
+            elif item.finish_reason in ("abort", "timeout", "error"):
+                alone = alone[: len(item.output_token_ids)]
             else:
-                assert item.finish_reason in ("abort", "timeout")
-                alone = expected(item.prompt_token_ids, item.params, item.seed)
-                assert item.output_token_ids == alone[: len(item.output_token_ids)]
+                assert item.finish_reason == ("stop" if alone[-1] == EOS and self.obeys(item) else "length")
+            assert item.output_token_ids == alone
+            assert len(item.logprobs) == len(item.output_token_ids)
         self.reached["requests"] += len(self.seen)
 
 

@@ -14,8 +14,8 @@ def test_random_workloads() -> None:
     """What they met is counted: a workload that never evicts tests no eviction."""
     reached = run_workloads(300)
     print(dict(reached))
-    kinds = "evictions preemptions forks rollbacks timeouts cancelled"
-    for kind in ("hit tokens", "copied pages", *kinds.split()):
+    kinds = "evictions preemptions forks rollbacks timeouts cancelled failed"
+    for kind in ("hit tokens", "copied pages", "unknown ids", "dropped tokens", *kinds.split()):
         assert reached[kind] > 10, kind
 
 

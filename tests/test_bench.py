@@ -18,6 +18,7 @@ TOY = {
     "qk_norm": ["toy"],
     "rope": ["toy"],
     "store_kv": ["toy"],
+    "rope_store_kv": ["toy"],
     "prefill_attention": ["toy_packed", "toy_mha", "toy_gqa_8"],
     "decode_attention": ["toy", "toy_mha"],
     "silu_mul": ["toy"],

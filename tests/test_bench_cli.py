@@ -97,7 +97,7 @@ def test_the_bench_imports_nothing_heavy_until_it_must():
             "--rung is 'quick'; the kernels of gemm are hopper, mma_sync, naive, plain, wgmma",
         ),
         (["gemm", "--rung", "reference"], "--rung is 'reference'"),
-        (["--rung", "nothing"], "the kernels of any op are hopper, mma_sync, naive, plain, wgmma"),
+        (["--rung", "nothing"], "the kernels of any op are hopper, mma_sync, naive, plain, warp, wgmma"),
         (["gemm", "--rounds", "4"], "--rounds is 4; at least 5 are required"),
     ],
 )
@@ -173,7 +173,8 @@ def test_what_a_plan_holds():
     assert {item.op for item in quick} == set(OP_NAMES)
     assert sum(len(item.rungs) for item in quick) < 100
     some, _ = bench_ops.plan(OP_NAMES, named=[], text="smollm2-135m T=64", gpu=GPU)
-    assert {item.op for item in some} == {"embedding", "rms_norm", "rope", "store_kv", "silu_mul"}
+    of_rows = {"embedding", "rms_norm", "rope", "store_kv", "rope_store_kv", "silu_mul"}
+    assert {item.op for item in some} == of_rows
 
 
 def test_a_registered_rung_is_measured_too(monkeypatch):
@@ -229,7 +230,7 @@ def test_failures_are_told_and_nothing_else_stops(capsys, gpu, tmp_path):
     assert status == 1
     rows = json.loads(lines[-1])
     assert {row["op"] for row in rows} == set(OP_NAMES) - {"rope"}
-    assert {(row["op"], row["rung"]) for row in rows if row["rung"] != "plain"} == {
+    assert {(row["op"], row["rung"]) for row in rows if row["rung"] not in ("plain", "warp")} == {
         ("decode_attention", "mma_sync")
     }
     told = [line for line in lines if line.startswith("not timed: ")]

@@ -49,8 +49,10 @@ def test_terms_by_hand() -> None:
     assert budget.logits == 64 * 128256 * 4
     assert budget.rope_table == 131072 * 64 * 4
     assert budget.page_bytes == 2 * 16 * 8 * 64 * 64 * 2
-    left = 20 * GIB - budget.activations - budget.logits - budget.rope_table - CUDA_RESERVE
+    assert budget.staging == 64 * 4  # the ids that are sampled
+    left = 20 * GIB - budget.activations - budget.logits - budget.rope_table - CUDA_RESERVE - 64 * 4
     assert budget.num_blocks == left // budget.page_bytes
+    assert budget.arena == budget.weights + 20 * GIB - CUDA_RESERVE - left % budget.page_bytes
 
 
 @pytest.mark.parametrize("card", [8, 24])
@@ -90,9 +92,8 @@ def test_the_report_says_predicted_measured_and_error() -> None:
     assert terms["weights"].error == pytest.approx(-0.5)
     assert terms["reserve"].error is None  # measured as nothing: no ratio
     assert terms["kv_pages"].measured is None
-    assert (
-        terms["buffers"].predicted == budget.activations + budget.logits + budget.rope_table + budget.kv_pages
-    )
+    buffers = (budget.activations, budget.logits, budget.rope_table, budget.staging, budget.kv_pages)
+    assert terms["buffers"].predicted == sum(buffers)
     assert "-50.0%" in str(report)
     assert report._repr_html_().count("<tr>") == len(terms) + 1
     assert json.loads(json.dumps(report.as_json()))[1]["name"] == "weights"

@@ -87,6 +87,32 @@ def test_generate_from_a_file(llm: Any, tmp_path: Path, capfdbinary: pytest.Capt
     assert objects[1]["token_ids"] == greedy_ids(llm, [5, 6, 7], 3)
 
 
+def test_generate_several_answers(llm: Any, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Each answer an object of its own; the options reach the engine by their names."""
+    from sharp import SamplingParams
+
+    words = ["generate", "--model", TINY, "--device", "cpu", "--prompt", "ab", "--prompt", "c", "--seed", "8"]
+    words += ["--max-tokens", "5", "--n", "3", "--top-k", "7", "--top-p", "0.8", "--no-prefix-caching"]
+    assert main([*words, "--json"]) == 0
+    objects = [json.loads(line) for line in capfdbinary.readouterr().out.splitlines()]
+    params = SamplingParams(max_tokens=5, n=3, top_k=7, top_p=0.8, seed=8)
+    wanted = [answer for o in llm.generate(["ab", "c"], params, use_tqdm=False) for answer in o.outputs]
+    assert [found["index"] for found in objects] == [0, 1, 2] * 2
+    assert [tuple(found["token_ids"]) for found in objects] == [answer.token_ids for answer in wanted]
+    assert len({tuple(found["token_ids"]) for found in objects}) > 2
+    assert main(words) == 0
+    text = capfdbinary.readouterr().out.decode()
+    assert [number for number in ("[1.1] ", "[1.3] ", "[2.2] ") if number not in text] == []
+
+
+def test_prefix_caching_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("sharp.llm.EngineConfig", lambda **options: seen.append(options) or 1 / 0)
+    for words, wanted in (([], True), (["--no-prefix-caching"], False)):
+        assert main(["generate", *GREEDY, "--prompt", "a", *words]) == 1
+        assert seen.pop()["prefix_caching"] is wanted
+
+
 def test_generate_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", *GREEDY, "--prompt", "a", "--prompt", "b", "--max-tokens", "2"]) == 0
     shown = capsys.readouterr().out
@@ -165,6 +191,11 @@ def test_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["generate", "--model", TINY, "--prompt", "a", "--temperature", "-1"], 2, "temperature"),
         (["generate", "--model", TINY, "--prompt", "a", "--temperature", "nan"], 2, "temperature"),
         (["generate", *GREEDY, "--prompt", "a", "--seed", "-1"], 2, "seed"),
+        (["generate", *GREEDY, "--prompt", "a", "--top-k", "-1"], 2, "top_k"),
+        (["generate", *GREEDY, "--prompt", "a", "--top-p", "0"], 2, "top_p"),
+        (["generate", *GREEDY, "--prompt", "a", "--top-p", "1.5"], 2, "1.5"),
+        (["generate", *GREEDY, "--prompt", "a", "--n", "0"], 2, "n must be"),
+        (["chat", "--model", TINY, "--top-p", "nan"], 2, "top_p"),
         (["generate", "--model", TINY, "--prompt", "a", "--device", "tpu"], 2, "auto, cuda, cpu"),
         (["generate", *GREEDY, "--prompt", "a", "--dtype", "int4"], 2, "float32, bfloat16"),
         (["generate", *GREEDY, "--prompt", "a", "--rung", "gemm"], 2, "OP=NAME"),

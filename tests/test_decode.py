@@ -391,13 +391,12 @@ class OnGpu:
 
 def check(batch, got, plain=None):
     """The error of (out, lse) from float64 over what is allowed: twice the plain rung's, or a rounding of the
-    truth where that rung does not go, and a rounding. (float16 is rounded eight times finer.)"""
+    truth where that rung does not go, and a rounding."""
     truth, lse = batch.truth()
     plain = truth.astype(batch.q.dtype) if plain is None else plain
     terms = max(1, *batch.context_lens.tolist())
-    ratio = error_ratio(got[0].astype(np.float32), plain.astype(np.float32), truth, "bfloat16", terms)
-    if batch.q.dtype != BF16:
-        ratio *= 8
+    dtype = "bfloat16" if batch.q.dtype == BF16 else "float16"
+    ratio = error_ratio(got[0].astype(np.float32), plain.astype(np.float32), truth, dtype, terms)
     return ratio if largest_difference(got[1], lse) < 1e-4 else np.inf
 
 

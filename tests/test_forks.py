@@ -14,7 +14,7 @@ from sharp.door import sample_seed
 from sharp.llm import LLM
 from sharp.request import RequestTooLarge, SamplingParams, Status
 
-HOT = SamplingParams(max_tokens=9, temperature=1.0, seed=5, n=4, ignore_eos=True)
+HOT = SamplingParams(max_tokens=9, temperature=1.0, top_k=60, top_p=0.9, seed=5, n=4, ignore_eos=True)
 ALONE = dataclasses.replace(HOT, n=1)
 
 

@@ -75,6 +75,8 @@ def packed(rows: list[dict[str, Any]]) -> BatchPlan:
         slot_mapping=slots.astype(np.int32),
         logits_rows=logits_rows.astype(np.int32),
         temperatures=np.zeros(num_rows, np.float32),
+        top_ks=np.zeros(num_rows, np.int32),
+        top_ps=np.ones(num_rows, np.float32),
         seeds=np.zeros(num_rows, np.uint64),
         output_indices=np.zeros(num_rows, np.int32),
         num_logprobs=np.full(num_rows, -1, np.int32),

@@ -139,6 +139,11 @@ def test_engine_on_gpu(rung_options):
 
 
 @pytest.mark.gpu
+def test_memory_on_gpu():
+    check_group(["tests/test_memory_gpu.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=180)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("group", ["llama", "mistral", "qwen2", "qwen3"])
 def test_families_on_gpu(group):
     check_group(["tests/test_families_gpu.py", "--device=cuda", "-m", "gpu", "-k", group])
@@ -175,6 +180,13 @@ DECODE = ("against", "window or 100k", "random_batches or shared", "pauses")
 @pytest.mark.parametrize("group", [*DECODE, f"not ({' or '.join(DECODE)})"])
 def test_decode_on_gpu(group):
     check_group(["tests/test_decode.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", ["float64", "not float64"])
+def test_warp_ops_on_gpu(group):
+    # Some forty kernels, a second or two each with an empty cache.
+    check_group(["tests/test_warp_ops.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
 
 
 @pytest.mark.gpu

@@ -8,23 +8,23 @@ import gc
 import itertools
 import os
 import weakref
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
+from engine_checks import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sharp import driver
-from sharp.memory import (
-    ALIGNMENT,
-    Arena,
-    ArenaFull,
-    DeviceArray,
-    PinnedPool,
-    aligned,
-    download_async,
-    upload_async,
-)
+from sharp.config import EngineConfig
+from sharp.device import open_device
+from sharp.engine import Engine
+from sharp.layout import ALIGNMENT, aligned
+from sharp.memory import Arena, ArenaFull, DeviceArray, PinnedPool, download_async, upload_async
+from sharp.model import Model
+from sharp.request import EngineDead, SamplingParams
+from sharp.weights import open_checkpoint
 
 DTYPES = [np.uint8, np.uint16, np.float32, np.uint64]
 
@@ -355,6 +355,11 @@ def test_during_says_what_ran(healthy):
         raise RuntimeError("launching gemm with 4 blocks: the driver says CUDA_ERROR_ILLEGAL_ADDRESS")
     assert found.value.sticky
     assert "during step 7" in str(driver.poisoned())
+    driver._poison = None
+    with pytest.raises(driver.CudaError), driver.during("step 7b"):
+        driver.check((results().CUDA_ERROR_ASSERT,), "waiting")  # remembered by check, then with its step
+    with pytest.raises(driver.CudaError, match=r"waiting, during step 7b: the driver says CUDA_ERROR_ASSERT"):
+        driver.refuse_if_lost()
     with pytest.raises(driver.CudaError, match="during step 8") as found, driver.during("step 8"):
         raise driver.CudaError("a copy", "CUDA_ERROR_INVALID_VALUE")
     assert not found.value.sticky
@@ -396,3 +401,47 @@ def test_a_forked_child_gets_a_clear_error(healthy, monkeypatch, started):
     os.waitpid(child, 0)
     assert ("spawn" in words) if started else (words == "fresh")
     assert not driver._forked
+
+
+def test_a_lost_cuda_ends_every_engine_that_uses_it(healthy):
+    """Through whichever engine it was lost; those of the host go on."""
+    config = EngineConfig(device="cpu", num_blocks=8)
+    models = [Model(open_checkpoint(TINY), config, open_device("cpu", "float32")) for _ in range(3)]
+    engines = [Engine(model, model.tokenizer, config) for model in models]
+    for model in models[:2]:
+        model.device.kind = "cuda"
+    params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    for engine in engines:
+        engine.add_request([5, 9, 17], params)
+    heard = SimpleQueue()
+    engines[1].submit(engines[1].make_request([7], params), heard)
+    with pytest.raises(driver.CudaError), driver.during("step 3"):
+        raise RuntimeError("launching gemm with 4 blocks: the driver says CUDA_ERROR_ILLEGAL_ADDRESS")
+    with pytest.raises(EngineDead, match=r"gemm with 4 blocks, during step 3: .* restart the kernel"):
+        engines[0].step()
+    with pytest.raises(EngineDead, match="restart the kernel"):
+        engines[1].add_request([1, 2])
+    assert isinstance(heard.get(timeout=1), driver.CudaError)
+    assert heard.empty()
+    assert not engines[0].alive
+    while engines[2].has_unfinished:
+        engines[2].step()
+    for engine in engines:
+        engine.close()
+
+
+def test_errors_of_a_step_say_which(healthy):
+    config = EngineConfig(device="cpu", num_blocks=8)
+    model = Model(open_checkpoint(TINY), config, open_device("cpu", "float32"))
+    engine = Engine(model, model.tokenizer, config)
+
+    def launch(*args, **options):
+        raise RuntimeError("launching silu with 3 blocks: the driver says CUDA_ERROR_INVALID_VALUE")
+
+    model.ops.silu_mul = launch
+    engine.add_request([5, 9, 17], SamplingParams(max_tokens=2))
+    with pytest.raises(
+        driver.CudaError, match=r"silu with 3 blocks, during step 1 \(3 tokens of 1 requests\)"
+    ):
+        engine.step()
+    assert driver.poisoned() is None

@@ -11,7 +11,6 @@ from engine_checks import TINY, check_same_bits, decode, load
 from model_files import MemorySource
 
 from kernels_numba import compiler
-from sharp.budget import activation_columns
 from sharp.config import EngineConfig
 from sharp.device import HostDevice, open_device
 from sharp.plan import BatchPlan
@@ -156,8 +155,12 @@ def test_the_budgets_terms_add_up():
     measured = sum(a.nbytes for a in (work.residual, work.x, work.delta, work.qkv, work.attention))
     measured += work.gate_up.nbytes + work.act.nbytes
     assert budget.activations == measured
-    assert budget.activations == config.max_num_batched_tokens * activation_columns(model.config) * 4
+    c = model.config
+    columns = 3 * c.hidden_size + (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
+    assert budget.activations == config.max_num_batched_tokens * (columns + 3 * c.intermediate_size) * 4
     assert budget.logits == work.logits.nbytes
+    assert budget.staging == work.sampled.nbytes
+    assert budget.workspaces == budget.arena == 0
     assert budget.rope_table == model.cos_sin.nbytes
     assert budget.kv_pages == sum(cache.k.nbytes + cache.v.nbytes for cache in model.kv)
     assert sum(v for k, v in budget.terms().items() if k != "free") <= budget.free
@@ -179,6 +182,8 @@ def test_the_largest_step_fits_the_staging_buffers():
         slot_mapping=np.zeros(tokens, np.int32),
         logits_rows=np.cumsum(counts).astype(np.int32) - 1,
         temperatures=np.zeros(seqs, np.float32),
+        top_ks=np.zeros(seqs, np.int32),
+        top_ps=np.ones(seqs, np.float32),
         seeds=np.zeros(seqs, np.uint64),
         output_indices=np.zeros(seqs, np.int32),
         num_logprobs=np.zeros(seqs, np.int32),

@@ -136,12 +136,15 @@ def check_call(run, call, rung, dtype, others=()):
 def check_samples(call, ids):
     """Equal ids, but where float32 logarithms of two libraries may order a near tie either way."""
     args = call.args
-    rows = zip(args["logits"], args["temperatures"], args["seeds"], args["output_indices"], ids, strict=True)
-    for row, (logits, temperature, seed, index, chosen) in enumerate(rows):
-        truth = OPS["sample"].sample_spec(logits[None], [temperature], [seed], [index])[0]
+    names = ("logits", "temperatures", "seeds", "output_indices", "top_ks", "top_ps")
+    rows = zip(*(args[name] for name in names), ids, strict=True)
+    for row, (logits, temperature, seed, index, k, p, chosen) in enumerate(rows):
+        truth = OPS["sample"].sample_spec(logits[None], [temperature], [seed], [index], [k], [p])[0]
         if chosen == truth:
             continue
         assert temperature > 0, f"row {row}: {chosen} instead of the argmax {truth}"
+        kept = OPS["sample"].kept_spec(logits, temperature, int(k), p)
+        assert chosen in kept, f"row {row}: {chosen} is not among what top-k {k} and top-p {p} leave"
         pair = np.array([chosen, truth])
         noise = OPS["sample"].gumbel_spec(int(seed), int(index), pair)
         scores = logits[pair].astype(np.float64) / temperature + noise
@@ -192,12 +195,16 @@ def shrink(op):
         "qk_norm": {"num_tokens": 2, "num_q_heads": 1, "num_kv_heads": 1, "head_dim": 3},
         "rope": {"num_tokens": 2, "num_q_heads": 2, "num_kv_heads": 2, "head_dim": 2, "max_pos": 5},
         "store_kv": {"num_tokens": 3, "num_kv_heads": 1, "head_dim": 2, "num_blocks": 2, "block_size": 3},
+        "rope_store_kv": {
+            "num_tokens": 3, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 2, "max_pos": 5,
+            "num_blocks": 2, "block_size": 3,
+        },
         "prefill_attention": {**ATTENTION, "block_size": 3, "query_lens": (1, 2), "context_lens": (4, 2)},
         "decode_attention": {**ATTENTION, "block_size": 5, "context_lens": (5, 1)},
         "silu_mul": {"num_tokens": 1, "intermediate_size": 8},
         "lm_head": {"num_rows": 1, "num_tokens": 2, "vocab_size": 3, "hidden_size": 5},
         "sample": {"vocab_size": 5, "temperatures": (0.7,)},
-    }[op]
+    }[op]  # fmt: skip
 
 
 def test_reference_matches_spec(run, op, case, dtype):
@@ -516,17 +523,23 @@ ODD_LOGITS = {
 @pytest.mark.filterwarnings(
     "ignore:overflow encountered:RuntimeWarning"
 )  # the simulator's own scalars say so
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-40])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(0.0, 0, 1), (1.0, 0, 1), (1e-40, 0, 1), (0.0, 2, 0.5), (1.0, 1, 1), (1.0, 0, 1e-9), (1e-40, 3, 0.5)],
+)
 @pytest.mark.parametrize("rung", ["spec", "reference", "kernel"])
-def test_sample_odd_logits(run, rung, temperature):
+def test_sample_odd_logits(run, rung, temperature, top_k, top_p):
     """NaN, infinities and ties; with a temperature the rows that leave one choice."""
-    names = [n for n in ODD_LOGITS if temperature == 0 or n not in ("nan", "tie", "zero and -0")]
+    one = temperature == 0 or top_k == 1 or top_p < 1e-6
+    names = [n for n in ODD_LOGITS if one or n not in ("nan", "tie", "zero and -0")]
     args = {
         "out": np.full(len(names), -7, np.int32),
         "logits": np.array([ODD_LOGITS[n][0] for n in names], np.float32),
         "temperatures": np.full(len(names), temperature, np.float32),
         "seeds": np.arange(len(names), dtype=np.uint64),
         "output_indices": np.arange(len(names), dtype=np.int32),
+        "top_ks": np.full(len(names), top_k, np.int32),
+        "top_ps": np.full(len(names), top_p, np.float32),
     }
     call = Call("sample", args, ("out",))
     if rung == "spec":
@@ -546,8 +559,9 @@ def test_sample_is_a_draw_from_the_softmax():
     rows = np.broadcast_to(logits, (draws, 5)).copy()
     seeds = np.full(draws, 2**63 + 12345, np.uint64)
     OPS["sample"].rungs["reference"](
-        ids, rows, np.full(draws, temperature, np.float32), seeds, np.arange(draws, dtype=np.int32)
-    )
+        ids, rows, np.full(draws, temperature, np.float32), seeds, np.arange(draws, dtype=np.int32),
+        np.zeros(draws, np.int32), np.ones(draws, np.float32),
+    )  # fmt: skip
     p = np.exp(logits / temperature)
     p /= p.sum()
     counts = np.bincount(ids, minlength=5)
@@ -661,7 +675,7 @@ def test_cost_of_row_ops():
     assert OPS["silu_mul"].silu_mul_cost(t, h) == Cost(3 * t * h * 2, 5 * t * h)
     assert OPS["store_kv"].store_kv_cost(t, 2, 4) == Cost(t * (2 * 2 * 2 * 4 * 2 + 4), 0)
     assert OPS["embedding"].embedding_cost(t, h) == Cost(t * (2 * h * 2 + 4), 0)
-    assert OPS["sample"].sample_cost(2, 10, 1) == Cost(2 * 60, 10 * 2 + 10 * 8)
+    assert OPS["sample"].sample_cost(2, 10, 1) == Cost(2 * 68, 10 * 2 + 10 * 8)
 
 
 def test_roofline():
@@ -845,7 +859,9 @@ def test_register_and_resolve():
 @pytest.mark.parametrize("op", list(OPS))
 def test_op_files_have_their_parts(op):
     module = OPS[op]
-    parts = (f"{op}_spec", f"{op}_cost", f"make_{op}_kernel", op, "CASES", "rungs", "register")
+    parts = [f"{op}_spec", f"{op}_cost", f"make_{op}_kernel", op, "CASES", "rungs", "register"]
+    if op == "rope_store_kv":  # made of two others
+        parts.remove(f"make_{op}_kernel")
     assert [part for part in parts if not hasattr(module, part)] == []
     assert module.rungs["plain"] is getattr(module, op)
     assert any(case.startswith("toy") for case in module.CASES)

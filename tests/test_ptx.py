@@ -120,6 +120,15 @@ CALLS = {
     "ld_shared_v4": ("vector", "x, s", "ld.shared.v4.b32"),
     "st_shared_v4": ("vector", "s, w", "st.shared.v4.b32"),
     "st_global_v4_if": ("predicated_vector", "i, g, w", "st.global.v4.b32"),
+    "ld_global_v4_if_at": ("packs", "i, w, 4, g", "@p ld.global.v4.b32"),
+    "ld_global_nc_v4_if_at": ("packs", "i, x, 0, g", "@p ld.global.nc.L1::no_allocate.v4.b32"),
+    "st_global_v4_if_at": ("packs", "i, g, w, 4", "@p st.global.v4.b32"),
+    "bf16_low": ("halves", "i", "shl.b32"),
+    "bf16_high": ("halves", "i", "and.b32"),
+    "f16_low": ("halves", "i", "cvt.f32.f16"),
+    "f16_high": ("halves", "i", "cvt.f32.f16"),
+    "sqrt_f32": ("quotients", "f", "sqrt.rn.f32"),
+    "divide_full_f32": ("quotients", "f, f", "div.full.f32"),
     "cp_async_16": ("cp_async", "s, g", "cp.async.cg.shared.global"),
     "cp_async_16_zfill": ("cp_async", "s, g, i", "cp.async.cg.shared.global"),
     "cp_async_commit": ("cp_async", "", "cp.async.commit_group"),
@@ -151,14 +160,18 @@ CALLS = {
 }
 # The folder's page is among the sources of recorded GEMM rows: these files go onto it when those are measured
 # anew.
-NOT_ON_THE_PAGE = {"arith", "atomics", "mbarrier_poll", "predicated", "predicated_vector", "wgmma_panels"}
+NOT_ON_THE_PAGE = {
+    "arith", "atomics", "halves", "mbarrier_poll", "packs", "predicated", "predicated_vector", "quotients",
+    "wgmma_panels",
+}  # fmt: skip
+FLOATS = ("arith", "halves", "quotients")  # whose results are float32
 # In every kernel of test_gemm.py or ptx_kernels.py.
 ELSEWHERE = {"dynamic_shared", "shared_address", "descriptor_k_major"}
 # What older GPUs have too is assembled for sm_80 beside sm_90a.
 OLDER = [
     name
     for name, (module, _, _) in CALLS.items()
-    if module in ("mma", "vector", "cp_async", "policy", "arith", "atomics", "predicated")
+    if module in ("mma", "vector", "cp_async", "policy", "atomics", "predicated", "packs", *FLOATS)
     or name.startswith("ldmatrix")
     if name != "cp_async_mbarrier_arrive"  # .shared::cta came later
 ]
@@ -233,7 +246,7 @@ print(json.dumps(out))
 def template(name, arguments):
     if {"w", "x"} & set(arguments.split(", ")):
         return ARRAYS
-    if CALLS.get(name, ("",))[0] == "arith" and name not in USED_NAMES:
+    if CALLS.get(name, ("",))[0] in FLOATS and name not in USED_NAMES:
         return USED_FLOATS
     return USED if name in USED_NAMES else PLAIN
 

@@ -31,6 +31,8 @@ KERNELS = [
     ("make_wgmma_panels_tile", (128, 128, "bfloat16", "shared"), "lill", 128, "sm_90a"),
     ("make_wgmma_panels_tile", (64, 192, "float16", "registers"), "lill", 128, "sm_90a"),
     ("make_predicated", (), "ll", 32, "sm_80"),
+    ("make_packs", (), "ll", 32, "sm_80"),
+    ("make_halves", (), "lll", 256, "sm_80"),
     ("make_wgmma_gemm", (64,), "llil", 128, "sm_90a"),
     ("make_mma_gemm", ("bfloat16", False), "lliill", 32, "sm_80"),
     ("make_mma_gemm", ("float16", True), "lliill", 32, "sm_80"),
@@ -252,6 +254,35 @@ def test_stores_that_lanes_leave_out(rng):
     run(jitted("make_predicated"), (device(source), out))
     wanted = np.where((np.arange(32) % 3 == 0)[:, None], source, 5)
     np.testing.assert_array_equal(out.copy_to_host(), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_packs_leave_lanes_out(rng):
+    source, out = rng.integers(1, 1 << 30, (32, 8)).astype(np.int32), device(np.full((32, 12), 5, np.int32))
+    run(jitted("make_packs"), (device(source), out))
+    odd, few = (np.arange(32) % 2 == 1)[:, None], (np.arange(32) < 5)[:, None]
+    low, high = source[:, :4], source[:, 4:]
+    wanted = [np.where(odd, low, 0), np.where(odd, high, 5), np.where(few, low, 5)]
+    np.testing.assert_array_equal(out.copy_to_host(), np.concatenate(wanted, axis=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_halves_and_quotients(rng):
+    words = rng.integers(0, 1 << 32, 256, dtype=np.uint64).astype(np.uint32)
+    y = np.exp2(rng.uniform(-60, 60, (256, 2))).astype(np.float32)
+    y[0] = 3, np.inf
+    out = empty((256, 6), np.float32)
+    run(jitted("make_halves"), (device(words), device(y), out), threads=256)
+    got = out.copy_to_host()
+    for part, half in enumerate(((words << 16), (words & 0xFFFF0000))):
+        np.testing.assert_array_equal(got[:, part], half.view(np.float32))
+        f16 = (half >> 16).astype(np.uint16).view(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(got[:, 2 + part], f16)
+    np.testing.assert_array_equal(got[:, 4], np.sqrt(y[:, 0]))
+    np.testing.assert_allclose(got[:, 5], y[:, 0] / y[:, 1], rtol=2.0**-22)
+    assert got[0, 5] == 0
 
 
 @pytest.mark.gpu

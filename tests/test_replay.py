@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sharp import event_log
 from sharp.blocks import BlockAllocator
 from sharp.config import EngineConfig
 from sharp.engine import Engine
+from sharp.failures import StepFailed
 from sharp.latency_target import LatencyTarget
 from sharp.policies import POLICIES, SchedulingPolicy, ShortestPromptFirst
 from sharp.predictor import StepPredictor
@@ -25,15 +27,18 @@ from sharp.request import QueueFull, RequestTooLarge, SamplingParams
 
 
 class Interrupted(FakeModel):
-    """Some steps end in Ctrl-C; from then on nothing of them has happened."""
+    """Some steps end in Ctrl-C, some fail; from then on nothing of them has happened."""
 
     interrupt: frozenset[int] = frozenset()
+    fails: frozenset[int] = frozenset()
     calls = 0
 
     def forward(self, plan: Any) -> Any:
         self.calls += 1
         if self.calls in self.interrupt:
             raise KeyboardInterrupt
+        if self.calls in self.fails:
+            raise MemoryError
         return super().forward(plan)
 
 
@@ -47,6 +52,7 @@ def run(engine: Engine, moves: list[Any]) -> None:
                 max_tokens=tokens, temperature=float(number % 2), ignore_eos=kind == 0, seed=number,
                 stop_token_ids=(270, 280) if kind == 1 else (), stop=["a", "stop"] if kind == 2 else None,
                 n=2 if kind == 3 else 1, logprobs=2 if kind == 4 else None,
+                top_k=(None, 0, 7)[number % 3], top_p=(1.0, 0.8)[number // 3 % 2],
                 timeout_s=1e-9 if kind == 5 and number % 3 == 0 else None,
             )  # fmt: skip
             prompt = [4 + number % 2] * min(length, 10) + [4 + number % 250] * max(0, length - 10)
@@ -58,15 +64,11 @@ def run(engine: Engine, moves: list[Any]) -> None:
         elif what == "abort" and count:
             engine.abort(f"r{number % count}")
         else:
-            try:
+            with suppress(KeyboardInterrupt, StepFailed):
                 engine.step()
-            except KeyboardInterrupt:
-                continue
     while engine.has_unfinished:
-        try:
+        with suppress(KeyboardInterrupt, StepFailed):
             engine.step()
-        except KeyboardInterrupt:
-            continue
 
 
 def latency() -> LatencyTarget:
@@ -89,17 +91,20 @@ PREEMPTIONS: list[int] = []
     st.booleans(),
     st.sampled_from([9, 12, 60]),
     st.frozensets(st.integers(1, 60), max_size=4),
+    st.frozensets(st.integers(1, 60), max_size=2),
+    st.booleans(),
 )
 def test_the_plans_come_out_again(
     tmp_path_factory: pytest.TempPathFactory, moves: list[Any], name: str, admission: str, caching: bool,
-    pages: int, interrupt: frozenset[int],
+    pages: int, interrupt: frozenset[int], fails: frozenset[int], overlap: bool,
 ) -> None:  # fmt: skip
     policy: Any = {"latency with curves": latency(), "shortest, 3": ShortestPromptFirst(3)}.get(name, name)
     config = engine_config(
-        scheduling_policy=policy, admission=admission, prefix_caching=caching, max_queue_len=6
-    )
+        scheduling_policy=policy, admission=admission, prefix_caching=caching, max_queue_len=6,
+        overlap=overlap,
+    )  # fmt: skip
     model = Interrupted(num_blocks=pages)
-    model.interrupt = interrupt
+    model.interrupt, model.fails = interrupt, fails
     engine = Engine(model, FakeTokenizer(), config)
     run(engine, moves)
     path = tmp_path_factory.getbasetemp() / "run.jsonl"

@@ -31,6 +31,19 @@ BAD_PARAMS: list[tuple[str, Any, type[Exception], str]] = [
     ("temperature", "hot", TypeError, "'hot'"),
     ("temperature", True, TypeError, "True"),
     ("temperature", None, TypeError, "None"),
+    ("top_k", -1, ValueError, "-1"),
+    ("top_k", 2**31, ValueError, "2147483647"),
+    ("top_k", 1.0, TypeError, "1.0"),
+    ("top_k", True, TypeError, "True"),
+    ("top_k", "40", TypeError, "'40'"),
+    ("top_p", 0, ValueError, "over 0.*0"),
+    ("top_p", -0.1, ValueError, "-0.1"),
+    ("top_p", 1.01, ValueError, "at most 1.*1.01"),
+    ("top_p", math.nan, ValueError, "nan"),
+    ("top_p", 10**400, ValueError, "at most 1"),
+    ("top_p", "0.9", TypeError, "'0.9'"),
+    ("top_p", True, TypeError, "True"),
+    ("top_p", None, TypeError, "None"),
     ("seed", -1, ValueError, "-1"),
     ("seed", 2**64, ValueError, "18446744073709551616"),
     ("seed", 1.5, TypeError, "1.5"),
@@ -78,6 +91,9 @@ def test_good_sampling_params() -> None:
     assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
     assert SamplingParams().stop_strings == ()
     assert SamplingParams(temperature=1e-6, seed=2**64 - 1).seed == 2**64 - 1
+    assert SamplingParams(top_k=2**31 - 1, top_p=1).top_k == 2**31 - 1
+    assert (SamplingParams(top_k=0).top_k, SamplingParams().top_k, SamplingParams().top_p) == (0, None, 1.0)
+    assert SamplingParams(top_p=1e-300).top_p == 1e-300
     hash(params)
     with pytest.raises(dataclasses.FrozenInstanceError):
         params.max_tokens = 2  # type: ignore[misc]
@@ -151,6 +167,8 @@ def plan_of_two() -> BatchPlan:
         slot_mapping=np.array([0, 4, 5, 6], np.int32),
         logits_rows=np.array([0], np.int32),
         temperatures=np.zeros(1, np.float32),
+        top_ks=np.zeros(1, np.int32),
+        top_ps=np.ones(1, np.float32),
         seeds=np.zeros(1, np.uint64),
         output_indices=np.zeros(1, np.int32),
         num_logprobs=np.full(1, -1, np.int32),
@@ -201,6 +219,9 @@ def i32(*values: int) -> np.ndarray:
         {"num_decodes": 2},
         {"logits_rows": i32(1)},
         {"temperatures": np.zeros(2, np.float32)},
+        {"top_ks": i32(0, 0)},
+        {"top_ks": np.zeros(1, np.float32)},
+        {"top_ps": np.ones(1, np.float64)},
         {"token_ids": np.array([7, 1, 2, 3])},
         {"request_ids": ("b", "b")},
     ],

@@ -158,9 +158,17 @@ def test_a_prompt_cut_anywhere(cut: int) -> None:
 def test_packed_equals_alone() -> None:
     """Greedy and sampled answers of a ragged batch are those of one by one (and of the oracle)."""
     items = [
-        request(f"r{i}", prompt_of(n), temperature=t, max_tokens=m)
-        for i, (n, t, m) in enumerate(
-            [(1, 0, 3), (30, 1.0, 9), (7, 0.7, 1), (40, 0, 12), (2, 1.3, 20), (5, 0, 2)]
+        request(f"r{i}", prompt_of(n), temperature=t, max_tokens=m, top_k=k, top_p=p)
+        for i, (n, t, m, k, p) in enumerate(
+            [
+                (1, 0, 3, 9, 0.5),
+                (30, 1.0, 9, 4, 1.0),
+                (7, 0.7, 1, None, 1.0),
+                (40, 0, 12, 0, 1.0),
+                (2, 1.3, 20, 0, 0.4),
+                (5, 0, 2, 3, 0.9),
+                (11, 1.1, 15, 30, 0.7),
+            ]
         )
     ]
     packed = Harness(max_num_batched_tokens=16)
@@ -415,8 +423,9 @@ def test_random_histories(
     for number, (kind, size, tokens) in enumerate(events):
         if kind == "add":
             item = request(
-                f"r{number}", prompt_of(size, number), max_tokens=tokens, temperature=float(number % 2)
-            )
+                f"r{number}", prompt_of(size, number), max_tokens=tokens, temperature=float(number % 2),
+                top_k=(None, 5, 40)[number % 3], top_p=(1.0, 0.6)[number // 2 % 2],
+            )  # fmt: skip
             try:
                 harness.add(item)
             except RequestTooLarge:

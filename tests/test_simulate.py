@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_model import model_config
 from test_latency_target import Device, curves_of, gpu_like
 from test_probe import probe
 
 from sharp.__main__ import main
 from sharp.config import EngineConfig
+from sharp.engine import Engine
+from sharp.host_time import NoModel
 from sharp.latencies import Spread, TokenClock
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.policies import SchedulingPolicy
 from sharp.predictor import StepPredictor, StepWork
+from sharp.quiet import quiet_steps, skip
+from sharp.random_model import IdTokenizer
 from sharp.request import Request, SamplingParams
 from sharp.scheduler import Scheduler
 from sharp.simulate import Noisy, Simulated, simulate
@@ -102,24 +108,17 @@ def test_priorities_are_the_files() -> None:
     assert seen == ["2", "0", "1"]
 
 
-def test_decodes_in_one_go_change_nothing() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_decodes_in_one_go_change_nothing(overlap: bool) -> None:
     """Runs of decodes are computed at once where nothing can happen in between; every number stays."""
     predictor = StepPredictor(*curves_of(gpu_like))
     traffic = random_traffic(200, 30, prompt=(1, 600), output=(1, 300), seed=5)
 
-    class Watched(SchedulingPolicy):
-        """Its observe() is its own, so each step is planned."""
-
-        steps = 0
-
-        def observe(self, plan: Any, seconds: float) -> None:
-            self.steps += 1
-
-    options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": 2}
+    options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": 2, "overlap": overlap}
     watched = Watched()
     slowly, quickly = (run(traffic, predictor, scheduling_policy=p, **options) for p in (watched, "fcfs"))
     assert quickly.queue_mean > 0.1
-    assert watched.steps == slowly.steps == quickly.steps
+    assert len(watched.steps) == slowly.steps == quickly.steps
     for name in ("completed", "output_tokens", "queue_max", "running_max"):
         assert getattr(slowly, name) == getattr(quickly, name)
     for name in ("seconds", "queue_mean"):
@@ -128,6 +127,53 @@ def test_decodes_in_one_go_change_nothing() -> None:
         for field in ("count", "p50", "p95", "p99", "max"):
             slow, quick = getattr(getattr(slowly, name), field), getattr(getattr(quickly, name), field)
             assert slow == pytest.approx(quick), (name, field)
+
+
+def test_overlap_by_hand() -> None:
+    """A step is planned when the one before it starts: b, which comes at 0.5 s, is not in step 2, which was
+    planned at 0 s, but in 3 and 4; nobody's tokens come later than a second each."""
+    looks: list[tuple[int, float]] = []
+    found = simulate(
+        [Arrival(0.0, 64, 4), Arrival(0.5, 100, 2)], Fixed(),
+        EngineConfig(max_num_batched_tokens=64, max_num_seqs=4, overlap=True), num_blocks=500,
+        max_model_len=4096, look=lambda scheduler, now: looks.append((scheduler.step, now)),
+    )  # fmt: skip
+    assert looks == [(1, 0.0), (2, 0.0), (3, 1.0), (4, 2.0), (5, 3.0)]
+    assert found.ttft == Spread.of([1.0, 3.5])
+    assert found.itl == Spread(4, 1.0, 1.0, 1.0, 1.0)
+    assert (found.steps, found.seconds, found.output_tokens) == (5, 5.0, 6)
+
+
+class Watched(SchedulingPolicy):
+    """Its observe() is its own, so each step is planned; it knows who had how many tokens."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[tuple[str, int], ...]] = []
+
+    def observe(self, plan: BatchPlan, seconds: float) -> None:
+        self.steps.append(tuple(zip(plan.request_ids, np.diff(plan.cu_seqlens_q).tolist(), strict=True)))
+
+
+def test_the_simulators_plans_are_the_engines() -> None:
+    """Requests that are there from the start: whatever a step takes, an engine with overlap plans the
+    same."""
+    traffic = [Arrival(0.0, 5 + 13 * i % 90, 2 + 7 * i % 23) for i in range(30)]
+    options: dict[str, Any] = {"max_num_batched_tokens": 64, "max_num_seqs": 6, "prefix_caching": False}
+    for overlap in (False, True):
+        config = EngineConfig(**options, overlap=overlap, block_size=4)
+        model = NoModel(model_config(), 200, 4)
+        engine = Engine(model, IdTokenizer(), config)
+        for number, arrival in enumerate(traffic):
+            params = SamplingParams(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True)
+            engine.add_request([1] * arrival.prompt_tokens, params, str(number))
+        while engine.has_unfinished:
+            engine.step()
+        real = [record.scheduled for record in engine.stats.history]
+        watched = Watched()
+        simulate(
+            traffic, Fixed(), replace(config, scheduling_policy=watched), num_blocks=200, max_model_len=4096
+        )
+        assert watched.steps == real
 
 
 def test_skipped_steps_are_those_that_plans_would_have_made() -> None:
@@ -150,12 +196,12 @@ def test_skipped_steps_are_those_that_plans_would_have_made() -> None:
         return plan
 
     planned, skipping = ready(), ready()
-    assert skipping.quiet_steps() == 0
+    assert quiet_steps(skipping) == 0
     step(planned)
     step(skipping)
-    quiet = skipping.quiet_steps()
+    quiet = quiet_steps(skipping)
     assert quiet == 18  # b's last token but one
-    skipping.skip(quiet, 1)
+    skip(skipping, quiet, 1)
     skipping.check()
     for _ in range(quiet):
         assert step(planned).num_decodes == 3
@@ -166,11 +212,15 @@ def test_skipped_steps_are_those_that_plans_would_have_made() -> None:
         for array in ("token_ids", "positions", "slot_mapping", "block_table", "context_lens"):
             assert (getattr(ours, array) == getattr(theirs, array)).all(), array
     with pytest.raises(ValueError, match=r"1000 steps cannot be skipped; \d+ are quiet"):
-        skipping.skip(1000, 1)
+        skip(skipping, 1000, 1)
+    ahead = skipping.plan()
+    assert ahead is not None
+    with pytest.raises(ValueError, match="1 steps cannot be skipped"):
+        skip(skipping, 1, 1)
     for options in ({"admission": "optimistic"}, {"prefix_caching": True}):
         other = ready(**options)
         step(other)
-        assert other.quiet_steps() == 0
+        assert quiet_steps(other) == 0
 
 
 # Latencies -----------------------------------------------------------------------------------------

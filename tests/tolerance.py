@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8}
+EPS = {"float32": 2.0**-23, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 def _row_max(array):

@@ -126,3 +126,25 @@ def not_a_kernel():
 
 def no_kernel_at_all():
     return np.zeros(1)
+
+
+def spin_kernel():
+    """One warp that takes its time: `rounds` squares, each of the one before, for which no compiler finds a
+    shorter way; then out[0] = the last. Arguments out, rounds."""
+
+    def make():
+        from kernels_numba.ptx.ldst import st_global_b32
+
+        cuda = compiler.cuda
+        int32, uint32 = cuda.types.int32, cuda.types.uint32
+
+        def spin(out, rounds):
+            value = uint32(cuda.threadIdx.x)
+            for _ in range(rounds):
+                value = uint32(value * value + uint32(1013904223))
+            if cuda.threadIdx.x == 0:
+                st_global_b32(out, int32(value))
+
+        return spin
+
+    return Kernel("spin", make, (), "void(int64, int32)", 32)

@@ -100,6 +100,11 @@ def _store_kv(quick: bool) -> dict[str, Params]:
     return cases
 
 
+def _rope_store_kv(quick: bool) -> dict[str, Params]:
+    cases = _by_tokens(quick, "num_q_heads", "num_kv_heads", "head_dim", max_pos=MAX_POS)
+    return {name: {**params, **_store_kv(quick)[name]} for name, params in cases.items()}
+
+
 def _prefill(quick: bool) -> dict[str, Params]:
     cases = {}
     for heads, batches in PREFILLS.items():
@@ -157,6 +162,7 @@ _CASES = {
     },
     "rope": lambda quick: _by_tokens(quick, "num_q_heads", "num_kv_heads", "head_dim", max_pos=MAX_POS),
     "store_kv": _store_kv,
+    "rope_store_kv": _rope_store_kv,
     "prefill_attention": _prefill,
     "decode_attention": _decode,
     "silu_mul": lambda quick: _by_tokens(quick, "intermediate_size"),

@@ -13,6 +13,7 @@ from kernels_numba.bench.timing import cold_bytes
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import stream_handle
 from kernels_numba.ops.gemm.door import refusal
+from kernels_numba.ops.warp.door import NEEDS, RUNG
 
 
 def _check(result: Any, what: str) -> Any:
@@ -73,6 +74,8 @@ class DriverLane:
 def runs_on(rung: str, capability: tuple[int, int]) -> bool:
     """Whether a rung of this name is meant for a device: numba-cuda's oldest is 7.5, tensor-core rungs have
     needs of their own."""
+    if rung == RUNG and capability < NEEDS:
+        return False
     return capability >= (7, 5) and not refusal(rung, capability, "bfloat16", ())
 
 

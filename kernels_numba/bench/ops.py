@@ -24,10 +24,12 @@ from kernels_numba.ops import (
     qk_norm,
     rms_norm,
     rope,
+    rope_store_kv,
     sample,
     silu_mul,
     store_kv,
 )
+from kernels_numba.ops.sample.nucleus import kept_spec
 
 WINDOW_COLUMNS = 1024
 TOKEN_BY_TOKEN = 256  # up to here slots are scattered, as of decoding sequences; beyond they come in pages
@@ -136,8 +138,17 @@ def _store_kv(m: Maker, c: Params) -> Call:
     )
 
 
-def _store_kv_excerpt(call: Call, c: Params, rows: slice) -> Call:
-    return Call("store_kv", {name: read(call, name) for name in call.args}, call.outputs)
+def _whole(call: Call, c: Params, rows: slice) -> Call:
+    return Call(call.op, {name: read(call, name) for name in call.args}, call.outputs)
+
+
+def _rope_store_kv(m: Maker, c: Params) -> Call:
+    turned, stored = _rope(m, c), _store_kv(m, c)
+    k_at = c["num_q_heads"] + c["num_kv_heads"]
+    args = {"q": turned.args["q"], "k": turned.args["k"], "v": Cut("qkv", k_at, k_at + c["num_kv_heads"])}
+    args |= {name: turned.args[name] for name in ("positions", "cos_sin")}
+    args |= {name: stored.args[name] for name in ("k_cache", "v_cache", "slot_mapping")}
+    return Call("rope_store_kv", args, ("q", "k", "k_cache", "v_cache"), buffers=turned.buffers)
 
 
 def _attention(m: Maker, op: str, c: Params, query_lens: Any) -> Call:
@@ -214,6 +225,8 @@ def _sample(m: Maker, c: Params) -> Call:
         "temperatures": m.upload(c["temperatures"], np.float32),
         "seeds": m.upload(m.rng.integers(0, 2**64, rows, dtype=np.uint64), np.uint64),
         "output_indices": m.upload(m.rng.integers(0, 2**31 - 1, rows)),
+        "top_ks": m.upload(c.get("top_ks", (0,) * rows)),
+        "top_ps": m.upload(c.get("top_ps", (1.0,) * rows), np.float32),
     }
     return Call("sample", args, ("out",))
 
@@ -229,6 +242,9 @@ def _sample_judge(call: Call, results: list[Any], rounding: float) -> float:
         if temperature > 0:
             key = (int(call.args["seeds"][row]), int(call.args["output_indices"][row]))
             scores = scores / temperature + sample.gumbel_spec(*key, np.arange(logits.shape[1]))
+            top_k, top_p = int(call.args["top_ks"][row]), call.args["top_ps"][row]
+            kept = kept_spec(call.args["logits"][row], temperature, top_k, top_p)
+            scores[np.setdiff1d(np.arange(len(scores)), kept)] = -np.inf
         worst = max(worst, float(scores.max() - scores[token]) / NEAR_TIE)
     return worst
 
@@ -268,7 +284,14 @@ BENCH_OPS: dict[str, BenchOp] = {
     "store_kv": BenchOp(
         _store_kv, lambda c: store_kv.store_kv_cost(c["num_tokens"], c["num_kv_heads"], c["head_dim"]),
         lambda c: 1,  # one window: the caches are read whole
-        _store_kv_excerpt, lambda call, c, rows: [read(call, name) for name in call.outputs], blank=(),
+        _whole, lambda call, c, rows: [read(call, name) for name in call.outputs], blank=(),
+    ),
+    "rope_store_kv": BenchOp(
+        _rope_store_kv,
+        lambda c: rope_store_kv.rope_store_kv_cost(
+            c["num_tokens"], c["num_q_heads"], c["num_kv_heads"], c["head_dim"]
+        ),
+        lambda c: 1, _whole, lambda call, c, rows: [read(call, name) for name in call.outputs], blank=(),
     ),
     "prefill_attention": BenchOp(
         lambda m, c: _attention(m, "prefill_attention", c, c["query_lens"]),
@@ -299,7 +322,8 @@ BENCH_OPS: dict[str, BenchOp] = {
             len(c["temperatures"]), c["vocab_size"], sum(t > 0 for t in c["temperatures"])
         ),
         lambda c: len(c["temperatures"]),
-        _by_rows("sample", "logits", "temperatures", "seeds", "output_indices"), judge=_sample_judge,
+        _by_rows("sample", "logits", "temperatures", "seeds", "output_indices", "top_ks", "top_ps"),
+        judge=_sample_judge,
         dtype="float32",
     ),
 }  # fmt: skip

@@ -91,6 +91,17 @@ def _store_kv(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
     return Bound("index_put_", run, lambda _: [t["k_cache"], t["v_cache"]])
 
 
+def _rope_store_kv(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
+    turn, store = _rope(torch, t, call, c), _store_kv(torch, t, call, c)
+
+    def run() -> Any:
+        turn.run()
+        store.run()
+
+    names = ("q", "k", "k_cache", "v_cache")
+    return Bound(f"{turn.name}, {store.name}", run, lambda _: [t[name] for name in names])
+
+
 def _silu_mul(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
     tokens, out = c["num_tokens"], t["out"]
     pairs = t["gate_up"].view(tokens, -1, 2, GROUP)
@@ -184,8 +195,8 @@ def _attention(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
 
 BINDS: dict[str, Callable[[Any, Tensors, Call, Params], Bound | None]] = {
     "embedding": _embedding, "rms_norm": _rms_norm, "gemm": _gemm, "rope": _rope, "store_kv": _store_kv,
-    "qk_norm": _qk_norm, "prefill_attention": _attention, "decode_attention": _attention,
-    "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
+    "rope_store_kv": _rope_store_kv, "qk_norm": _qk_norm, "prefill_attention": _attention,
+    "decode_attention": _attention, "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
 }  # fmt: skip
 
 

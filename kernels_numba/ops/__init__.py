@@ -12,8 +12,8 @@ from types import ModuleType, SimpleNamespace
 from kernels_numba.registry import pick
 
 OP_NAMES = (
-    "embedding", "rms_norm", "gemm", "qk_norm", "rope", "store_kv", "prefill_attention", "decode_attention",
-    "silu_mul", "lm_head", "sample",
+    "embedding", "rms_norm", "gemm", "qk_norm", "rope", "store_kv", "rope_store_kv", "prefill_attention",
+    "decode_attention", "silu_mul", "lm_head", "sample",
 )  # fmt: skip
 
 
@@ -39,11 +39,14 @@ def resolve(default_rung: str, forced: Mapping[str, str] | None = None) -> Simpl
     """A namespace of one function per op: the rung named in `forced`, else `default_rung`.
 
     The choice is made now: a rung registered later is seen by the next resolve(). Raises ValueError for an
-    unknown op or rung, with a list of what exists.
+    unknown op or rung, with a list of what exists. Where rope or store_kv is named and rope_store_kv is not,
+    the latter is made of the two.
     """
     forced = dict(forced or {})
     unknown = sorted(set(forced) - set(OP_NAMES))
     if unknown:
         raise ValueError(f"no op {', '.join(map(repr, unknown))}; there are {', '.join(OP_NAMES)}")
     chosen = {op: pick(op, OPS[op].rungs, forced.get(op, default_rung)) for op in OP_NAMES}
+    if ("rope" in forced or "store_kv" in forced) and "rope_store_kv" not in forced:
+        chosen["rope_store_kv"] = OPS["rope_store_kv"].composed(chosen["rope"], chosen["store_kv"])
     return SimpleNamespace(**chosen)

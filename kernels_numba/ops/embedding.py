@@ -85,11 +85,21 @@ def embedding(out: Any, token_ids: Any, weight: Any, *, stream: Any = None) -> N
     kernel[grid, THREADS, stream or 0](out, token_ids, weight)
 
 
+def embedding_warp(
+    out: Any, token_ids: Any, weight: Any, *, stream: Any = None, num_rows: Any = None
+) -> None:
+    """Rung "warp" (sm_80 and newer): 16 bytes a lane; see warp/gather.py, which is imported
+    when first used. num_rows: device i32[1], the real number of rows; those from there on are left alone."""
+    from kernels_numba.ops.warp.gather import embedding_warp
+
+    embedding_warp(out, token_ids, weight, stream=stream, num_rows=num_rows)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "toy": {"num_tokens": 3, "hidden_size": 5, "vocab_size": 7},
     "toy_empty": {"num_tokens": 0, "hidden_size": 4, "vocab_size": 7},
     "smollm2_135m_prefill": {"num_tokens": 1000, "hidden_size": 576, "vocab_size": 49152},
     "llama3_8b_decode": {"num_tokens": 64, "hidden_size": 4096, "vocab_size": 8192},
 }
-rungs: dict[str, Rung] = {"reference": embedding_reference, "plain": embedding}
+rungs: dict[str, Rung] = {"reference": embedding_reference, "plain": embedding, "warp": embedding_warp}
 register = make_register("embedding", rungs)

@@ -74,11 +74,23 @@ def lm_head(out: Any, hidden: Any, weight: Any, logits_rows: Any, *, stream: Any
     kernel[grid, config.threads, stream or 0](out, hidden, weight, weight, logits_rows)
 
 
+def lm_head_warp(
+    out: Any, hidden: Any, weight: Any, logits_rows: Any, *, stream: Any = None, num_rows: Any = None,
+    x_rows: Any = None,
+) -> None:  # fmt: skip
+    """Rung "warp" (sm_80 and newer): the rows are gathered into x_rows, a workspace T[at least R, H], then
+    multiplied by Hopper's GEMM; see warp/lm_head.py, which is imported when first used. num_rows: device
+    i32[1], the real number of rows."""
+    from kernels_numba.ops.warp.lm_head import lm_head_warp
+
+    lm_head_warp(out, hidden, weight, logits_rows, stream=stream, num_rows=num_rows, x_rows=x_rows)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "toy": {"num_rows": 2, "num_tokens": 4, "vocab_size": 7, "hidden_size": 6},
     "toy_empty": {"num_rows": 0, "num_tokens": 3, "vocab_size": 7, "hidden_size": 4},
     "smollm2_135m_one": {"num_rows": 1, "num_tokens": 300, "vocab_size": 49152, "hidden_size": 576},
     "smollm2_135m_batch": {"num_rows": 20, "num_tokens": 64, "vocab_size": 49152, "hidden_size": 576},
 }
-rungs: dict[str, Rung] = {"reference": lm_head_reference, "plain": lm_head}
+rungs: dict[str, Rung] = {"reference": lm_head_reference, "plain": lm_head, "warp": lm_head_warp}
 register = make_register("lm_head", rungs)

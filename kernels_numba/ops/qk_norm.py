@@ -119,6 +119,16 @@ def qk_norm(q: Any, k: Any, q_weight: Any, k_weight: Any, *, eps: float, stream:
     kernel[(tokens, heads), THREADS, stream or 0](q, k, q_weight, k_weight, np.float32(eps))
 
 
+def qk_norm_warp(
+    q: Any, k: Any, q_weight: Any, k_weight: Any, *, eps: float, stream: Any = None, num_rows: Any = None
+) -> None:
+    """Rung "warp" (sm_80 and newer): 16 bytes a lane; see warp/qk_norm.py, which is imported
+    when first used. num_rows: device i32[1], the real number of rows; those from there on are left alone."""
+    from kernels_numba.ops.warp.qk_norm import qk_norm_warp
+
+    qk_norm_warp(q, k, q_weight, k_weight, eps=eps, stream=stream, num_rows=num_rows)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "toy": {"num_tokens": 3, "num_q_heads": 2, "num_kv_heads": 1, "head_dim": 5},
     "toy_wide": {"num_tokens": 1, "num_q_heads": 1, "num_kv_heads": 2, "head_dim": 8},
@@ -127,5 +137,5 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3_8b_decode": {"num_tokens": 64, "num_q_heads": 32, "num_kv_heads": 8, "head_dim": 128},
     "odd_head_dim": {"num_tokens": 7, "num_q_heads": 3, "num_kv_heads": 1, "head_dim": 77},
 }
-rungs: dict[str, Rung] = {"reference": qk_norm_reference, "plain": qk_norm}
+rungs: dict[str, Rung] = {"reference": qk_norm_reference, "plain": qk_norm, "warp": qk_norm_warp}
 register = make_register(OP, rungs)

@@ -148,6 +148,17 @@ def rms_norm(out: Any, x: Any, weight: Any, *, eps: float, residual: Any = None,
     kernel[out.shape[0], THREADS, stream or 0](out, x, weight, unused, np.float32(eps))
 
 
+def rms_norm_warp(
+    out: Any, x: Any, weight: Any, *, eps: float, residual: Any = None, stream: Any = None,
+    num_rows: Any = None,
+) -> None:  # fmt: skip
+    """Rung "warp" (sm_80 and newer): 16 bytes a lane, a block a row; see warp/rms_norm.py, which is imported
+    when first used. num_rows: device i32[1], the real number of rows; those from there on are left alone."""
+    from kernels_numba.ops.warp.rms_norm import rms_norm_warp
+
+    rms_norm_warp(out, x, weight, eps=eps, residual=residual, stream=stream, num_rows=num_rows)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "toy": {"num_tokens": 3, "hidden_size": 13, "residual": False},
     "toy_residual": {"num_tokens": 2, "hidden_size": 8, "residual": True},
@@ -157,5 +168,5 @@ CASES: dict[str, dict[str, Any]] = {
     "llama3_8b_decode": {"num_tokens": 64, "hidden_size": 4096, "residual": True},
     "odd_hidden": {"num_tokens": 5, "hidden_size": 1027, "residual": False},
 }
-rungs: dict[str, Rung] = {"reference": rms_norm_reference, "plain": rms_norm}
+rungs: dict[str, Rung] = {"reference": rms_norm_reference, "plain": rms_norm, "warp": rms_norm_warp}
 register = make_register("rms_norm", rungs)

@@ -99,11 +99,19 @@ def silu_mul(out: Any, gate_up: Any, *, stream: Any = None) -> None:
     kernel[(out.shape[0], -(-out.shape[1] // THREADS)), THREADS, stream or 0](out, gate_up)
 
 
+def silu_mul_warp(out: Any, gate_up: Any, *, stream: Any = None, num_rows: Any = None) -> None:
+    """Rung "warp" (sm_80 and newer): 16 bytes a lane; see warp/silu_mul.py, imported when first used.
+    num_rows: device i32[1], the real number of rows; those from there on are left alone."""
+    from kernels_numba.ops.warp.silu_mul import silu_mul_warp
+
+    silu_mul_warp(out, gate_up, stream=stream, num_rows=num_rows)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "toy": {"num_tokens": 2, "intermediate_size": 24},
     "toy_empty": {"num_tokens": 0, "intermediate_size": 8},
     "smollm2_135m_prefill": {"num_tokens": 700, "intermediate_size": 1536},
     "llama3_8b_decode": {"num_tokens": 64, "intermediate_size": 14336},
 }
-rungs: dict[str, Rung] = {"reference": silu_mul_reference, "plain": silu_mul}
+rungs: dict[str, Rung] = {"reference": silu_mul_reference, "plain": silu_mul, "warp": silu_mul_warp}
 register = make_register("silu_mul", rungs)

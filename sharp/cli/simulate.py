@@ -45,7 +45,9 @@ def simulate_command(
         seqs = min(proposal.max_num_seqs, given.get("max_num_batched_tokens", tokens))
         options = {
             "max_num_batched_tokens": tokens, "max_num_seqs": seqs, "max_model_len": longest,
-            "num_blocks": found.num_blocks, "block_size": found.block_size, **given,
+            "num_blocks": found.num_blocks, "block_size": found.block_size,
+            **({"overlap": True} if found.kind == "cuda" else {}),  # as an engine there does by itself
+            **given,
         }  # fmt: skip
         target = options.pop("target_itl_ms", None)
         config = EngineConfig(**options)

@@ -1,0 +1,142 @@
+"""Rows of a table by their numbers: the embedding, and the rows of the hidden states whose logits are wanted.
+
+Knows: bytes, so it serves every element type. Refuses to know: what a row is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from kernels_numba.checks import check
+from kernels_numba.compiler import cuda
+from kernels_numba.launch import Kernel, Launch
+from kernels_numba.ops.warp.door import (
+    ARCHS,
+    NAMES,
+    Plan,
+    View,
+    count_address,
+    indices,
+    packed,
+    ready,
+    row_bytes,
+    view,
+    view_count,
+)
+from kernels_numba.ops.warp.elements import NAN, PACK, make_real_rows
+from kernels_numba.ptx.arith import select_i32
+from kernels_numba.ptx.ldst import ld_global_i32
+from kernels_numba.ptx.packs import ld_global_v4_if_at, st_global_v4_if_at
+
+SIGNATURE = (
+    "void(int64, int64, int64, int64, int32, int32, int32, int32, int32, int32, int32)"  # as in the kernel
+)
+THREADS = 128
+PACKS = 2  # of 16 bytes, in flight in each thread
+HELD_WORDS = 4 * PACKS
+BLOCK_PACKS = THREADS * PACKS  # 4 KiB: a row of 2,048 elements of 16 bits
+
+
+def make_gather_kernel() -> Any:
+    """out[r] = table[ids[r]], rows of `packs` x 16 bytes; words of `nan` where ids[r] is no row of the table.
+
+    Arguments: out, ids, table: addresses of T[rows, H], i32[rows], T[count, H]; num_rows: address of i32[1],
+    the real number of rows, or 0; rows; count; packs; segments: blocks a row; out_stride, table_stride: bytes
+    from row to row; nan: a word.
+    Who does what: block r * segments + s copies 4 KiB of row r from byte 4,096 s on: thread i the packs i and
+    i + 128 of them, both loads before the first store. Rows at and past the real number are neither read nor
+    written. Registers: 40 at most. No shared memory.
+    """
+    int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
+    real_rows = make_real_rows()
+
+    def gather(
+        out: Any, ids: Any, table: Any, num_rows: Any, rows: Any, count: Any, packs: Any, segments: Any,
+        out_stride: Any, table_stride: Any, nan: Any,
+    ) -> None:  # fmt: skip
+        block = uint32(cuda.blockIdx.x)
+        row = int32(block // uint32(segments))
+        if row < real_rows(num_rows, rows):
+            first = int32((int32(block) - row * segments) * BLOCK_PACKS + int32(cuda.threadIdx.x))
+            source = int32(ld_global_i32(ids + int64(row) * 4))
+            known = int32(int32(source >= 0) & int32(source < count))
+            words = cuda.local.array(HELD_WORDS, np.int32)
+            read = int64(table + int64(source) * int64(table_stride) + int64(first) * PACK)
+            write = int64(out + int64(row) * int64(out_stride) + int64(first) * PACK)
+            for i in range(PACKS):
+                mine = int32(int32(first + i * THREADS < packs) & known)
+                ld_global_v4_if_at(mine, words, 4 * i, int64(read + i * THREADS * PACK))
+            for i in range(PACKS):
+                for word in range(4):
+                    words[4 * i + word] = select_i32(known, words[4 * i + word], nan)
+                mine = int32(first + i * THREADS < packs)
+                st_global_v4_if_at(mine, int64(write + i * THREADS * PACK), words, 4 * i)
+
+    return gather
+
+
+@cache
+def gather_kernel() -> Kernel:
+    """The one kernel, compiled when first launched."""
+    return Kernel("gather_warp", make_gather_kernel, (), SIGNATURE, THREADS, archs=ARCHS)
+
+
+def kernels() -> Iterator[Kernel]:
+    """For building it ahead."""
+    yield gather_kernel()
+
+
+def plan_gather(
+    op: str, out: View, ids: View, table: View, num_rows: View | None, names: tuple[str, str, str]
+) -> Plan | None:
+    """The launch of out[r] = table[ids[r]]; None for nothing to do. names: of out, ids and table.
+
+    out, table: T[rows, H] and T[count, H], T float32, float16 or bfloat16 bits, H T a multiple of 16 bytes,
+    rows of out may be cut from wider ones; ids i32[rows]. ValueError names what is wrong.
+    """
+    out_name, ids_name, table_name = names
+    check(op, out_name, out, tuple(NAMES), (None, None), rows=1)
+    rows, hidden = out.shape
+    check(op, table_name, table, (out.dtype,), (None, hidden), rows=1)
+    ids_at = indices(op, ids_name, ids, rows)
+    if out.size == 0:
+        return None
+    row = hidden * out.dtype.itemsize
+    if row % PACK:
+        raise ValueError(f"{op}: {out_name} has rows of {row} bytes; a multiple of {PACK} is required")
+    out_at, table_at = packed(op, out_name, out, rows=1), packed(op, table_name, table, rows=1)
+    packs = row // PACK
+    segments = -(-packs // BLOCK_PACKS)
+    arguments = (
+        out_at, ids_at, table_at, count_address(op, num_rows), rows, table.shape[0], packs, segments,
+        row_bytes(out), row_bytes(table), NAN[NAMES[out.dtype]],
+    )  # fmt: skip
+    return Plan(gather_kernel(), rows * segments, arguments)
+
+
+@lru_cache(maxsize=4096)
+def prepared(
+    op: str, out: View, ids: View, table: View, num_rows: View | None, names: tuple[str, str, str]
+) -> Launch | None:
+    """plan_gather's launch, ready to be repeated. ValueError on a GPU that is too old."""
+    return ready(op, plan_gather(op, out, ids, table, num_rows, names))
+
+
+EMBEDDING = ("out", "token_ids", "weight")
+
+
+def embedding_warp(
+    out: Any, token_ids: Any, weight: Any, *, stream: Any = None, num_rows: Any = None
+) -> None:
+    """Rung "warp": out[t] = weight[token_ids[t]], NaN for an id outside the table; see make_gather_kernel."""
+    op = "embedding"
+    launch = prepared(
+        op, view(op, "out", out), view(op, "token_ids", token_ids), view(op, "weight", weight),
+        view_count(op, num_rows), EMBEDDING,
+    )  # fmt: skip
+    if launch is not None:
+        launch(stream)

@@ -1,0 +1,73 @@
+"""Token buckets: the sizes that steps are launched for, so that a few graphs serve every step.
+
+Knows: counts of tokens and sequences. Refuses to know: graphs, devices, what is launched.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sharp.plan import BatchPlan
+
+SMALLEST_MIXED = 16  # tokens: a prompt chunk's bucket
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A step of up to `tokens` tokens of up to `seqs` sequences, a logits row each. mixed: it may hold
+    sequences of several tokens; else all are decodes, and nothing is launched for the others."""
+
+    mixed: bool
+    tokens: int
+    seqs: int
+
+    def __str__(self) -> str:
+        return f"{'mixed' if self.mixed else 'decode'} {self.tokens}"
+
+
+def bucket_sizes(most: int) -> tuple[int, ...]:
+    """Tokens of the buckets for steps of up to `most`: 1, 2, 4, 8, then every half and whole of a power of
+    two between 16 and it (16, 24, 32, 48, 64, ...), `most` itself last. ValueError for less than 1.
+
+    Launches are sized by the bucket, and tiles past the real count leave at once, so what a bucket has too
+    much costs blocks that come and go, less than a tenth of a microsecond each on an SM: a third more of them
+    is little, and twice as many sizes would be twice the graphs to capture and keep. Below 16 tokens the
+    steps are short enough for single blocks to show; there it is every power of two.
+    """
+    if most < 1:
+        raise ValueError(f"a bucket for {most} tokens; at least 1 is required")
+    sizes, size = [], 1
+    while size < most:
+        sizes.append(size)
+        if size >= 16 and size * 3 // 2 < most:
+            sizes.append(size * 3 // 2)
+        size *= 2
+    return (*sizes, most)
+
+
+class Buckets:
+    """The buckets of an engine: decodes of up to max_seqs sequences, mixed steps of up to max_tokens tokens.
+
+    A mixed step is never launched for fewer than 16 tokens: no tile of a GEMM has fewer rows.
+    """
+
+    def __init__(self, max_tokens: int, max_seqs: int) -> None:
+        self.max_tokens, self.max_seqs = max_tokens, max_seqs
+        self.decode = tuple(Bucket(False, size, size) for size in bucket_sizes(max_seqs))
+        mixed = [size for size in bucket_sizes(max_tokens) if size >= min(SMALLEST_MIXED, max_tokens)]
+        self.mixed = tuple(Bucket(True, size, min(size, max_seqs)) for size in mixed)
+
+    def all(self) -> tuple[Bucket, ...]:
+        """Every bucket, the largest first: what it needs, all need."""
+        return (*reversed(self.mixed), *reversed(self.decode))
+
+    def of(self, plan: BatchPlan) -> Bucket:
+        """The smallest bucket that holds a plan. ValueError for one that is larger than all."""
+        mixed = plan.num_decodes < plan.num_seqs
+        for bucket in self.mixed if mixed else self.decode:
+            if plan.num_tokens <= bucket.tokens and plan.num_seqs <= bucket.seqs:
+                return bucket
+        raise ValueError(
+            f"a step of {plan.num_tokens} tokens and {len(plan.logits_rows)} logits rows, of {plan.num_seqs} "
+            f"sequences, is over the {self.max_tokens} tokens and {self.max_seqs} sequences of the workspace"
+        )

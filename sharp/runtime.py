@@ -1,0 +1,244 @@
+"""Steps of a model on a CUDA device: launch() queues one behind the one before, land() waits for its ids.
+
+    copy stream     words of step n+1 |                      | words of n+2 ...
+    compute stream                    apply_step, copies of pages, the bucket's graph, ids to the host | ...
+
+A step crosses as one pinned array of words (step_buffers.py) while the one before computes; every hand-over
+between the streams is an event. Its launches are a bucket's (buckets.py), the same in a graph and without: so
+both give the same bits. Nothing here waits for the device but land(), for its own step.
+Knows: the order of a step's work, and what may be overwritten when. Refuses to know: what is launched
+(model.forward), requests. Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kernels_numba.ops.apply_step import HEADER, StepLayout, prepare_apply_step
+from sharp import driver
+from sharp.buckets import Bucket, Buckets
+from sharp.counted import counted, uncounted
+from sharp.device import Array
+from sharp.graphs import Graphs
+from sharp.graphs import predicted_bytes as graph_bytes
+from sharp.layout import aligned
+from sharp.memory import DeviceArray, PinnedBuffer, PinnedPool, download_async, upload_async
+from sharp.plan import BatchPlan, Int32, Launched, SampleOutput
+from sharp.sampling import draw, sample_output, say_slower
+from sharp.staging import StepArrays
+from sharp.step_buffers import TERM, StepBuffers, StepPacker
+
+if TYPE_CHECKING:
+    from sharp.model import Model
+
+IN_FLIGHT = 2  # steps launched and not landed
+WORD = 4
+
+Forward = Callable[[StepArrays, SimpleNamespace, Any], Array]  # (arrays, ops, stream) -> logits
+
+
+def predicted_bytes(layout: StepLayout, num_layers: int) -> int:
+    """What the graphs of all buckets take on the device at most."""
+    return graph_bytes(num_layers, len(Buckets(layout.max_tokens, layout.max_seqs).all()))
+
+
+def device_bytes(layout: StepLayout) -> int:
+    """What a Runtime takes of an arena: the fixed buffers, and the words of IN_FLIGHT steps."""
+    return aligned(WORD * layout.words) + IN_FLIGHT * aligned(WORD * layout.packed_words)
+
+
+class _Slot:
+    """Where every second step's words arrive, and what its time is told by."""
+
+    def __init__(self, buffers: StepBuffers, packed: DeviceArray, sampled: Array) -> None:
+        self.packed = packed
+        self.apply = prepare_apply_step(buffers.state, packed, sampled, buffers.layout)
+        self.applied = driver.Event()  # the words have been read
+        self.start, self.end = driver.Event(timing=True), driver.Event(timing=True)
+
+
+@dataclass
+class _Step:
+    """What land() needs of a launched step: where ids i32[R] arrive, and logits f32[number wanted, V]."""
+
+    slot: _Slot
+    ids: PinnedBuffer | None
+    logits: PinnedBuffer | None
+    wanted: tuple[int, ...]  # logits rows whose log-probabilities are asked for
+
+
+class Runtime:
+    """Owns the fixed buffers, graphs and pinned memory of a model's steps."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        ops: SimpleNamespace,
+        device: Any,
+        layout: StepLayout,
+        logits: DeviceArray,
+        sampled: DeviceArray,
+        copy_pages: Callable[[Int32], None],
+        *,
+        graphs: bool,
+    ) -> None:
+        """forward: the launches of a step from its arrays, into logits f32[max_seqs, V]; sampled:
+        i32[max_seqs], which the ids go to; copy_pages: queues copies of (source, destination) pages; graphs:
+        replay instead of launching."""
+        self.layout, self._device, self._forward = layout, device, forward
+        self._compute, self._copy = device.compute_stream, device.copy_stream
+        self.buckets = Buckets(layout.max_tokens, layout.max_seqs)
+        self.buffers, self._packer = StepBuffers(device, layout), StepPacker(layout)
+        self._logits, self._sampled, self._copy_pages = logits, sampled, copy_pages
+        self._ops = counted(ops, self.buffers.num_tokens, self.buffers.num_rows)
+        self._arrays = {bucket: self.buffers.arrays(bucket) for bucket in self.buckets.all()}
+        self._slots = [
+            _Slot(self.buffers, device.empty((layout.packed_words,), np.int32, term=TERM), sampled)
+            for _ in range(IN_FLIGHT)
+        ]
+        self._pinned: PinnedPool = device.pool
+        self._pinned.reserve(layout.packed_words * WORD)
+        self._pinned.reserve(layout.max_seqs * WORD)
+        self._steps = 0
+        self.graphs = Graphs(self._queue, self._compute) if graphs else None
+
+    def _queue(self, bucket: Bucket, stream: Any) -> None:
+        """The launches of a bucket: this is what a graph holds."""
+        arrays = self._arrays[bucket]
+        logits = self._forward(arrays, self._ops, stream)
+        draw(self._sampled[: arrays.num_rows], logits, arrays, self._ops, stream)
+
+    def capture(self, progress: bool = False) -> None:
+        """Make all graphs now, while no step is in flight. A bucket that has none gets it behind the launch
+        of its first step, so all do where this is left out: where rungs compute whole buckets (counted.py),
+        steps without tokens would take as long as full ones."""
+        if self.graphs is not None and not uncounted(self._ops):
+            with driver.during("capturing graphs"):
+                self.graphs.capture_all(self.buckets.all(), self._warm, progress)
+
+    def _warm(self, bucket: Bucket) -> None:
+        """Queue a bucket's launches over no tokens at all, so that every kernel is loaded and every tensor
+        map made. No page is touched."""
+        words = self._pinned.take(self.layout.packed_words * WORD)
+        packed = words.array.view(np.int32)
+        packed[: HEADER + 1] = 0
+        packed[4:6] = bucket.tokens, bucket.seqs
+        self._apply(self._next_slot(), words, HEADER + 1)
+        self._queue(bucket, self._device.stream)
+
+    def _next_slot(self) -> _Slot:
+        self._steps += 1
+        return self._slots[self._steps % IN_FLIGHT]
+
+    def _apply(self, slot: _Slot, words: PinnedBuffer, used: int) -> None:
+        """Send the words and have them applied behind the step before.
+
+        The copy of the counts behind apply_step puts nothing there that is not there already. It is there
+        because launches after it may begin before those before them have ended (programmatic dependent
+        launch), and some read counts and lengths at once: a copy is never part of such a chain.
+        """
+        self._copy.wait(slot.applied)
+        upload_async(slot.packed[:used], words, self._copy)
+        self._compute.wait(words.event)
+        words.release()
+        slot.apply(self._compute)
+        counts = self.buffers.counts
+        driver.copy_on_device(counts.address, slot.packed.address, counts.nbytes, self._compute, "the counts")
+        self._compute.record(slot.applied)
+
+    def launch(self, plan: BatchPlan) -> Launched:
+        """Queue a step; does not wait for the device. At most one other step may be in flight.
+
+        Raises ValueError for a plan larger than the workspace, CudaError naming the step for what the driver
+        refuses.
+        """
+        bucket = self.buckets.of(plan)
+        with driver.during(f"step {plan.step} (bucket {bucket}, {plan.num_tokens} tokens)"):
+            words = self._pinned.take(self.layout.packed_words * WORD)
+            with words:
+                used = self._packer.pack(plan, bucket, words.array.view(np.int32))
+                slot = self._next_slot()
+                self._apply(slot, words, used)
+            if len(plan.page_copies):
+                self._copy_pages(plan.page_copies)
+            self._compute.record(slot.start)
+            fresh = self.graphs is not None and bucket not in self.graphs
+            if self.graphs is None or fresh:
+                self._queue(bucket, self._device.stream)
+            else:
+                self.graphs.replay(bucket)
+            self._compute.record(slot.end)
+            step = self._bring(plan, slot)
+            self._packer.launched()
+            if self.graphs is not None and fresh:
+                self.graphs.capture(bucket)
+        return Launched(plan, step)
+
+    def _bring(self, plan: BatchPlan, slot: _Slot) -> _Step:
+        """Queue the way back: ids, and the logits of rows whose log-probabilities are asked for, since the
+        next step overwrites them."""
+        rows = len(plan.logits_rows)
+        wanted = tuple(np.flatnonzero(plan.num_logprobs >= 0).tolist())
+        ids = logits = None
+        if rows:
+            ids = self._pinned.take(rows * WORD)
+            download_async(ids, self._sampled[:rows], self._compute)
+        if wanted:
+            say_slower(self._device)
+            row_bytes = self._logits[0].nbytes
+            logits = self._pinned.take(len(wanted) * row_bytes)
+            for place, row in enumerate(wanted):
+                download_async(logits, self._logits[row], self._compute, offset=place * row_bytes)
+        return _Step(slot, ids, logits, wanted)
+
+    def land(self, launched: Launched) -> SampleOutput:
+        """Wait for a step's ids and return them; launched.gpu_s: seconds of its launches on the device.
+
+        Raises FloatingPointError if a row has no comparable logit, CudaError naming the step for what failed
+        on the device.
+        """
+        plan, step = launched.plan, launched.state
+        with driver.during(f"step {plan.step} ({plan.num_tokens} tokens)"):
+            step.slot.end.synchronize()
+            launched.gpu_s = step.slot.start.elapsed_ms(step.slot.end) / 1e3
+            token_ids = _read(step.ids, np.int32)
+            values = _read(step.logits, np.float32)
+        each = values.reshape(len(step.wanted), -1) if step.wanted else ()
+        return sample_output(plan, token_ids, dict(zip(step.wanted, each, strict=True)))
+
+    def close(self) -> None:
+        """Destroy the graphs, once what is queued is over."""
+        if self.graphs is not None:
+            self.graphs.close()
+
+
+def _read(buffer: PinnedBuffer | None, dtype: Any) -> npt.NDArray[Any]:
+    """What a download brought, once it is there, as an array of its own; [0] for no buffer."""
+    if buffer is None:
+        return np.empty(0, dtype)
+    buffer.event.synchronize()
+    array: npt.NDArray[Any] = buffer.array.view(dtype).copy()
+    buffer.release()
+    return array
+
+
+def open_runtime(model: Model, layout: StepLayout, graphs: bool) -> Runtime:
+    """The Runtime of a model whose weights, pages and workspace are there. It does not hold the model."""
+    from sharp.model import copy_pages, forward
+
+    config, weights, kv, cos_sin, work = model.config, model.weights, model.kv, model.cos_sin, model.work
+    device = model.device
+
+    def queue(arrays: StepArrays, ops: SimpleNamespace, stream: Any) -> Array:
+        return forward(config, weights, arrays, ops, kv, cos_sin, work, stream)
+
+    def copies(pairs: Int32) -> None:
+        copy_pages(device, kv, pairs)
+
+    return Runtime(queue, model.ops, device, layout, work.logits, work.sampled, copies, graphs=graphs)
