@@ -12,8 +12,10 @@ Knows: the order of a step's work, and what may be overwritten when. Refuses to 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from sharp import driver
 from sharp.buckets import Bucket, Buckets
 from sharp.counted import counted, uncounted
 from sharp.device import Array
+from sharp.device_clock import DeviceClock
 from sharp.graphs import Graphs
 from sharp.graphs import predicted_bytes as graph_bytes
 from sharp.layout import aligned
@@ -33,6 +36,7 @@ from sharp.plan import BatchPlan, Int32, Launched, SampleOutput
 from sharp.sampling import draw, sample_output, say_slower
 from sharp.staging import StepArrays
 from sharp.step_buffers import TERM, StepBuffers, StepPacker
+from sharp.trace_events import COMPUTE, COPIES
 
 if TYPE_CHECKING:
     from sharp.model import Model
@@ -61,13 +65,16 @@ class _Slot:
         self.apply = prepare_apply_step(buffers.state, packed, sampled, buffers.layout)
         self.applied = driver.Event()  # the words have been read
         self.start, self.end = driver.Event(timing=True), driver.Event(timing=True)
+        self.sent, self.arrived = driver.Event(timing=True), driver.Event(timing=True)  # the words
 
 
 @dataclass
 class _Step:
-    """What land() needs of a launched step: where ids i32[R] arrive, and logits f32[number wanted, V]."""
+    """What land() needs of a launched step: where ids i32[R] arrive, and logits f32[number wanted, V].
+    queued: when it was begun, by the host's clock."""
 
     slot: _Slot
+    queued: float
     ids: PinnedBuffer | None
     logits: PinnedBuffer | None
     wanted: tuple[int, ...]  # logits rows whose log-probabilities are asked for
@@ -106,6 +113,7 @@ class Runtime:
         self._pinned.reserve(layout.packed_words * WORD)
         self._pinned.reserve(layout.max_seqs * WORD)
         self._steps = 0
+        self._clock = DeviceClock(partial(driver.Event, timing=True), self._compute.record)
         self.graphs = Graphs(self._queue, self._compute) if graphs else None
 
     def _queue(self, bucket: Bucket, stream: Any) -> None:
@@ -144,7 +152,9 @@ class Runtime:
         launch), and some read counts and lengths at once: a copy is never part of such a chain.
         """
         self._copy.wait(slot.applied)
+        self._copy.record(slot.sent)
         upload_async(slot.packed[:used], words, self._copy)
+        self._copy.record(slot.arrived)
         self._compute.wait(words.event)
         words.release()
         slot.apply(self._compute)
@@ -158,7 +168,7 @@ class Runtime:
         Raises ValueError for a plan larger than the workspace, CudaError naming the step for what the driver
         refuses.
         """
-        bucket = self.buckets.of(plan)
+        bucket, queued = self.buckets.of(plan), time.perf_counter()
         with driver.during(f"step {plan.step} (bucket {bucket}, {plan.num_tokens} tokens)"):
             words = self._pinned.take(self.layout.packed_words * WORD)
             with words:
@@ -174,13 +184,13 @@ class Runtime:
             else:
                 self.graphs.replay(bucket)
             self._compute.record(slot.end)
-            step = self._bring(plan, slot)
+            step = self._bring(plan, slot, queued)
             self._packer.launched()
             if self.graphs is not None and fresh:
                 self.graphs.capture(bucket)
         return Launched(plan, step)
 
-    def _bring(self, plan: BatchPlan, slot: _Slot) -> _Step:
+    def _bring(self, plan: BatchPlan, slot: _Slot, queued: float) -> _Step:
         """Queue the way back: ids, and the logits of rows whose log-probabilities are asked for, since the
         next step overwrites them."""
         rows = len(plan.logits_rows)
@@ -195,10 +205,11 @@ class Runtime:
             logits = self._pinned.take(len(wanted) * row_bytes)
             for place, row in enumerate(wanted):
                 download_async(logits, self._logits[row], self._compute, offset=place * row_bytes)
-        return _Step(slot, ids, logits, wanted)
+        return _Step(slot, queued, ids, logits, wanted)
 
     def land(self, launched: Launched) -> SampleOutput:
-        """Wait for a step's ids and return them; launched.gpu_s: seconds of its launches on the device.
+        """Wait for a step's ids and return them; launched.gpu_s: seconds of its launches on the device;
+        launched.streams: when they ran, and when its words were copied.
 
         Raises FloatingPointError if a row has no comparable logit, CudaError naming the step for what failed
         on the device.
@@ -206,7 +217,11 @@ class Runtime:
         plan, step = launched.plan, launched.state
         with driver.during(f"step {plan.step} ({plan.num_tokens} tokens)"):
             step.slot.end.synchronize()
-            launched.gpu_s = step.slot.start.elapsed_ms(step.slot.end) / 1e3
+            slot, interval = step.slot, self._clock.interval
+            start, end = interval(slot.start, slot.end, step.queued)
+            launched.gpu_s = end - start
+            words = interval(slot.sent, slot.arrived, step.queued)
+            launched.streams = ((COPIES, "words", *words), (COMPUTE, "step", start, end))
             token_ids = _read(step.ids, np.int32)
             values = _read(step.logits, np.float32)
         each = values.reshape(len(step.wanted), -1) if step.wanted else ()

@@ -21,6 +21,7 @@ from sharp.request import EngineDead, SamplingParams
 from sharp.runtime import Runtime
 from sharp.step_buffers import StepPacker
 from sharp.step_times import uniform_step
+from sharp.trace_events import COMPUTE, COPIES
 
 VOCAB = model_config().vocab_size
 
@@ -142,6 +143,8 @@ def run_engine(seed, graphs=True, count=10, interrupted=0.0):
         assert list(first.token_ids) == expected(prompt, params, params.seed), name
         for entry, token in zip(first.logprobs or (), first.token_ids, strict=params.logprobs is not None):
             assert token in entry
+    for row in (COMPUTE, COPIES):  # each step that landed, when it was there
+        assert [span.step for span in engine.trace.spans(row)] == [r.step for r in engine.stats.history]
     engine.close()
     return model
 
