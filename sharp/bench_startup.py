@@ -27,7 +27,7 @@ from typing import Any
 from sharp import results
 from sharp.model_config import ModelConfig
 from sharp.random_model import IdTokenizer, RandomCheckpoint
-from sharp.weights import Checkpoint
+from sharp.weights import Checkpoint, expected_shapes
 
 PROMPT = [5, 7, 11, 13, 17, 19, 23, 29]
 LIMIT_S = 570.0  # for one process
@@ -65,8 +65,10 @@ def write_weights(checkpoint: Checkpoint, folder: Path) -> None:
     for name in checkpoint.names:
         part = f"layer-{int(name.split('.')[2]):03}" if name.startswith("model.layers.") else "rest"
         files.setdefault(f"{part}.safetensors", []).append(name)
+    shapes = expected_shapes(checkpoint.config)
     for file, names in files.items():
-        save_file({name: checkpoint.read(name).astype(ml_dtypes.bfloat16) for name in names}, folder / file)
+        tensors = {name: checkpoint.rows(name, 0, shapes[name][0]) for name in names}
+        save_file({n: t.astype(ml_dtypes.bfloat16, copy=False) for n, t in tensors.items()}, folder / file)
     index = {name: file for file, names in files.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (folder / "config.json").write_text(json.dumps(config_json(checkpoint.config)))

@@ -144,6 +144,6 @@ def _place(row: str) -> int:
 def _counters(sample: Sample) -> Sequence[tuple[str, dict[str, int]]]:
     return (
         ("requests", {"running": sample.running, "waiting": sample.waiting}),
-        ("pages used", {"pages": sample.pages}),
-        ("tokens per step", {"tokens": sample.tokens}),
+        ("pages", {"used": sample.pages}),  # a viewer shows both words
+        ("tokens", {"per step": sample.tokens}),
     )

@@ -93,8 +93,8 @@ def test_the_file_of_a_run(overlap: bool, tmp_path: Path) -> None:
     for event in events:
         if event["ph"] == "C":
             counters[event["name"]].append(event)
-    assert [e["args"]["tokens"] for e in counters["tokens per step"]] == [r.num_tokens for r in records]
-    assert [e["args"]["pages"] for e in counters["pages used"]] == [r.blocks_used for r in records]
+    assert [e["args"]["per step"] for e in counters["tokens"]] == [r.num_tokens for r in records]
+    assert [e["args"]["used"] for e in counters["pages"]] == [r.blocks_used for r in records]
     assert [(e["args"]["running"], e["args"]["waiting"]) for e in counters["requests"]] == [
         (r.running, r.waiting) for r in records
     ]

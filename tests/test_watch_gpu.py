@@ -89,7 +89,7 @@ def test_copies_run_beside_the_computation(opened: Any) -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_an_idle_gap_on_the_gpu_is_found(opened: Any, share: float) -> None:
-    """A pause of the host after each step is so much less of busy time; by the host's clock it is the same."""
+    """A pause of the host after each step is so much less of busy time, by either clock."""
     calm = decode(opened, overlap=False)
     step = statistics.median(end - start for start, end in intervals(calm, COMPUTE))
     paused = decode(opened, overlap=False, pause=share * step)
