@@ -92,14 +92,15 @@ class ThreadBlock:
         if number == len(self.arrays):
             noise = self.rng.integers(0, 256, length * np.dtype(dtype).itemsize, dtype=np.uint8)
             self.arrays.append(noise.view(dtype))
-        array = self.arrays[number]
+        array: Array = self.arrays[number]
         if (len(array), array.dtype) != (length, np.dtype(dtype)):
             raise RuntimeError(f"shared array {number} is {dtype}[{length}] here, {array.dtype} elsewhere")
         return array
 
     @staticmethod
     def local_array(length: int, dtype: Any) -> Array:
-        return np.full(length, 77, dtype)
+        held: Array = np.full(length, 77, dtype)
+        return held
 
     @staticmethod
     def atomic_add(array: Array, index: Any, value: Any) -> Any:

@@ -5,7 +5,7 @@ Refuses to know: what is launched in them, and what a step is. Not run on a GPU 
 
 What is captured are addresses. So everything that a captured launch reads stays where it is until close():
 weights, pages, workspace and the fixed buffers belong to the model; tensor maps belong to prepared launches,
-of which the ops keep the latest 4,096 only, so those of each capture are kept here.
+of which the ops remember the latest 4,096 only, so those of each capture are kept here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,16 @@ from typing import Any
 from sharp import driver
 from sharp.buckets import Bucket
 
-# The modules whose prepare(..) gives a launch with the tensor maps that it reads.
-PREPARING = (
-    "kernels_numba.ops.gemm.hopper",
-    "kernels_numba.ops.decode_attention.tensor_core",
-    "kernels_numba.ops.prefill_attention.hopper",
-)
+# What gives launches with the tensor maps that they read, or memory that launches share: the ops remember a
+# limited number of each.
+REMEMBERED = {
+    "kernels_numba.ops.gemm.hopper": ("prepared",),
+    "kernels_numba.ops.gemm.ladder.wgmma": ("_maps",),
+    "kernels_numba.ops.decode_attention.tensor_core": ("prepared", "own_workspace"),
+    "kernels_numba.ops.prefill_attention.hopper": ("prepared", "own_workspace"),
+    "kernels_numba.ops.warp.lm_head": ("prepared", "own_workspace"),
+    "kernels_numba.ops.sample.warp": ("own_workspace",),
+}
 # Bytes of the device that a launch in a graph takes. Not measured yet: meant to be too much.
 NODE_BYTES = 16 << 10
 _capturing = threading.Lock()  # one capture at a time in the process: see keeping()
@@ -40,27 +44,29 @@ def predicted_bytes(num_layers: int, num_graphs: int) -> int:
 
 @contextmanager
 def keeping(kept: list[Any]) -> Iterator[None]:
-    """Whatever the ops' `prepared` functions return inside goes to `kept` as well: launches and the tensor
-    maps that they read. Under _capturing, since it stands in for the functions meanwhile; launches of other
-    threads are kept too, which harms nobody."""
-    modules: list[Any] = [importlib.import_module(name) for name in PREPARING]
-    functions = [module.prepared for module in modules]
+    """Whatever the functions of REMEMBERED return inside goes to `kept` as well. Under _capturing, since it
+    stands in for them meanwhile; what other threads get is kept too, which harms nobody."""
+    found = [
+        (module, name, getattr(module, name))
+        for module, names in ((importlib.import_module(path), names) for path, names in REMEMBERED.items())
+        for name in names
+    ]
 
-    def kept_too(prepared: Callable[..., Any]) -> Callable[..., Any]:
+    def kept_too(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = prepared(*args, **kwargs)
+            result = function(*args, **kwargs)
             kept.append(result)
             return result
 
         return wrapper
 
     try:
-        for module, function in zip(modules, functions, strict=True):
-            module.prepared = kept_too(function)
+        for module, name, function in found:
+            setattr(module, name, kept_too(function))
         yield
     finally:
-        for module, function in zip(modules, functions, strict=True):
-            module.prepared = function
+        for module, name, function in found:
+            setattr(module, name, function)
 
 
 @contextmanager
@@ -82,11 +88,9 @@ class Graph:
         """Capture what `work` queues on `stream`, which nothing else uses. All of it has run before: nothing
         is compiled, loaded or allocated inside. RuntimeError (CudaError) if the driver refuses; what `work`
         raises leaves the stream usable."""
-        from cuda.bindings import driver as cu
-
         from kernels_numba import compiler
 
-        driver.bind()
+        cu = driver._driver()
         self.kept: list[Any] = []
         mode = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         with _capturing, keeping(self.kept), compiler.cuda.defer_cleanup(), no_collection():
@@ -164,7 +168,7 @@ class Graphs:
 
     def close(self) -> None:
         """Wait for the stream, then destroy the graphs and let go of what they kept."""
-        if self._graphs:
+        if self._graphs and driver.poisoned() is None:
             self._stream.synchronize()
         for graph in self._graphs.values():
             graph.destroy()

@@ -44,13 +44,13 @@ from sharp.fits import refuse_if_too_large
 from sharp.layout import aligned, workspace
 from sharp.plan import BatchPlan, Int32, SampleOutput
 from sharp.rope import rope_table
-from sharp.rungs import describe_rungs, small_op_rungs
+from sharp.rungs import describe_rungs, sample_rungs, small_op_rungs
 from sharp.runtime import device_bytes, open_runtime, predicted_bytes
 from sharp.sampling import sample
 from sharp.staging import DeviceBatch, StepArrays, stage, staging_bytes
 from sharp.weight_stream import Lanes, stream_weights
 from sharp.weights import Checkpoint, ModelWeights, load_weights, open_checkpoint
-from sharp.workspaces import AttentionNeeds
+from sharp.workspaces import AttentionNeeds, SampleNeeds
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,8 @@ class Model(Eager):
         small = small_op_rungs(
             device.default_rung, device.capability, device.dtype, c, config.block_size, config.rungs
         )
-        self.rungs = {"gemm": gemm, **small, **config.rungs}
+        sampler = sample_rungs(device.default_rung, device.capability, config.rungs)
+        self.rungs = {"gemm": gemm, **small, **sampler, **config.rungs}
         self.ops = resolve(device.default_rung, self.rungs)
         elsewhere = "plain" if device.kind == "cpu" else "reference"
         for op, rung in config.rungs.items():
@@ -212,12 +213,16 @@ class Model(Eager):
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         layout = StepLayout(config.max_num_batched_tokens, rows, -(-self.max_model_len // self.block_size))
         staging = staging_bytes(layout.max_tokens, rows, layout.max_pages)
-        needs = AttentionNeeds.of(self.config, self.rungs, rows, self.max_model_len)
+        needs = (
+            AttentionNeeds.of(c, self.rungs, rows, self.max_model_len),
+            SampleNeeds.of(c, self.rungs, rows),
+        )
         asynchronous = device.copy_stream is not None
         shape: dict[str, Any] = {"dtype": device.dtype, "kind": device.kind}
-        shape |= {"max_model_len": self.max_model_len, "workspaces": needs.num_bytes}
-        if asynchronous:
-            shape["staging"] = 2 * aligned(staging) + device_bytes(layout)
+        shape |= {"max_model_len": self.max_model_len, "workspaces": sum(n.num_bytes for n in needs)}
+        shape["staging"] = 2 * aligned(staging) if asynchronous else 0
+        if self.overlaps:
+            shape["staging"] += device_bytes(layout)
             shape["graphs"] = predicted_bytes(layout, c.num_layers) if config.graphs else 0
         free = device.free_bytes()
         refuse_if_too_large(self.config, config, where=str(checkpoint.path), free=free, **shape)
@@ -234,7 +239,8 @@ class Model(Eager):
             if not asynchronous:
                 self.budget = plan_memory(self.config, config, free=device.free_bytes(), **shape)
             self.num_blocks = self.budget.num_blocks
-            needs.give(self.ops, device)
+            for need in needs:
+                need.give(self.ops, device)
             angles = rope_table(
                 self.config.rope, self.config.rope_theta, self.config.head_dim, self.max_model_len
             )
@@ -248,7 +254,7 @@ class Model(Eager):
                 KVCache(*(device.empty(page_shape, term="kv_pages") for _ in range(2)))
                 for _ in range(self.config.num_layers)
             ]
-            if asynchronous:
+            if self.overlaps:
                 self.runtime = open_runtime(self, layout, config.graphs)
 
     @classmethod
@@ -314,6 +320,7 @@ class Model(Eager):
         same for a model that nobody refers to any more."""
         if self.runtime is not None:
             self.runtime.close()
+            self.runtime = None
         self.device.close()
         del self.weights, self.kv, self.work
         if self.arena is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from kernels_numba.ops.sample.warp import refusal as sample_refusal
 from kernels_numba.ops.warp.door import OPS, RUNG, Sizes, refusal, warp_rungs
 from sharp.model_config import ModelConfig
 
@@ -30,6 +31,19 @@ def small_op_rungs(
     if held & {"rope", "store_kv"}:
         held.add("rope_store_kv")
     return warp_rungs(default, capability, dtype, sizes, [op for op in OPS if op not in held])
+
+
+def sample_rungs(
+    default: str, capability: tuple[int, int] | None, forced: Mapping[str, str]
+) -> dict[str, str]:
+    """{"sample": "warp"} where it runs and nothing else is forced; logits are float32 in every engine.
+
+    Raises ValueError, with the reason, if it is forced and cannot run.
+    """
+    why_not = sample_refusal(capability)
+    if forced.get("sample") == RUNG and why_not:
+        raise ValueError(f"rung {RUNG!r} of sample does not run here: {why_not}")
+    return {} if why_not or default != "plain" or "sample" in forced else {"sample": RUNG}
 
 
 def describe_rungs(rungs: Mapping[str, str], default: str) -> str:

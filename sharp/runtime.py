@@ -66,15 +66,14 @@ class _Slot:
         self.applied = driver.Event()  # the words have been read
         self.start, self.end = driver.Event(timing=True), driver.Event(timing=True)
         self.sent, self.arrived = driver.Event(timing=True), driver.Event(timing=True)  # the words
+        self.queued = 0.0  # when its step was begun, by the host's clock
 
 
 @dataclass
 class _Step:
-    """What land() needs of a launched step: where ids i32[R] arrive, and logits f32[number wanted, V].
-    queued: when it was begun, by the host's clock."""
+    """What land() needs of a launched step: where ids i32[R] arrive, and logits f32[number wanted, V]."""
 
     slot: _Slot
-    queued: float
     ids: PinnedBuffer | None
     logits: PinnedBuffer | None
     wanted: tuple[int, ...]  # logits rows whose log-probabilities are asked for
@@ -163,34 +162,47 @@ class Runtime:
         self._compute.record(slot.applied)
 
     def launch(self, plan: BatchPlan) -> Launched:
-        """Queue a step; does not wait for the device. At most one other step may be in flight.
+        """Queue a step; waits for the device only where it fails, or has to capture a graph. At most one
+        other step may be in flight.
 
         Raises ValueError for a plan larger than the workspace, CudaError naming the step for what the driver
         refuses.
         """
-        bucket, queued = self.buckets.of(plan), time.perf_counter()
-        with driver.during(f"step {plan.step} (bucket {bucket}, {plan.num_tokens} tokens)"):
-            words = self._pinned.take(self.layout.packed_words * WORD)
-            with words:
-                used = self._packer.pack(plan, bucket, words.array.view(np.int32))
-                slot = self._next_slot()
-                self._apply(slot, words, used)
-            if len(plan.page_copies):
-                self._copy_pages(plan.page_copies)
-            self._compute.record(slot.start)
-            fresh = self.graphs is not None and bucket not in self.graphs
-            if self.graphs is None or fresh:
-                self._queue(bucket, self._device.stream)
-            else:
-                self.graphs.replay(bucket)
-            self._compute.record(slot.end)
-            step = self._bring(plan, slot, queued)
-            self._packer.launched()
-            if self.graphs is not None and fresh:
-                self.graphs.capture(bucket)
+        bucket = self.buckets.of(plan)
+        driver.refuse_if_lost()
+        with driver.during(_named(plan)):
+            try:
+                return self._launch(plan, bucket)
+            except BaseException:
+                # Half a step is queued: a copy whose event was not recorded yet may use pinned memory that is
+                # dropped now.
+                if driver.poisoned() is None:
+                    self._device.synchronize()
+                raise
+
+    def _launch(self, plan: BatchPlan, bucket: Bucket) -> Launched:
+        queued = time.perf_counter()
+        with self._pinned.take(self.layout.packed_words * WORD) as words:
+            used = self._packer.pack(plan, bucket, words.array.view(np.int32))
+            slot = self._next_slot()
+            slot.queued = queued
+            self._apply(slot, words, used)
+        if len(plan.page_copies):
+            self._copy_pages(plan.page_copies)
+        self._compute.record(slot.start)
+        fresh = self.graphs is not None and bucket not in self.graphs
+        if self.graphs is None or fresh:
+            self._queue(bucket, self._device.stream)
+        else:
+            self.graphs.replay(bucket)
+        self._compute.record(slot.end)
+        step = self._bring(plan, slot)
+        self._packer.launched()
+        if self.graphs is not None and fresh:
+            self.graphs.capture(bucket)
         return Launched(plan, step)
 
-    def _bring(self, plan: BatchPlan, slot: _Slot, queued: float) -> _Step:
+    def _bring(self, plan: BatchPlan, slot: _Slot) -> _Step:
         """Queue the way back: ids, and the logits of rows whose log-probabilities are asked for, since the
         next step overwrites them."""
         rows = len(plan.logits_rows)
@@ -205,7 +217,7 @@ class Runtime:
             logits = self._pinned.take(len(wanted) * row_bytes)
             for place, row in enumerate(wanted):
                 download_async(logits, self._logits[row], self._compute, offset=place * row_bytes)
-        return _Step(slot, queued, ids, logits, wanted)
+        return _Step(slot, ids, logits, wanted)
 
     def land(self, launched: Launched) -> SampleOutput:
         """Wait for a step's ids and return them; launched.gpu_s: seconds of its launches on the device;
@@ -215,12 +227,12 @@ class Runtime:
         on the device.
         """
         plan, step = launched.plan, launched.state
-        with driver.during(f"step {plan.step} ({plan.num_tokens} tokens)"):
+        with driver.during(_named(plan)):
             step.slot.end.synchronize()
             slot, interval = step.slot, self._clock.interval
-            start, end = interval(slot.start, slot.end, step.queued)
+            start, end = interval(slot.start, slot.end, slot.queued)
             launched.gpu_s = end - start
-            words = interval(slot.sent, slot.arrived, step.queued)
+            words = interval(slot.sent, slot.arrived, slot.queued)
             launched.streams = ((COPIES, "words", *words), (COMPUTE, "step", start, end))
             token_ids = _read(step.ids, np.int32)
             values = _read(step.logits, np.float32)
@@ -231,6 +243,10 @@ class Runtime:
         """Destroy the graphs, once what is queued is over."""
         if self.graphs is not None:
             self.graphs.close()
+
+
+def _named(plan: BatchPlan) -> str:
+    return f"step {plan.step} ({plan.num_tokens} tokens of {plan.num_seqs} requests)"
 
 
 def _read(buffer: PinnedBuffer | None, dtype: Any) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""What attention kernels keep on the device beside their operands, cut from the model's arena.
+"""What kernels of attention and sampling keep on the device beside their operands, cut from the arena.
 
 Knows which rungs want what, and how much. Refuses to know what a kernel does with it.
 """
@@ -14,6 +14,7 @@ import numpy as np
 from kernels_numba.attention_contract import SPLIT
 from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.prefill_attention import door as prefill_door
+from kernels_numba.ops.sample import warp as sample_door
 from sharp.device import Array, Device
 from sharp.layout import aligned
 from sharp.memory import DeviceArray
@@ -83,6 +84,37 @@ class AttentionNeeds:
                 ops.prefill_attention, workspace=prefill_door.Workspace(_lent(counters))
             )
         device.synchronize()
+
+
+@dataclass(frozen=True)
+class SampleNeeds:
+    """Sizes for num_rows rows of logits of vocab_size ids; wanted: whether the rung wants any."""
+
+    wanted: bool
+    num_rows: int
+    vocab_size: int
+
+    @staticmethod
+    def of(model: ModelConfig, rungs: dict[str, str], num_rows: int) -> SampleNeeds:
+        return SampleNeeds(rungs.get("sample") == sample_door.RUNG, num_rows, model.vocab_size)
+
+    @property
+    def num_words(self) -> int:
+        return sample_door.Workspace.num_words(self.num_rows, self.vocab_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """What give() takes of an arena."""
+        return aligned(4 * self.num_words) if self.wanted else 0
+
+    def give(self, ops: SimpleNamespace, device: Device) -> None:
+        """Allocate, set to 0 and bind to the op, where it wants it."""
+        if self.wanted:
+            words = device.empty((self.num_words,), np.int32, term=TERM)
+            device.fill(words, 0)
+            device.synchronize()
+            space = sample_door.Workspace(_lent(words), self.num_rows, self.vocab_size)
+            ops.sample = partial(ops.sample, workspace=space)
 
 
 def _lent(array: Array) -> Array:

@@ -14,12 +14,14 @@ import inspect
 import random
 import threading
 from collections import deque
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 
 from kernels_numba import compiler
-from sharp import driver
+from kernels_numba.ops import apply_step
+from sharp import driver, runtime
 from sharp.device_array import DeviceArray
 
 TOTAL_BYTES = 1 << 30
@@ -46,6 +48,7 @@ class HostDriver:
         self.CUresult, self.CUstream_flags, self.CUevent_flags = (
             real.CUresult, real.CUstream_flags, real.CUevent_flags,
         )  # fmt: skip
+        self.CUstreamCaptureMode = real.CUstreamCaptureMode
         self.real = real
         self.random = random.Random(seed)
         self.device, self.pinned = {}, {}  # address -> Memory
@@ -54,6 +57,10 @@ class HostDriver:
         self.serial, self.lock = 0, threading.RLock()
         self.waits = 0  # of the host
         self.peak = 0
+        self.captures = {}  # handle of a stream that is captured -> what was queued on it
+        self.graphs, self.executables, self.replays = {}, {}, 0
+        self.held = set()  # streams that stand still until somebody waits for them
+        self.interrupted, self.interruptions = 0.0, 0  # how often Ctrl-C comes where something is queued
 
     # What happens in its own time
 
@@ -62,7 +69,11 @@ class HostDriver:
         moved = False
         with self.lock:
             for _ in range(at_most):
-                ready = [queue for queue in self.streams.values() if queue and queue[0][0]()]
+                ready = [
+                    queue
+                    for handle, queue in self.streams.items()
+                    if queue and handle not in self.held and queue[0][0]()
+                ]
                 if not ready:
                     break
                 moved = True
@@ -75,18 +86,32 @@ class HostDriver:
 
     def _until(self, over):
         self.waits += 1
+        self.held.clear()
         while not over():
             assert self._happen(1) or over(), "the streams wait for each other for ever"
         return (self.CUresult.CUDA_SUCCESS,)
 
     def queue(self, stream, what):
-        """Queue a call on a stream."""
-        self.streams[driver.handle_of(stream)].append((lambda: True, what))
+        """Queue a call on a stream, or put it into the graph that is being captured there."""
+        self.ctrl_c()
+        handle = driver.handle_of(stream)
+        if handle in self.captures:
+            self.captures[handle].append(what)
+        else:
+            self.streams[handle].append((lambda: True, what))
+
+    def ctrl_c(self):
+        """Now and then, what the user does in the middle of it."""
+        if self.random.random() < self.interrupted:
+            self.interruptions += 1
+            raise KeyboardInterrupt
 
     # Memory
 
     def _allocate(self, where, num_bytes):
         assert num_bytes > 0
+        if self.captures:
+            return (self.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, None)
         if num_bytes > TOTAL_BYTES - self.used():
             return (self.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0)
         memory = Memory(num_bytes)
@@ -191,8 +216,9 @@ class HostDriver:
     def cuEventRecord(self, hEvent, hStream):
         with self.lock:
             self.serial += 1
-            serial = self.events[int(hEvent)] = self.serial
+            serial = self.serial
             self.queue(hStream, lambda: self.recorded.setdefault(serial, True))
+            self.events[int(hEvent)] = serial
         return self._ok()
 
     def cuEventQuery(self, hEvent):
@@ -204,6 +230,50 @@ class HostDriver:
         serial = self.events[int(hEvent)]
         return self._until(lambda: serial in self.recorded)
 
+    def cuEventElapsedTime(self, hStart, hEnd):
+        both = (self.events[int(event)] for event in (hStart, hEnd))
+        over = all(serial and serial in self.recorded for serial in both)
+        return (self.CUresult.CUDA_SUCCESS if over else self.CUresult.CUDA_ERROR_NOT_READY, 1.0)
+
+    # Graphs
+
+    def cuStreamBeginCapture(self, hStream, mode):
+        assert mode == self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        assert not self.streams[hStream], "a stream that is captured has work"
+        self.captures[hStream] = []
+        return self._ok()
+
+    def cuStreamEndCapture(self, hStream):
+        graph = self.real.CUgraph(0x7000_0000 + len(self.graphs))
+        self.graphs[int(graph)] = self.captures.pop(hStream)
+        return self._ok(graph)
+
+    def cuGraphGetNodes(self, hGraph, numNodes=0):
+        return self._ok([], len(self.graphs[int(hGraph)]))
+
+    def cuGraphInstantiate(self, hGraph, flags):
+        executable = self.real.CUgraphExec(0x6000_0000 + len(self.executables))
+        self.executables[int(executable)] = self.graphs[int(hGraph)]
+        return self._ok(executable)
+
+    def cuGraphDestroy(self, hGraph):
+        self.graphs[int(hGraph)] = None
+        return self._ok()
+
+    def cuGraphUpload(self, hGraphExec, hStream):
+        assert self.executables[int(hGraphExec)] is not None
+        return self._ok()
+
+    def cuGraphLaunch(self, hGraphExec, hStream):
+        for what in self.executables[int(hGraphExec)]:
+            self.queue(hStream, what)
+        self.replays += 1
+        return self._ok()
+
+    def cuGraphExecDestroy(self, hGraphExec):
+        self.executables[int(hGraphExec)] = None
+        return self._ok()
+
 
 def as_documented(name):
     """The parameters of a call as cuda.bindings documents them."""
@@ -211,7 +281,7 @@ def as_documented(name):
 
     head = getattr(real, name).__doc__.split("\n", 1)[0]
     inside = head[head.index("(") + 1 : head.rindex(")")]
-    return [part.split(":")[0].split()[-1] for part in inside.split(",") if part.strip()]
+    return [part.split(":")[0].split("=")[0].split()[-1] for part in inside.split(",") if part.strip()]
 
 
 def calls():
@@ -229,9 +299,19 @@ def install(monkeypatch, seed):
         "cuda",
         SimpleNamespace(
             external_stream=lambda handle: SimpleNamespace(handle=handle),
+            defer_cleanup=nullcontext,
             get_current_device=lambda: SimpleNamespace(compute_capability=(7, 5), name="a model", id=0),
         ),
     )
+
+    def prepare(state, packed, sampled, layout):
+        def apply(stream):
+            arrays = (state, packed, sampled)
+            host.queue(stream, lambda: apply_step.apply_step_reference(*map(host.view, arrays), layout))
+
+        return apply
+
+    monkeypatch.setattr(runtime, "prepare_apply_step", prepare)
     return host
 
 

@@ -30,6 +30,7 @@ from kernels_numba.ptx import (
     predicated,
     predicated_vector,
     quotients,
+    reduce,
     shuffle,
     tma,
     vector,
@@ -192,6 +193,19 @@ def make_halves():
         st_global_f32(at + 20, quotients.divide_full_f32(value[0], value[1]))
 
     return halves_
+
+
+def make_sums():
+    """(x, out), 96 threads: adds x i64[96] to out's first i64, and their low halves to the i32 behind it."""
+
+    def sums(x, out):
+        words = cuda.local.array(2, np.uint32)
+        vector.ld_global_v2(words, x + 8 * cuda.threadIdx.x)
+        value = np.int64(np.uint64(words[0]) | (np.uint64(words[1]) << np.uint64(32)))
+        reduce.red_add_i64(out, value)
+        reduce.red_add_i32(out + 8, np.int32(words[0]))
+
+    return sums
 
 
 def make_wgmma_gemm(n):

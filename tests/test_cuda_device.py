@@ -161,8 +161,10 @@ def fail_inside(device):
 
 def open_model(host, path=TINY, **options):
     config = EngineConfig(device="cuda", dtype="float32", **options)
-    model = Model(open_checkpoint(path), config, CudaDevice("float32"))
-    model.ops = host_driver.deferred(host, resolve("reference", {}))
+    ops = host_driver.deferred(host, resolve("reference", {}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sharp.model.resolve", lambda default, forced: ops)
+        model = Model(open_checkpoint(path), config, CudaDevice("float32"))
     return model, config
 
 

@@ -195,6 +195,12 @@ def test_warp_ops_on_gpu(group):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", ["definition", "not definition"])
+def test_sampling_on_gpu(group):
+    check_group(["tests/test_sample_warp.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
+
+
+@pytest.mark.gpu
 def test_warm_start_on_gpu():
     check_group(["tests/test_warm.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=300)
 

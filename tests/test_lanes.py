@@ -97,6 +97,6 @@ def test_overlap_keeps_a_pretended_device_busy() -> None:
     for _ in range(5):  # another process may have the cores for a while
         pairs.append((busy(False), busy(True)))
         assert pairs[-1][0] < 4 / 7 + 0.01  # by arithmetic; a busy machine makes it less
-        if pairs[-1][1] > 0.8:
+        if pairs[-1][1] > 0.6:  # which it cannot be without
             return
     raise AssertionError(f"(without, with) overlap: {pairs}")

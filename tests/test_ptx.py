@@ -148,6 +148,8 @@ CALLS = {
     "select_i32": ("arith", "i, i, 3", "selp.b32"),
     "atom_add_i32": ("atomics", "g, i", "atom.add.relaxed.gpu.global.s32"),
     "atom_add_acq_rel_i32": ("atomics", "g, i", "atom.add.acq_rel.gpu.global.s32"),
+    "red_add_i32": ("reduce", "g, i", "red.relaxed.gpu.global.add.s32"),
+    "red_add_i64": ("reduce", "g, g", "red.relaxed.gpu.global.add.u64"),
     "ballot": ("atomics", "i", "vote.sync.ballot.b32"),
     "popc": ("atomics", "i", "popc.b32"),
     "shfl_up_i32": ("atomics", "i, 1", "shfl.sync.up.b32"),
@@ -162,7 +164,7 @@ CALLS = {
 # anew.
 NOT_ON_THE_PAGE = {
     "arith", "atomics", "halves", "mbarrier_poll", "packs", "predicated", "predicated_vector", "quotients",
-    "wgmma_panels",
+    "reduce", "wgmma_panels",
 }  # fmt: skip
 FLOATS = ("arith", "halves", "quotients")  # whose results are float32
 # In every kernel of test_gemm.py or ptx_kernels.py.
@@ -171,7 +173,7 @@ ELSEWHERE = {"dynamic_shared", "shared_address", "descriptor_k_major"}
 OLDER = [
     name
     for name, (module, _, _) in CALLS.items()
-    if module in ("mma", "vector", "cp_async", "policy", "atomics", "predicated", "packs", *FLOATS)
+    if module in ("mma", "vector", "cp_async", "policy", "atomics", "predicated", "packs", "reduce", *FLOATS)
     or name.startswith("ldmatrix")
     if name != "cp_async_mbarrier_arrive"  # .shared::cta came later
 ]

@@ -33,6 +33,7 @@ KERNELS = [
     ("make_predicated", (), "ll", 32, "sm_80"),
     ("make_packs", (), "ll", 32, "sm_80"),
     ("make_halves", (), "lll", 256, "sm_80"),
+    ("make_sums", (), "ll", 96, "sm_80"),
     ("make_wgmma_gemm", (64,), "llil", 128, "sm_90a"),
     ("make_mma_gemm", ("bfloat16", False), "lliill", 32, "sm_80"),
     ("make_mma_gemm", ("float16", True), "lliill", 32, "sm_80"),
@@ -265,6 +266,16 @@ def test_packs_leave_lanes_out(rng):
     low, high = source[:, :4], source[:, 4:]
     wanted = [np.where(odd, low, 0), np.where(odd, high, 5), np.where(few, low, 5)]
     np.testing.assert_array_equal(out.copy_to_host(), np.concatenate(wanted, axis=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_sums_of_two_widths(rng):
+    numbers, out = rng.integers(-(1 << 62), 1 << 62, 96), device(np.zeros(2, np.int64))
+    run(jitted("make_sums"), (device(numbers), out), threads=96)
+    first, second = out.copy_to_host()
+    assert first == np.sum(numbers)  # both wrap
+    assert second & 0xFFFFFFFF == int(np.sum(numbers & 0xFFFFFFFF)) & 0xFFFFFFFF
 
 
 @pytest.mark.gpu

@@ -1,29 +1,45 @@
-"""The order in which a step's work is queued: an engine over streams that run as late and in as odd an order
-as events allow gives every answer as if alone. No GPU and no proof about one: see stream_model.py."""
+"""The order in which a step's work is queued: engines over streams that run as late and in as odd an order as
+events allow (host_driver.py) give every answer as if alone. No GPU, and no proof about one."""
 
 from __future__ import annotations
 
+import ast
 import random
+from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 
+import host_driver
 import numpy as np
 import pytest
+from engine_checks import TINY
 from fake_model import FakeModel, FakeTokenizer, engine_config, expected, model_config
-from stream_model import ModelDevice, ModelEvent, ModelStream, World, array_at, install
 
 from kernels_numba.ops import apply_step as op
+from kernels_numba.ops import resolve
 from kernels_numba.ops.apply_step import StepLayout
+from sharp import driver, graphs
+from sharp.config import EngineConfig
+from sharp.cuda_device import CudaDevice
+from sharp.device import open_device
 from sharp.engine import Engine
 from sharp.failures import StepFailed
+from sharp.graphs import Graph, keeping
+from sharp.model import Model
 from sharp.plan import BatchPlan
 from sharp.request import EngineDead, SamplingParams
-from sharp.runtime import Runtime
+from sharp.runtime import Runtime, device_bytes
 from sharp.step_buffers import StepPacker
 from sharp.step_times import uniform_step
 from sharp.trace_events import COMPUTE, COPIES
+from sharp.weights import open_checkpoint
 
+pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
+pytestmark = pytest.mark.filterwarnings("ignore:.*logprobs.*:RuntimeWarning")
 VOCAB = model_config().vocab_size
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Streamed(FakeModel):
@@ -31,61 +47,63 @@ class Streamed(FakeModel):
     there, from what the fixed buffers hold then."""
 
     overlaps = True
-    graphs: bool = True
 
-    def open(self, config):
-        device = ModelDevice()
+    def open(self, host, config, graphs=True):
         layout = StepLayout(config.max_num_batched_tokens, config.max_num_seqs, 4096 // self.block_size)
-        self.logits = device.empty((layout.max_seqs, VOCAB), np.float32)
-        self.sampled = device.empty((layout.max_seqs,), np.int32)
+        self.host, self.device, self.mixed = host, CudaDevice("bfloat16"), 0
+        self.logits = self.device.empty((layout.max_seqs, VOCAB), np.float32)
+        self.sampled = self.device.empty((layout.max_seqs,), np.int32)
         self.runtime = Runtime(
-            self.queue_forward, SimpleNamespace(sample=self.queue_sample), device, layout, self.logits,
-            self.sampled, self.copy_pages, graphs=self.graphs,
+            self.queue_forward, SimpleNamespace(sample=self.queue_sample), self.device, layout, self.logits,
+            self.sampled, self.copy_pages, graphs=graphs,
         )  # fmt: skip
-        self.device, self.mixed = device, 0
         return self
 
     def read(self, arrays):
         """The plan that the buffers hold, at the time that they are read."""
-        tokens, rows, decodes, seqs = array_at(self.runtime.buffers.counts).tolist()
-        host = {
-            name: array_at(getattr(arrays, name)).copy()
-            for name in ("token_ids", "positions", "slot_mapping", *op.ROW_COLUMNS, "seeds")
+        view, buffers = self.host.view, self.runtime.buffers
+        tokens, rows, decodes, seqs = view(buffers.counts).tolist()
+        row_names = (*op.ROW_COLUMNS, "seeds")
+        columns = {
+            name: view(getattr(arrays, name))[: rows if name in row_names else tokens].copy()
+            for name in (*op.TOKEN_COLUMNS, *row_names)
         }
-        lens = array_at(self.runtime.buffers.section("context_lens", seqs)).copy()
-        cu = array_at(self.runtime.buffers.section("cu_seqlens_q", seqs + 1)).copy()
+        cu = view(buffers.section("cu_seqlens_q", seqs + 1)).copy()
         cu[:decodes] = np.arange(decodes)
         self.mixed += 0 < decodes < seqs
-        row_names = (*op.ROW_COLUMNS, "seeds")
         return BatchPlan(
-            step=0, request_ids=tuple(map(str, range(seqs))), num_decodes=decodes, cu_seqlens_q=cu,
-            context_lens=lens, block_table=array_at(arrays.decode_block_table)[:seqs].copy(),
+            step=0,
+            request_ids=tuple(map(str, range(seqs))),
+            num_decodes=decodes,
+            cu_seqlens_q=cu,
+            context_lens=view(buffers.section("context_lens", seqs)).copy(),
+            block_table=view(arrays.decode_block_table)[:seqs].copy(),
             num_logprobs=np.full(rows, -1, np.int32),
-            **{name: host[name][: rows if name in row_names else tokens] for name in host},
-        )  # fmt: skip
+            **columns,
+        )
 
     def queue_forward(self, arrays, ops, stream):
         def compute():
             plan = self.read(arrays)
             if plan.num_tokens:
                 plan.check(self.block_size)
-                array_at(self.logits)[: len(plan.logits_rows)] = FakeModel.forward(self, plan)
+                self.host.view(self.logits)[: len(plan.logits_rows)] = FakeModel.forward(self, plan)
 
-        stream.queue(compute)
+        self.host.queue(stream, compute)
         return self.logits[: arrays.num_rows]
 
     def queue_sample(self, out, logits, *columns, stream, num_rows):
         arrays = next(a for a in self.runtime._arrays.values() if a.temperatures is columns[0])
 
         def compute():
-            plan = self.read(arrays)
+            plan, view = self.read(arrays), self.host.view
             rows = len(plan.logits_rows)
-            ids = FakeModel.sample(self, array_at(self.logits)[:rows].copy(), plan).token_ids
-            array_at(self.sampled)[:rows] = ids
-            assert array_at(num_rows).tolist() == [rows]
-            array_at(self.sampled)[rows : arrays.num_rows] = -9  # what a rung without the count may write
+            assert view(num_rows).tolist() == [rows]
+            ids = FakeModel.sample(self, view(self.logits)[:rows].copy(), plan).token_ids
+            view(self.sampled)[:rows] = ids
+            view(self.sampled)[rows : arrays.num_rows] = -9  # what a rung without the count may write
 
-        stream.queue(compute)
+        self.host.queue(stream, compute)
 
     def copy_pages(self, pairs):
         def move():
@@ -93,43 +111,40 @@ class Streamed(FakeModel):
                 rows = pages.reshape(-1, self.block_size)
                 rows[pairs[:, 1]] = rows[pairs[:, 0]]
 
-        self.device.compute_stream.queue(move)
+        if len(pairs):
+            self.host.queue(self.device.stream, move)
 
     def launch(self, plan):
         launched = self.runtime.launch(plan)
-        World.now.ctrl_c()
+        self.host.ctrl_c()
         return launched
 
     def land(self, launched):
-        World.now.ctrl_c()
+        self.host.ctrl_c()
         sampled = self.runtime.land(launched)
         assert launched.gpu_s == pytest.approx(1e-3)
         return sampled
 
+    def close(self):
+        super().close()
+        self.runtime.close()
+        self.device.close()
 
-def run_engine(seed, graphs=True, count=10, interrupted=0.0):
-    """Random requests through an engine with overlap, now and then interrupted; every answer as if alone.
-    Returns the model."""
-    rng = random.Random(seed)
-    config = engine_config(
-        max_num_batched_tokens=rng.choice([5, 24]), max_num_seqs=4, overlap=True, admission="optimistic"
-    )
-    model = Streamed(num_blocks=24, block_size=4)
-    model.graphs = graphs
-    model.open(config)
-    if rng.random() < 0.5:
-        model.runtime.capture()
-        assert not graphs or len(model.runtime.graphs) == len(model.runtime.buckets.all())
-    World.now.interrupted = interrupted
-    engine = Engine(model, FakeTokenizer(), config)
-    wanted = {}
+
+def some_requests(rng, count):
+    """Prompts and parameters of all kinds."""
     for _ in range(count):
         prompt = [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 30))]
-        params = SamplingParams(
+        yield prompt, SamplingParams(
             max_tokens=rng.randint(1, 12), temperature=rng.choice([0.0, 1.0]), ignore_eos=True,
             logprobs=rng.choice([None, 2]), n=rng.choice([1, 1, 2]), seed=rng.randrange(99),
         )  # fmt: skip
-        wanted[engine.add_request(prompt, params)] = (prompt, params)
+
+
+def run(engine, requests):
+    """Answers of all requests by id, whatever comes between."""
+    for prompt, params in requests:
+        engine.add_request(prompt, params)
     finished = {}
     while engine.has_unfinished:
         try:
@@ -137,10 +152,30 @@ def run_engine(seed, graphs=True, count=10, interrupted=0.0):
         except KeyboardInterrupt:
             continue
         finished |= {output.request_id: output for output in outputs if output.finished}
-    assert set(finished) == set(wanted)
-    for name, (prompt, params) in wanted.items():
-        first = finished[name].outputs[0]
-        assert list(first.token_ids) == expected(prompt, params, params.seed), name
+    return finished
+
+
+def run_engine(host, seed, graphs=True, interrupted=0.0):
+    """Random requests through an engine with overlap, now and then interrupted; every answer as if alone.
+    Returns the model."""
+    rng = random.Random(seed)
+    config = engine_config(
+        max_num_batched_tokens=rng.choice([5, 24]), max_num_seqs=4, overlap=True, admission="optimistic"
+    )
+    model = Streamed(num_blocks=24, block_size=4).open(host, config, graphs)
+    if rng.random() < 0.5:
+        model.runtime.capture()
+        assert not graphs or len(model.runtime.graphs) == len(model.runtime.buckets.all())
+    host.interrupted = interrupted
+    engine, requests = Engine(model, FakeTokenizer(), config), list(some_requests(rng, 10))
+    finished = run(engine, requests)
+    host.interrupted = 0.0
+    assert len(finished) == len(requests)
+    for output, (prompt, params) in zip(
+        (finished[f"request-{i}"] for i in range(len(requests))), requests, strict=True
+    ):
+        first = output.outputs[0]
+        assert list(first.token_ids) == expected(prompt, params, params.seed), output.request_id
         for entry, token in zip(first.logprobs or (), first.token_ids, strict=params.logprobs is not None):
             assert token in entry
     for row in (COMPUTE, COPIES):  # each step that landed, when it was there
@@ -149,46 +184,36 @@ def run_engine(seed, graphs=True, count=10, interrupted=0.0):
     return model
 
 
-def apply(state, packed, sampled, layout):
-    op.apply_step_reference(state, packed, sampled, layout)
-
-
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.filterwarnings("ignore:.*logprobs.*:RuntimeWarning")
 def test_every_answer_as_if_alone_in_any_order_that_events_allow(monkeypatch, graphs):
-    mixed = 0
+    mixed = replays = 0
     for seed in range(10):
-        install(monkeypatch, seed, apply)
-        mixed += run_engine(seed, graphs).mixed
+        host = host_driver.install(monkeypatch, seed)
+        mixed += run_engine(host, seed, graphs).mixed
+        replays += host.replays
+        assert all(graph is None for graph in host.graphs.values())
+        assert all(executable is None for executable in host.executables.values())
     assert mixed > 20
+    assert (replays > 200) == graphs
 
 
-@pytest.mark.filterwarnings("ignore:.*logprobs.*:RuntimeWarning")
 def test_interrupted_steps_leave_no_trace(monkeypatch):
     """Ctrl-C anywhere in a launch, behind it and before a landing: steps that are forgotten still run."""
     interruptions = 0
     for seed in range(10):
-        install(monkeypatch, seed, apply)
-        run_engine(seed, seed % 2 == 0, interrupted=0.02)
-        interruptions += World.now.interruptions
+        host = host_driver.install(monkeypatch, seed)
+        run_engine(host, seed, seed % 2 == 0, interrupted=0.02)
+        interruptions += host.interruptions
     assert interruptions > 50
 
 
-def no_wait(of):
-    """A stream that does not wait for the other one's events."""
-
-    def mutate(monkeypatch):
-        wait = ModelStream.wait
-        monkeypatch.setattr(
-            ModelStream, "wait", lambda self, event: None if self.role == of else wait(self, event)
-        )
-
-    return mutate
+def no_wait_for_the_words(monkeypatch):
+    monkeypatch.setattr(driver.Stream, "wait", lambda self, event: None)
 
 
 def early_landing(monkeypatch):
-    monkeypatch.setattr(ModelEvent, "synchronize", lambda self: None)
-    monkeypatch.setattr(ModelEvent, "elapsed_ms", lambda self, end: 1.0)
+    monkeypatch.setattr(driver.Event, "synchronize", lambda self: None)
+    monkeypatch.setattr(driver.Event, "elapsed_ms", lambda self, end: 1.0)
 
 
 def no_word_of_a_lost_step(monkeypatch):
@@ -203,20 +228,15 @@ def no_word_of_a_lost_step(monkeypatch):
     monkeypatch.setattr(StepPacker, "pack", trusting)
 
 
-@pytest.mark.parametrize(
-    "mutate",
-    [no_wait("compute"), early_landing, no_word_of_a_lost_step],
-    ids=["words not waited for", "ids not waited for", "changes lost"],
-)
-@pytest.mark.filterwarnings("ignore:.*logprobs.*:RuntimeWarning")
+@pytest.mark.parametrize("mutate", [no_wait_for_the_words, early_landing, no_word_of_a_lost_step])
 def test_a_missing_hand_over_shows(monkeypatch, mutate):
     mutate(monkeypatch)
     failures = 0
     for seed in range(30):
         with monkeypatch.context() as patch:
-            install(patch, seed, apply)
+            host = host_driver.install(patch, seed)
             try:
-                run_engine(seed, seed % 2 == 0, interrupted=0.02)
+                run_engine(host, seed, seed % 2 == 0, interrupted=0.02)
             except (AssertionError, IndexError, EngineDead, ValueError, StepFailed):
                 failures += 1
     assert failures > 0
@@ -225,41 +245,167 @@ def test_a_missing_hand_over_shows(monkeypatch, mutate):
 @pytest.mark.parametrize("mutant", [False, True])
 def test_words_wait_for_those_before_them_to_be_read(monkeypatch, mutant):
     """Four steps launched before the compute stream moves: none overwrites another's words."""
-    if mutant:
-        no_wait("copy")(monkeypatch)
-    world = install(monkeypatch, 0, apply)
-    world.favoured = "copy"
-    model = Streamed(num_blocks=24, block_size=4).open(engine_config(max_num_seqs=4))
+    host = host_driver.install(monkeypatch, 0)
+    model = Streamed(num_blocks=24, block_size=4).open(host, engine_config(max_num_seqs=4))
     model.runtime.capture()
-    world.frozen = True
-    plans = []
+    if mutant:
+        monkeypatch.setattr(model.device.copy_stream, "wait", lambda event: None)
+    host.held.add(model.device.compute_stream.handle)
+    plans, launched = [], []
     for number in range(4):
         plan = uniform_step(1, 7, 0, 4, VOCAB, step=number)
         shift = 2 * number  # pages
         plan = replace(plan, block_table=plan.block_table + shift, slot_mapping=plan.slot_mapping + 4 * shift)
         plans.append(plan)
-        model.runtime.launch(plan)
+        launched.append(model.runtime.launch(plan))  # dropped, its pinned memory would be waited for
+    while host._happen(1):  # the copies get on as far as they may
+        pass
     model.device.compute_stream.synchronize()
     written = [(model.tokens[plan.slot_mapping] == plan.token_ids).all() for plan in plans]
     assert all(written) != mutant
+    model.close()
 
 
 def test_rungs_without_a_count_are_captured_behind_their_first_step(monkeypatch):
-    install(monkeypatch, 0, apply)
+    """For them, steps without tokens would take as long as full ones."""
+    host = host_driver.install(monkeypatch, 0)
     model = Streamed(num_blocks=24, block_size=4)
     model.queue_sample = lambda *args, stream, inner=model.queue_sample: inner(
         *args, stream=stream, num_rows=model.runtime.buffers.num_rows
     )
-    model.open(engine_config(max_num_seqs=4))
+    model.open(host, engine_config(max_num_seqs=4))
     model.runtime.capture()
     assert len(model.runtime.graphs) == 0
     for _ in range(2):
         model.land(model.launch(uniform_step(1, 7, 0, 4, VOCAB)))
         assert [str(bucket) for bucket in model.runtime.graphs._graphs] == ["mixed 16"]
+    assert host.replays == 1
+    model.close()
 
 
 def test_a_plan_that_is_too_large_is_named(monkeypatch):
-    install(monkeypatch, 0, apply)
-    model = Streamed(num_blocks=24, block_size=4).open(engine_config(max_num_seqs=4))
+    host = host_driver.install(monkeypatch, 0)
+    model = Streamed(num_blocks=24, block_size=4).open(host, engine_config(max_num_seqs=4))
     with pytest.raises(ValueError, match=r"33 tokens .* over the 32 tokens and 4 sequences"):
         model.launch(uniform_step(1, 33, 0, 4, VOCAB))
+    model.close()
+
+
+# A whole model -------------------------------------------------------------------------------------
+
+
+def open_tiny(host, monkeypatch, **options):
+    """(model, config): the tiny model over the driver's model, its ops the reference's, queued."""
+    monkeypatch.setattr("sharp.budget.CUDA_RESERVE", 1 << 20)
+    ops = host_driver.deferred(host, resolve("reference", {}))
+    monkeypatch.setattr("sharp.model.resolve", lambda default, forced: ops)
+    config = EngineConfig(device="cuda", dtype="float32", **options)
+    return Model(open_checkpoint(TINY), config, CudaDevice("float32")), config
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_model_answers_as_the_reference(monkeypatch, graphs):
+    """Through plan, words, buckets, graphs and ids that only the device knows: the ids of a host engine."""
+    options = {"num_blocks": 16, "max_num_batched_tokens": 40, "max_num_seqs": 4}
+    rng = random.Random(5)
+    requests = [([1 + t % 250 for t in prompt], params) for prompt, params in some_requests(rng, 8)]
+    usual = Model(
+        open_checkpoint(TINY), EngineConfig(dtype="float32", **options), open_device("cpu", "float32")
+    )
+    wanted = run(Engine(usual, usual.tokenizer, EngineConfig(**options)), requests)
+    for seed in range(4):
+        with monkeypatch.context() as patch:
+            host = host_driver.install(patch, seed)
+            model, config = open_tiny(host, patch, graphs=graphs, **options)
+            assert model.overlaps
+            engine = Engine(model, model.tokenizer, config)
+            found = run(engine, requests)
+            assert (host.replays > 10) == graphs
+            for name, output in wanted.items():
+                for ours, theirs in zip(found[name].outputs, output.outputs, strict=True):
+                    assert ours.token_ids == theirs.token_ids, name
+                    for a, b in zip(ours.logprobs or (), theirs.logprobs or (), strict=True):
+                        assert a == pytest.approx(b, abs=1e-4)
+            engine.close()
+            assert host.used() == 0
+
+
+def test_what_the_buffers_take_is_in_the_budget(monkeypatch):
+    host = host_driver.install(monkeypatch, 0)
+    model, _ = open_tiny(host, monkeypatch, num_blocks=8, max_num_batched_tokens=40, max_num_seqs=4)
+    layout = model.runtime.layout
+    assert (layout.max_tokens, layout.max_seqs) == (40, 4)
+    assert model.arena.left == 0
+    assert model.arena.terms["staging"] == model.budget.staging >= device_bytes(layout)
+    assert model.budget.graphs > 0
+    assert model.budget.arena == model.arena.num_bytes
+    model.close()
+
+
+# Graphs --------------------------------------------------------------------------------------------
+
+
+def test_a_capture_that_fails_leaves_the_stream_usable(monkeypatch):
+    host = host_driver.install(monkeypatch, 0)
+    stream = driver.Stream()
+
+    def broken(on):
+        host.queue(on, print)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Graph(broken, stream, "a broken step")
+    assert not host.captures
+    assert list(host.graphs.values()) == [None]
+    done = []
+    graph = Graph(lambda on: host.queue(on, lambda: done.append(1)), stream, "a step")
+    assert graph.num_nodes == 1
+    for _ in range(2):
+        graph.replay(stream)
+    stream.synchronize()
+    assert done == [1, 1]
+    graph.destroy()
+    assert all(executable is None for executable in host.executables.values())
+
+
+def test_memory_cannot_be_had_while_a_graph_is_captured(monkeypatch):
+    host_driver.install(monkeypatch, 0)
+    stream, device = driver.Stream(), CudaDevice("float32")
+    with pytest.raises(driver.CudaError, match="CAPTURE_UNSUPPORTED"):
+        Graph(lambda on: device.empty((4,)), stream, "a step that allocates")
+    device.close()
+
+
+def remembered():
+    return [(import_module(path), name) for path, names in graphs.REMEMBERED.items() for name in names]
+
+
+def test_what_launches_read_lives_as_long_as_the_graph(monkeypatch):
+    """Also where an op remembers only its latest launches."""
+    for module, name in remembered():
+        monkeypatch.setattr(module, name, lambda *args, of=(module, name): (of, args))
+    before, kept = [getattr(module, name) for module, name in remembered()], []
+    with suppress(ZeroDivisionError), keeping(kept):
+        for module, name in remembered():
+            assert getattr(module, name)(1, 2) == ((module, name), (1, 2))
+        raise ZeroDivisionError
+    assert kept == [(of, (1, 2)) for of in remembered()]
+    assert [getattr(module, name) for module, name in remembered()] == before
+
+
+def test_whatever_ops_allocate_by_themselves_is_kept():
+    """A function of an op that takes device memory is one that graphs.py knows, or a workspace's maker, whose
+    caller keeps it, or hopper's count for callers without num_rows, who capture nothing."""
+    known = {(module.__name__, name) for module, name in remembered()}
+    known |= {("kernels_numba.ops.gemm.hopper", "_count")}
+    unknown = []
+    for path in sorted((ROOT / "kernels_numba" / "ops").rglob("*.py")):
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for function in (n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)):
+            calls = {
+                n.func.attr for n in ast.walk(function) if isinstance(n, ast.Call) and hasattr(n.func, "attr")
+            }
+            if calls & {"to_device", "device_array"} and function.name != "of":
+                if (module, function.name) not in known:
+                    unknown.append((module, function.name))
+    assert unknown == []

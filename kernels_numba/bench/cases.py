@@ -141,14 +141,23 @@ def _lm_head(quick: bool) -> dict[str, Params]:
     }  # fmt: skip
 
 
+# Temperature, top-k, top-p. The logits are normal, of standard deviation 4: at T=2 a
+# nucleus of 0.95 holds a large part of the vocabulary, as no trained model's does.
+SAMPLES: dict[str, tuple[float, int, float]] = {
+    "greedy": (0.0, 0, 1.0), "T=0.7": (0.7, 0, 1.0), "T=0.7 k=20 p=0.8": (0.7, 20, 0.8),
+    "T=1 p=0.95": (1.0, 0, 0.95), "T=2 p=0.95": (2.0, 0, 0.95),
+}  # fmt: skip
+
+
 def _sample(quick: bool) -> dict[str, Params]:
     return {
         f"{model} R={rows} {kind}": {
             "vocab_size": MODELS[model]["vocab_size"], "temperatures": (temperature,) * rows,
+            "top_ks": (top_k,) * rows, "top_ps": (top_p,) * rows,
         }
         for model in (QUICK_MODELS if quick else MODELS)
         for rows in ((64,) if quick else (1, 64, 256))
-        for kind, temperature in (("greedy", 0.0), ("T=0.7", 0.7))
+        for kind, (temperature, top_k, top_p) in SAMPLES.items()
     }  # fmt: skip
 
 

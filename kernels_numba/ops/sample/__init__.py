@@ -169,8 +169,21 @@ def sample(
     )
 
 
+def sample_warp(
+    out: Any, logits: Any, temperatures: Any, seeds: Any, output_indices: Any, top_ks: Any, top_ps: Any, *,
+    stream: Any = None, num_rows: Any = None, workspace: Any = None,
+) -> None:  # fmt: skip
+    """Rung "warp" (sm_80 and newer): several blocks a row; see warp.py, which is imported when first used.
+    num_rows: device i32[1], the real number of rows; those from there on are left alone. workspace: a
+    Workspace of warp.py, the caller's."""
+    from kernels_numba.ops.sample import warp
+
+    arrays = (out, logits, temperatures, seeds, output_indices, top_ks, top_ps)
+    warp.sample_warp(*arrays, stream=stream, num_rows=num_rows, workspace=workspace)
+
+
 CASES: dict[str, dict[str, Any]] = {
-    "toy": {"vocab_size": 13, "temperatures": (0.0, 1.0, 0.5)},
+    "toy": {"vocab_size": 13, "temperatures": (0.0, 1.0, 0.5), "top_ks": (0,) * 3, "top_ps": (1.0,) * 3},
     "toy_one_id": {"vocab_size": 1, "temperatures": (1.0,)},
     "toy_empty": {"vocab_size": 8, "temperatures": ()},
     "toy_cut": {
@@ -184,5 +197,5 @@ CASES: dict[str, dict[str, Any]] = {
         "top_ks": (20, 0, 0, 40, 5000, 9, 0), "top_ps": (0.8, 0.95, 0.9, 1.0, 0.99, 0.3, 1.0),
     },
 }  # fmt: skip
-rungs: dict[str, Rung] = {"reference": sample_reference, "plain": sample}
+rungs: dict[str, Rung] = {"reference": sample_reference, "plain": sample, "warp": sample_warp}
 register = make_register("sample", rungs)

@@ -135,7 +135,10 @@ def make_weigh_kernel(threads: int, vector: bool) -> Any:
             if np.int32(ld_global_i32(np.int64(best + 2 * at + 4))) >= 0:  # the same for all threads
                 highest = as_float(ld_global_i32(np.int64(best + 2 * at)))
                 slope = np.float32(log2_e / as_float(ld_global_i32(np.int64(temperatures + at))))
-                numbers_at, weights_at = np.int64(numbers + at * NUM_BINS), np.int64(weights + 2 * at * NUM_BINS)
+                numbers_at, weights_at = (
+                    np.int64(numbers + at * NUM_BINS),
+                    np.int64(weights + 2 * at * NUM_BINS),
+                )
                 for b in range(thread, NUM_BINS, threads):
                     s_number[b] = np.uint32(0)
                     s_low[b] = np.uint32(0)
@@ -309,7 +312,10 @@ def make_gather_kernel(threads: int, vector: bool, capacity: int = CAPACITY) -> 
                 highest = as_float(ld_global_i32(np.int64(best + 2 * at)))
                 slope = np.float32(log2_e / as_float(ld_global_i32(np.int64(temperatures + at))))
                 record = np.int64(records + RECORD * at)
-                p_first, p_last = np.int32(ld_global_i32(record)), np.int32(ld_global_i32(np.int64(record + 4)))
+                p_first, p_last = (
+                    np.int32(ld_global_i32(record)),
+                    np.int32(ld_global_i32(np.int64(record + 4))),
+                )
                 k_bin = np.int32(ld_global_i32(np.int64(record + 8)))
                 row_at, list_at = np.int64(logits + at * stride), np.int64(lists + 2 * at * capacity)
                 listed = np.int64(counters + COUNTERS * at + LISTED)
@@ -355,11 +361,11 @@ def make_gather_kernel(threads: int, vector: bool, capacity: int = CAPACITY) -> 
                         if k_bin >= 0:
                             for i in range(thread, count, threads):
                                 b = np.int32(place_of(s_ranks[i], highest, slope) >> bin_shift)
-                                if b == k_bin:
-                                    if i == 0:
-                                        s_start[0] = np.int32(i)
-                                    elif np.int32(place_of(s_ranks[i - 1], highest, slope) >> bin_shift) != b:
-                                        s_start[0] = np.int32(i)
+                                previous = np.int32(-1)
+                                if i > 0:
+                                    previous = np.int32(place_of(s_ranks[i - 1], highest, slope) >> bin_shift)
+                                if b == k_bin and previous != b:  # one thread: bins ascend
+                                    s_start[0] = np.int32(i)
                             cuda.syncthreads()
                             start = s_start[0]
                             last = np.int32(start + k_need - 1)

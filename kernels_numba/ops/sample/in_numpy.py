@@ -18,6 +18,7 @@ from kernels_numba.ops.warp.in_numpy import Arrays
 PACKAGE = "kernels_numba.ops.sample"
 SHARED = ("kernels_numba.philox", f"{PACKAGE}.nucleus", f"{PACKAGE}.plain", f"{PACKAGE}.warp_tools")
 HOMES = {"survey": "survey", "weigh": "cut", "gather": "cut", "draw": "survey"}
+ARRAYS = ("out", "logits", "temperatures", "seeds", "output_indices", "top_ks", "top_ps")
 SMALL = Shape(threads=64, capacity=64)  # chunks of 1,024 ids
 
 
@@ -37,8 +38,10 @@ def in_numpy(
     if words is None:
         words = np.zeros(Workspace.num_words(rows, vocab, shape), np.int32)
     count = None if real_rows is None else arrays.view(np.array([real_rows], np.int32))
-    views = [arrays.view(array, real_rows) for array in (out, logits, *parameters)]
-    operands = Operands(*views, count, arrays.view(words), rows, vocab)
+    own = dict(zip(ARRAYS, (out, logits, *parameters), strict=True))
+    views: dict[str, Any] = {name: arrays.view(array[:real_rows], rows) for name, array in own.items()}
+    views |= {"num_rows": count, "words": arrays.view(words)}
+    operands = Operands(**views, workspace_rows=rows, workspace_vocab=vocab)
     for plan in plan_sample(operands, sms, shape):
         step = plan.kernel.name.split("_")[1]
         simt_threads.run(

@@ -41,9 +41,20 @@ from kernels_numba.ops.sample.survey import (
     make_survey_kernel,
 )
 from kernels_numba.ops.sample.warp_tools import COUNTERS, MAX_ROWS, THREADS, chunk_of
-from kernels_numba.ops.warp.door import Plan, View, count_address, ready, require_capability, view, view_count
+from kernels_numba.ops.warp.door import (
+    NEEDS,
+    RUNG,
+    Plan,
+    View,
+    count_address,
+    ready,
+    require_capability,
+    view,
+    view_count,
+)
 
 OP = "sample"
+__all__ = ["OP", "RUNG", "Workspace", "kernels", "plan_sample", "refusal", "sample_warp"]
 BLOCKS_PER_SM = 2
 ALIGNMENT = 16
 INT32, FLOAT32, UINT64 = np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint64)
@@ -152,6 +163,14 @@ class Operands:
     words: View
     workspace_rows: int
     workspace_vocab: int
+
+
+def refusal(capability: tuple[int, int] | None) -> str:
+    """Why the rung cannot run, or "" if it can; capability None: no GPU."""
+    if capability is not None and capability >= NEEDS:
+        return ""
+    here = "no GPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
+    return f"it needs compute capability {NEEDS[0]}.{NEEDS[1]} or newer, here is {here}"
 
 
 def plan_sample(o: Operands, sms: int, shape: Shape = PRODUCT) -> tuple[Plan, ...]:
