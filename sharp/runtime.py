@@ -154,7 +154,7 @@ class Runtime:
         self._copy.record(slot.sent)
         upload_async(slot.packed[:used], words, self._copy)
         self._copy.record(slot.arrived)
-        self._compute.wait(words.event)
+        self._compute.wait(slot.arrived)  # so it has happened when the step has: land() asks when
         words.release()
         slot.apply(self._compute)
         counts = self.buffers.counts
