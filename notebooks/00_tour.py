@@ -89,7 +89,10 @@ for request in engine.scheduler.commit(plan, sampled):
     print(request.request_id, request.status.value, request.output_token_ids)
 
 # %% [markdown]
-# ## step(): the same four verbs, until everybody has an answer
+# ## step(): the same verbs, until everybody has an answer
+# It asks the model in two calls: `launch(plan)` queues a step (stage, forward, sample), `land()` waits
+# for its ids. On a device that works beside the host it launches the next step before it lands one; there,
+# or with `overlap=True`, step() returns what the step before has given.
 
 # %%
 while engine.has_unfinished:
@@ -102,6 +105,22 @@ print(blocks.num_free, "pages free again,", blocks.num_cached, "kept for prompts
 
 # %%
 display(HTML(records_table(engine.stats.history)))
+
+# %% [markdown]
+# ## A step ahead
+# With overlap a step is planned while the one before runs. The ids sampled there are not known yet: the plan
+# names them by their logits row, `~row`, and the device fills them in. Who turns out to have ended goes one
+# step too far, and that token is dropped; the answers are the same.
+
+# %%
+ahead = EngineConfig(**{**vars(config), "overlap": True})
+other = Engine(model, model.tokenizer, ahead)
+other.add_request([5, 6, 7], SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True))
+while other.has_unfinished:
+    outputs = other.step()
+    flying = ", ".join(f"step {plan.step} with ids {plan.token_ids}" for plan in other.scheduler.in_flight)
+    landed = [output.outputs[0].token_ids for output in outputs]
+    print(f"in flight: {flying or 'nothing':<32} landed: {landed or 'nothing'}")
 
 # %% [markdown]
 # ## What padding would have cost

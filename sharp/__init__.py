@@ -12,7 +12,11 @@ under one token budget.
 - staging.py moves a plan to the device; model.py is one forward for every device; `ops` are numpy
   (`reference`) or numba.cuda kernels (`plain`, and faster ones), picked op by op: LLM(rungs={"gemm":
   "plain"}).
-- engine.py is the only loop. If it dies, every caller gets its error at once; nobody hangs.
+- On a GPU, runtime.py queues a step behind the one before: its words go to fixed buffers (step_buffers.py),
+  its launches are one replay of a graph (graphs.py).
+- engine.py is the only loop, pipeline.py its steps: with overlap the next one is planned and launched while
+  one runs, and ids that only the device knows are named by their rows (flights.py). A step that fails ends
+  its own requests (failures.py). If the loop dies, every caller gets its error at once; nobody hangs.
 - Admission books a request's worst case in KV pages, so that nothing running can run out of memory. Equal
   beginnings are computed once (prefix.py); n answers share one reading of their prompt (forks.py).
 - In one rung family on one device, a request's answer has the same bits whatever shares its batch. (The numpy
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sharp.config import EngineConfig, ModelConfig
     from sharp.engine import Engine
+    from sharp.failures import StepFailed
     from sharp.llm import LLM
     from sharp.plan import BatchPlan, SampleOutput
     from sharp.request import (
@@ -55,6 +60,7 @@ _HOMES = {
     "RequestOutput": "request",
     "RequestTooLarge": "request",
     "SamplingParams": "request",
+    "StepFailed": "failures",
 }
 
 __all__ = [
@@ -71,6 +77,7 @@ __all__ = [
     "RequestTooLarge",
     "SampleOutput",
     "SamplingParams",
+    "StepFailed",
 ]
 
 

@@ -36,7 +36,7 @@ PARTS = ("plan", "stall", "prefill", "simulate")
 SOURCES = (
     "sharp/scheduler.py", "sharp/running.py", "sharp/waiting.py", "sharp/pagebook.py", "sharp/batching.py",
     "sharp/blocks.py", "sharp/policies.py", "sharp/latency_target.py", "sharp/predictor.py",
-    "sharp/engine.py", "sharp/simulate.py",
+    "sharp/engine.py", "sharp/pipeline.py", "sharp/flights.py", "sharp/simulate.py", "sharp/quiet.py",
 )  # fmt: skip
 PLAN_STEPS, PLAN_CONTEXT = 400, 1024
 PROMPTS, SHORTEST, LONGEST = 32, 64, 512  # of the packed prefill

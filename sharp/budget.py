@@ -27,7 +27,7 @@ COMMENTS = {
     "activations": "the workspace of the largest step: residual, x, delta, qkv, attention, gate_up, act",
     "logits": "float32 logits of the most rows that a step can want",
     "rope_table": "cosines and sines of every position",
-    "workspaces": "what attention kernels keep beside their operands: partial results of splits, counters",
+    "workspaces": "what attention and sampling keep beside their operands: partial results, counters",
     "staging": "a step's indices on the device, twice, and the ids that it samples",
     "graphs": "of the driver, for captured steps; measured: by how much free memory fell meanwhile",
     "reserve": "left free; measured: how far memory rose over all buffers, at its peak during the steps",

@@ -8,7 +8,7 @@ memory.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import ml_dtypes
@@ -106,6 +106,8 @@ class CudaDevice:
         try:
             yield arena
         except BaseException:
+            with suppress(driver.CudaError):
+                self.synchronize()  # copies may be on their way into it
             arena.close()
             raise
         finally:

@@ -165,7 +165,7 @@ def handle_of(stream: Any) -> int:
 def _quietly(destroy: Any, handle: Any, after: Event | None) -> None:
     """For finalizers: give something back if CUDA still works. An error here has nobody to go to, and what
     could cause one (a lost context, none at all) has freed everything already."""
-    if _forked or _poison is not None:
+    if _forked or _poison:
         return
     with suppress(Exception):
         bind()
@@ -262,12 +262,10 @@ def allocate(num_bytes: int, what: str) -> int:
     """The address of num_bytes (1 or more) of device memory, on a multiple of 256. CudaOutOfMemory names
     `what`, the bytes and what is free."""
     driver = _driver()
-    result = driver.cuMemAlloc(num_bytes)
-    if int(result[0]) == int(driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY):
-        raise CudaOutOfMemory(
-            f"{what}: {num_bytes:,} bytes of device memory, {memory_info()[0]:,} free", OUT_OF_MEMORY
-        )
-    return int(check(result, f"{what}: {num_bytes:,} bytes of device memory"))
+    result, words = driver.cuMemAlloc(num_bytes), f"{what}: {num_bytes:,} bytes of device memory"
+    if result[0] == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+        raise CudaOutOfMemory(f"{words}, {memory_info()[0]:,} free", OUT_OF_MEMORY)
+    return int(check(result, words))
 
 
 def allocate_pinned(num_bytes: int, what: str) -> int:

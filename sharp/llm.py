@@ -100,8 +100,9 @@ class LLM:
 
         One SamplingParams and one priority (lower goes first, see Engine.make_request) for all or one a
         prompt. Raises at the door, naming the prompt's index, before
-        anything is queued; raises the engine's error if it dies; Ctrl-C ends these requests and leaves the
-        engine usable.
+        anything is queued; raises StepFailed if a step of one of them fails, and the engine's error if it
+        dies. Such an error or a Ctrl-C ends all requests of this call; StepFailed and Ctrl-C leave the engine
+        usable.
         """
         requests = self._requests(prompts, sampling_params, priority)
         finished: dict[str, RequestOutput] = {}

@@ -213,13 +213,11 @@ class Model(Eager):
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         layout = StepLayout(config.max_num_batched_tokens, rows, -(-self.max_model_len // self.block_size))
         staging = staging_bytes(layout.max_tokens, rows, layout.max_pages)
-        needs = (
-            AttentionNeeds.of(c, self.rungs, rows, self.max_model_len),
-            SampleNeeds.of(c, self.rungs, rows),
-        )
+        needs = AttentionNeeds.of(self.config, self.rungs, rows, self.max_model_len)
+        sorting = SampleNeeds.of(self.rungs, rows, self.config.vocab_size)
         asynchronous = device.copy_stream is not None
         shape: dict[str, Any] = {"dtype": device.dtype, "kind": device.kind}
-        shape |= {"max_model_len": self.max_model_len, "workspaces": sum(n.num_bytes for n in needs)}
+        shape |= {"max_model_len": self.max_model_len, "workspaces": needs.num_bytes + sorting.num_bytes}
         shape["staging"] = 2 * aligned(staging) if asynchronous else 0
         if self.overlaps:
             shape["staging"] += device_bytes(layout)
@@ -239,8 +237,8 @@ class Model(Eager):
             if not asynchronous:
                 self.budget = plan_memory(self.config, config, free=device.free_bytes(), **shape)
             self.num_blocks = self.budget.num_blocks
-            for need in needs:
-                need.give(self.ops, device)
+            needs.give(self.ops, device)
+            sorting.give(self.ops, device)
             angles = rope_table(
                 self.config.rope, self.config.rope_theta, self.config.head_dim, self.max_model_len
             )

@@ -87,8 +87,8 @@ class Pipeline:
         Raises StepFailed for a step whose requests alone have ended by it. After any other error nothing here
         may be relied on, but for KeyboardInterrupt: then call roll_back().
         """
-        if not self._settled:
-            self.roll_back()  # a second Ctrl-C may have come in the way of it
+        if not self._settled or len(self.scheduler.in_flight) != len(self._flights):
+            self.roll_back()  # a second Ctrl-C came in the way of it, or a plan was made by hand and left
         self._settled = False
         if self._flights:
             self._away += time.perf_counter() - self._left

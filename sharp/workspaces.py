@@ -1,4 +1,5 @@
-"""What kernels of attention and sampling keep on the device beside their operands, cut from the arena.
+"""What kernels of attention and sampling keep on the device beside their operands, cut from the model's
+arena.
 
 Knows which rungs want what, and how much. Refuses to know what a kernel does with it.
 """
@@ -88,33 +89,36 @@ class AttentionNeeds:
 
 @dataclass(frozen=True)
 class SampleNeeds:
-    """Sizes for num_rows rows of logits of vocab_size ids; wanted: whether the rung wants any."""
+    """Of sampling's rung "warp", for num_rows rows of vocab_size ids; num_rows 0: another rung, which wants
+    none."""
 
-    wanted: bool
     num_rows: int
     vocab_size: int
 
     @staticmethod
-    def of(model: ModelConfig, rungs: dict[str, str], num_rows: int) -> SampleNeeds:
-        return SampleNeeds(rungs.get("sample") == sample_door.RUNG, num_rows, model.vocab_size)
+    def of(rungs: dict[str, str], num_rows: int, vocab_size: int) -> SampleNeeds:
+        """ValueError for more rows or ids than the rung takes."""
+        needs = SampleNeeds(num_rows if rungs.get("sample") == sample_door.RUNG else 0, vocab_size)
+        if needs.num_rows:
+            sample_door.Workspace.num_words(num_rows, vocab_size)
+        return needs
 
-    @property
-    def num_words(self) -> int:
+    def _words(self) -> int:
         return sample_door.Workspace.num_words(self.num_rows, self.vocab_size)
 
     @property
     def num_bytes(self) -> int:
         """What give() takes of an arena."""
-        return aligned(4 * self.num_words) if self.wanted else 0
+        return aligned(4 * self._words()) if self.num_rows else 0
 
     def give(self, ops: SimpleNamespace, device: Device) -> None:
-        """Allocate, set to 0 and bind to the op, where it wants it."""
-        if self.wanted:
-            words = device.empty((self.num_words,), np.int32, term=TERM)
+        """Allocate, set to 0 and bind to the op, if it wants any."""
+        if self.num_rows:
+            words = device.empty((self._words(),), np.int32, term=TERM)
             device.fill(words, 0)
-            device.synchronize()
             space = sample_door.Workspace(_lent(words), self.num_rows, self.vocab_size)
             ops.sample = partial(ops.sample, workspace=space)
+            device.synchronize()
 
 
 def _lent(array: Array) -> Array:

@@ -10,7 +10,9 @@ about one: it is what the documentation of these calls promises, written down, a
 from __future__ import annotations
 
 import ctypes
+import importlib
 import inspect
+import pkgutil
 import random
 import threading
 from collections import deque
@@ -19,6 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+import kernels_numba.ops as kernels
 from kernels_numba import compiler
 from kernels_numba.ops import apply_step
 from sharp import driver, runtime
@@ -291,6 +294,10 @@ def calls():
 
 def install(monkeypatch, seed):
     """Put a HostDriver under sharp/driver.py, and a device of no particular kind under numba's name."""
+    for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+        importlib.import_module(
+            module.name
+        )  # each takes numba's name when it is imported: the real one, then
     host = HostDriver(seed)
     monkeypatch.setattr(driver, "bind", lambda: None)
     monkeypatch.setattr(driver, "_driver", lambda: host)

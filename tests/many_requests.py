@@ -46,12 +46,16 @@ def resident_bytes() -> int:
 
 
 def run(
-    requests: int, measure: Callable[[], int] = resident_bytes, admission: str = "optimistic"
+    requests: int,
+    measure: Callable[[], int] = resident_bytes,
+    admission: str = "optimistic",
+    overlap: bool = False,
 ) -> list[tuple[int, int]]:
     """(requests finished, bytes) at ten moments of one engine; some are cancelled, some fork, many share."""
     config = engine_config(
-        admission=admission, max_num_seqs=128, max_num_batched_tokens=2048, max_queue_len=256, max_bypass=8
-    )
+        admission=admission, max_num_seqs=128, max_num_batched_tokens=2048, max_queue_len=256, max_bypass=8,
+        overlap=overlap,
+    )  # fmt: skip
     engine = Engine(InstantModel(512), FakeTokenizer(), config)
     rng, added, finished, found = random.Random(0), 0, 0, list[tuple[int, int]]()
     while finished < requests:
@@ -66,6 +70,8 @@ def run(
         finished += sum(output.finished for output in engine.step())
         if finished >= (len(found) + 1) * requests // 10:
             found.append((finished, measure()))
+    while engine.has_unfinished:  # a step in flight
+        engine.step()
     engine.scheduler.check()
     assert engine.scheduler.blocks.num_used == 0
     assert engine.scheduler.pages.hit_tokens > 0

@@ -1,7 +1,8 @@
 """How long plan() and commit() take, without a model: `python tests/plan_times.py`.
 
 A steady state of decoding sequences in front of a full queue; every round is a whole step, with its
-BatchPlan. Minima over rounds, by the wall clock and by the process's own CPU time: other work only adds.
+BatchPlan; with and without a step in flight when it is planned. Minima over rounds, by the wall clock and by
+the process's own CPU time: other work only adds.
 """
 
 from __future__ import annotations
@@ -43,23 +44,32 @@ def steady(running: int, waiting: int, lack: str, **options: Any) -> Scheduler:
     return scheduler
 
 
-def step(scheduler: Scheduler) -> tuple[float, float, float]:
-    """One step with made-up tokens: seconds of plan(), its CPU seconds, seconds of commit()."""
+def step(scheduler: Scheduler, ahead: bool = False) -> tuple[float, float, float]:
+    """One step with made-up tokens: seconds of plan(), its CPU seconds, seconds of commit().
+
+    ahead: what is committed is the step before the one that is planned; the first call commits nothing.
+    """
     start, cpu = time.perf_counter(), time.process_time()
     plan = scheduler.plan()
     planned, cpu = time.perf_counter(), time.process_time() - cpu
     assert plan is not None
-    rows = len(plan.logits_rows)
-    sampled = SampleOutput(np.full(rows, 7, np.int32), (None,) * rows)
-    committing = time.perf_counter()
-    scheduler.commit(plan, sampled)
+    oldest, committing = scheduler.in_flight[0], time.perf_counter()
+    if not ahead or oldest is not plan:
+        rows = len(oldest.logits_rows)
+        sampled = SampleOutput(np.full(rows, 7, np.int32), (None,) * rows)
+        committing = time.perf_counter()
+        scheduler.commit(oldest, sampled)
     return planned - start, cpu, time.perf_counter() - committing
 
 
-def measure(running: int, waiting: int, lack: str, rounds: int = 600) -> dict[str, float]:
+def measure(
+    running: int, waiting: int, lack: str, rounds: int = 600, ahead: bool = False
+) -> dict[str, float]:
     """Microseconds: plan (least), plan median, plan cpu (least), commit (least), commit median."""
     scheduler = steady(running, waiting, lack)
-    plans, cpus, commits = zip(*(step(scheduler) for _ in range(rounds)), strict=True)
+    if ahead:
+        step(scheduler, ahead)
+    plans, cpus, commits = zip(*(step(scheduler, ahead) for _ in range(rounds)), strict=True)
     return {
         "plan": 1e6 * min(plans),
         "plan median": 1e6 * statistics.median(plans),
@@ -71,5 +81,7 @@ def measure(running: int, waiting: int, lack: str, rounds: int = 600) -> dict[st
 
 if __name__ == "__main__":
     for name, case in CASES.items():
-        figures = measure(*case)
-        print(f"{name:>14}  " + "  ".join(f"{key} {value:.0f}" for key, value in figures.items()))
+        for ahead in (False, True):
+            figures = measure(*case, ahead=ahead)
+            shown = "  ".join(f"{key} {value:.0f}" for key, value in figures.items())
+            print(f"{name:>14}{' ahead' if ahead else '':6}  {shown}")

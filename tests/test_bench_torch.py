@@ -22,6 +22,7 @@ CASES = [
     ("qk_norm", "toy", "F.rms_norm"),
     ("rope", "toy", "x cos + rotate_half(x) sin"),
     ("store_kv", "toy", "index_put_"),
+    ("rope_store_kv", "toy", "x cos + rotate_half(x) sin, index_put_"),
     ("prefill_attention", {**HEADS, "query_lens": (5, 5), "context_lens": (5, 5)}, "SDPA, no pages"),
     (
         "prefill_attention",

@@ -90,9 +90,10 @@ def test_the_references_ids_over_larger_buckets():
 
 
 def test_plain_kernels_keep_their_bits_over_larger_buckets():
-    options = {"max_num_batched_tokens": 6, "max_num_seqs": 3, "num_blocks": 6, "block_size": 4}
-    options |= {"max_model_len": 16, "long_prefill_token_threshold": 3}
-    (ids, logits), (found, seen), bucketed = both_ways("cuda", "bfloat16", (4, 2), 2, **options)
+    """In numba's simulator: a prompt of three tokens with a decode beside it, then two decodes."""
+    options = {"max_num_batched_tokens": 5, "max_num_seqs": 2, "num_blocks": 4, "block_size": 4}
+    options |= {"max_model_len": 8, "prefix_caching": False}
+    (ids, logits), (found, seen), bucketed = both_ways("cuda", "bfloat16", (1, 3), 2, **options)
     assert found == ids
     for mine, theirs in zip(seen, logits, strict=True):
         assert (mine.view(np.uint32) == theirs.view(np.uint32)).all()

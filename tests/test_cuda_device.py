@@ -4,6 +4,7 @@ which streams get on. What it costs, and whether the driver is as its model, is 
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import host_driver
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from engine_checks import TINY, decode, load, poison
 
 from kernels_numba.ops import resolve
+from kernels_numba.ops.decode_attention import door as decode_door
 from sharp import driver
 from sharp.config import EngineConfig
 from sharp.cuda_device import CudaDevice
@@ -20,6 +22,7 @@ from sharp.memory import Arena
 from sharp.model import Model
 from sharp.request import SamplingParams
 from sharp.weights import load_weights, open_checkpoint
+from sharp.workspaces import AttentionNeeds, SampleNeeds
 
 pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
 SEEDS = range(12)
@@ -205,6 +208,54 @@ def test_fifty_engines_leave_nothing(host):
         gc.collect()
         assert host.used() == 0, number
         assert not host.pinned, number
+    device.close()
+
+
+def test_attention_gets_its_workspaces_from_the_arena(host):
+    """As much as was planned, with counters at 0, large enough for the doors; and kernels that remember a
+    workspace for ever do not keep the memory of a model that is gone."""
+    model = open_checkpoint(TINY).config
+    rungs = {"decode_attention": "mma_sync", "prefill_attention": "hopper"}
+    needs = AttentionNeeds.of(model, rungs, 3, 5000)
+    device, ops = CudaDevice("bfloat16"), SimpleNamespace(decode_attention=print, prefill_attention=print)
+    with device.arena(needs.num_bytes) as arena:
+        needs.give(ops, device)
+    assert arena.left == 0
+    assert list(arena.terms) == ["workspaces"]
+    decode = ops.decode_attention.keywords["workspace"]
+    heads = model.num_q_heads, model.num_kv_heads, model.head_dim
+    assert decode.capacity == 3 * 5
+    usual = decode_door.Workspace.bytes_of(3, 3 * 5, *heads)
+    arrays = decode.partial, decode.partial_ml, decode.counters
+    assert sum(array.nbytes for array in arrays) == usual <= needs.num_bytes
+    counters = decode.counters, ops.prefill_attention.keywords["workspace"].counters
+    assert [device.download(array).tolist() for array in counters] == [[0] * (2 + 3 * heads[1]), [0, 0]]
+    del arena
+    gc.collect()
+    assert host.used() == 0
+    with pytest.raises(ValueError, match="lower max_num_seqs"):
+        AttentionNeeds.of(model, rungs, 1 << 20, 1 << 20)
+    assert AttentionNeeds.of(model, {}, 1 << 20, 1 << 20).num_bytes == 0
+    device.close()
+
+
+def test_sampling_gets_its_workspace_from_the_arena(host):
+    """All 0, as large as was planned, and nothing for another rung."""
+    needs = SampleNeeds.of({"sample": "warp"}, 3, 5000)
+    device, ops = CudaDevice("bfloat16"), SimpleNamespace(sample=print)
+    with device.arena(needs.num_bytes) as arena:
+        needs.give(ops, device)
+    assert (arena.left, list(arena.terms)) == (0, ["workspaces"])
+    space = ops.sample.keywords["workspace"]
+    assert (space.num_rows, space.vocab_size) == (3, 5000)
+    assert space.words.size == space.num_words(3, 5000)
+    assert not device.download(space.words).any()
+    none = SampleNeeds.of({}, 3, 5000)
+    none.give(ops, device)
+    assert none.num_bytes == 0
+    with pytest.raises(ValueError, match="1 to 4,096 rows"):
+        SampleNeeds.of({"sample": "warp"}, 5000, 8)
+    del arena, space
     device.close()
 
 

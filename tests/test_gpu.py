@@ -201,6 +201,12 @@ def test_sampling_on_gpu(group):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", ["bits", "not bits"])
+def test_graphs_on_gpu(group):
+    check_group(["tests/test_graphs_gpu.py", "--device=cuda", "-m", "gpu", "-s", "-k", group], limit_s=240)
+
+
+@pytest.mark.gpu
 def test_warm_start_on_gpu():
     check_group(["tests/test_warm.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=300)
 

@@ -440,8 +440,8 @@ def test_errors_of_a_step_say_which(healthy):
 
     model.ops.silu_mul = launch
     engine.add_request([5, 9, 17], SamplingParams(max_tokens=2))
-    with pytest.raises(
-        driver.CudaError, match=r"silu with 3 blocks, during step 1 \(3 tokens of 1 requests\)"
-    ):
-        engine.step()
+    batch = model.stage(engine.scheduler.plan())
+    words = r"silu with 3 blocks, during step 1 \(3 tokens of 1 requests\)"
+    with pytest.raises(driver.CudaError, match=words):
+        model.forward(batch)
     assert driver.poisoned() is None

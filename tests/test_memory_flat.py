@@ -16,15 +16,17 @@ def traced_bytes() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
-@pytest.mark.parametrize("admission", ["reserve", "optimistic"])
-def test_memory_is_flat(monkeypatch: pytest.MonkeyPatch, admission: str) -> None:
+@pytest.mark.parametrize(
+    ("admission", "overlap"), [("reserve", False), ("optimistic", False), ("optimistic", True)]
+)
+def test_memory_is_flat(monkeypatch: pytest.MonkeyPatch, admission: str, overlap: bool) -> None:
     """Python's own memory from the third tenth of 4,000 requests to the ninth: 2,400 requests later. The keys
     of one request's pages alone take 200 bytes; at the end of all of them little is left running."""
     monkeypatch.setattr(trace, "HISTORY", 16)
     monkeypatch.setattr(event_log, "LOG_BYTES", 20_000)
     tracemalloc.start()
     try:
-        found = run(4000, traced_bytes, admission)
+        found = run(4000, traced_bytes, admission, overlap)
     finally:
         tracemalloc.stop()
     print(found)

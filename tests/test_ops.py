@@ -662,6 +662,13 @@ def test_cost_of_row_ops():
                 count.touch("qk", 2, i, head, e, direction="w")
                 count.flops += 3
     assert OPS["rope"].rope_cost(t, 2, 1, 4) == count.cost()
+    for i in range(t):  # one head's k is turned and stored, its v read and stored
+        count.touch("slot", 4, i)
+        for e in range(4):
+            count.touch("v", 2, i, e)
+            for name in ("k_cache", "v_cache"):
+                count.touch(name, 2, i, e, direction="w")
+    assert OPS["rope_store_kv"].rope_store_kv_cost(t, 2, 1, 4) == count.cost()
     count = Counter()
     for i in range(t):
         for head in range(3):

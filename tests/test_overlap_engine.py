@@ -21,7 +21,7 @@ from sharp.config import EngineConfig
 from sharp.engine import Engine
 from sharp.llm import LLM, prompt_index
 from sharp.plan import BatchPlan, Launched, SampleOutput
-from sharp.policies import POLICIES
+from sharp.policies import POLICIES, SchedulingPolicy
 from sharp.request import QueueFull, RequestOutput, RequestTooLarge, SamplingParams
 
 
@@ -220,6 +220,19 @@ def test_an_interruption_of_the_rollback() -> None:
     assert list(drain(engine)["a"].outputs[0].token_ids) == expected([5, 6], GREEDY)
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_plan_made_by_hand_and_left(overlap: bool) -> None:
+    """As in a notebook: it is undone, and nobody's token is taken for another's."""
+    engine = make_engine(overlap=overlap)
+    engine.add_request([5, 6], GREEDY, "a")
+    engine.scheduler.plan()
+    engine.step()
+    engine.step()
+    if overlap:
+        engine.scheduler.plan()
+    assert list(drain(engine)["a"].outputs[0].token_ids) == expected([5, 6], GREEDY)
+
+
 def test_ctrl_c_while_a_step_is_committed() -> None:
     """It counts, and its outputs come with the next step()."""
     engine = make_engine()
@@ -307,6 +320,7 @@ def test_the_device_does_not_wait_for_the_host() -> None:
     # The better of a few: other work on this machine only adds.
     alone, _ = min((took(False) for _ in range(3)), key=lambda pair: pair[0])
     ahead, engine = min((took(True) for _ in range(3)), key=lambda pair: pair[0])
+    print(f"{alone / 40 * 1e3:.2f} ms a step without overlap, {ahead / 40 * 1e3:.2f} with")
     assert alone > 40 * 0.007
     assert ahead < 0.8 * alone
     records = list(engine.stats.history)[2:-2]
@@ -317,6 +331,22 @@ def test_the_device_does_not_wait_for_the_host() -> None:
         assert record.gpu_s >= 0.004
         assert record.commit_s >= 0.003
         assert record.host_s == record.plan_s + record.launch_s + record.commit_s
+
+
+def test_a_policy_hears_what_the_landed_step_took() -> None:
+    class Listens(SchedulingPolicy):
+        def __init__(self) -> None:
+            self.heard: list[tuple[int, float]] = []
+
+        def observe(self, plan: BatchPlan, seconds: float) -> None:
+            self.heard.append((plan.step, seconds))
+
+    policy = Listens()
+    engine = make_engine(scheduling_policy=policy)
+    engine.add_request([4], GREEDY)
+    drain(engine)
+    assert policy.heard == [(record.step, record.seconds) for record in engine.stats.history]
+    assert [step for step, _ in policy.heard] == list(range(1, 9))
 
 
 def test_time_between_steps_by_hand_is_nobodys() -> None:

@@ -291,6 +291,11 @@ def test_a_plan_that_is_too_large_is_named(monkeypatch):
     model.close()
 
 
+def test_the_option_is_true_or_false():
+    with pytest.raises(TypeError, match="graphs must be True or False, not 1"):
+        EngineConfig(graphs=1)
+
+
 # A whole model -------------------------------------------------------------------------------------
 
 

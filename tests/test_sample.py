@@ -4,6 +4,7 @@ against their distribution, each rung against the definition, in integers and so
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from kernels_numba.compiler import SIMULATOR, cuda
 from kernels_numba.ops import OPS
 from kernels_numba.ops.sample import nucleus
+from sharp.sampling import sample
 
 SAMPLE = OPS["sample"]
 ROOM = 1e-5  # of a sum of probabilities: ten times what nucleus.py says of 10,000 ids
@@ -219,3 +221,40 @@ def test_plain_kernel_cuts_as_the_definition(top_k, top_p):
     for row, chosen in enumerate(out.copy_to_host()):
         kept = SAMPLE.kept_spec(logits[row], args[0][row], top_k, np.float32(top_p))
         assert chosen in kept if kept.size else chosen == -1
+
+
+class OneDevice:
+    """A device of numpy arrays that says it is a GPU."""
+
+    kind, stream = "cuda", None
+
+    def download(self, array):
+        return array
+
+    def synchronize(self):
+        pass
+
+
+def test_logprobs_say_once_that_they_are_slower_on_a_gpu():
+    """Once for an engine's device; other steps and devices of a host say nothing."""
+    rows = np.array([LOGITS, LOGITS], np.float32)
+    arrays = {
+        "temperatures": np.array([0, 0.9], np.float32), "seeds": np.arange(2, dtype=np.uint64),
+        "output_indices": np.zeros(2, np.int32), "top_ks": np.array([0, 3], np.int32),
+        "top_ps": np.array([1, 0.5], np.float32),
+    }  # fmt: skip
+
+    def step(device, wanted):
+        numbers = np.array([wanted, -1], np.int32)
+        plan = SimpleNamespace(step=1, logits_rows=np.arange(2, dtype=np.int32), num_logprobs=numbers)
+        ops = SimpleNamespace(sample=SAMPLE.rungs["reference"])
+        return sample(rows, SimpleNamespace(plan=plan, **arrays), np.empty(2, np.int32), ops, device)
+
+    device, other = OneDevice(), OneDevice()
+    assert step(device, -1).logprobs == (None, None)
+    with pytest.warns(RuntimeWarning, match="logprobs=...\\) is not computed on the GPU yet") as told:
+        found = [step(device, 2), step(device, 2), step(other, 0)]
+    assert len(told) == 2
+    other.kind = "cpu"
+    assert step(other, 1).token_ids.tolist() == found[0].token_ids.tolist() == [2, 2]
+    assert list(found[0].logprobs[0]) == [2, 5]

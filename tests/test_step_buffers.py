@@ -17,6 +17,7 @@ from kernels_numba.ops import apply_step as op
 from kernels_numba.ops.apply_step import HEADER, StepLayout, packed_words
 from sharp.buckets import Bucket, Buckets, bucket_sizes
 from sharp.device import HostDevice
+from sharp.device_array import DeviceArray
 from sharp.plan import BatchPlan
 from sharp.staging import stage
 from sharp.step_buffers import StepBuffers, StepPacker
@@ -204,7 +205,7 @@ def test_a_schedulers_steps_through_the_buffers(monkeypatch):
     from the fixed buffers."""
     monkeypatch.setattr(random_workloads, "FakeModel", ThroughBuffers)
     ThroughBuffers.fed = 0
-    reached = random_workloads.run_workloads(300, same=True)
+    reached = random_workloads.run_workloads(160, same=True)
     assert min(reached[name] for name in ("preemptions", "forks", "rollbacks", "cancelled")) > 5, reached
     assert ThroughBuffers.fed > 500
 
@@ -320,6 +321,19 @@ def test_launchers_name_what_is_wrong():
             op.rungs[rung](convert(state), convert(packed[:7]), convert(sampled), layout)
     with pytest.raises(ValueError, match="a numba device array"):
         op.rungs["plain"](state, packed, sampled, layout)
+
+
+def test_the_prepared_launch_has_the_addresses_of_device_arrays():
+    layout = StepLayout(8, 4, 2)
+    state, packed, sampled = (
+        DeviceArray(256 * (at + 1), (n,), np.int32) for at, n in enumerate((layout.words, 40, 4))
+    )
+    launch = op.prepare_apply_step(state, packed[3:], sampled[:2], layout)
+    assert [value.value for value in launch.values] == [256, 524, 768, layout.token_stride, layout.seq_stride]
+    with pytest.raises(ValueError, match="sampled has dtype float32"):
+        op.prepare_apply_step(state, packed, sampled.view(np.float32), layout)
+    with pytest.raises(ValueError, match="state is a ndarray; a numba device array"):
+        op.prepare_apply_step(np.zeros(layout.words, np.int32), packed, sampled, layout)
 
 
 def test_cost_counts_every_word():

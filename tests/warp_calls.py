@@ -43,15 +43,19 @@ def call_of(op: str, rng: Any, dtype: str = "bfloat16", **changes: Any) -> Call:
     return make_call(op, CASES[op] | changes, rng).cast(lambda _, array: array.astype(ELEMENTS[dtype]))
 
 
-def plan_of(op: str, views: dict[str, Any], num_rows: Any, eps: float) -> Any:
+def plan_of(op: str, views: dict[str, Any], num_rows: Any, eps: float, pdl: bool = False) -> Any:
     """What the op's launcher plans for views of its arguments."""
     if op == "embedding":
-        return plan_gather(op, *(views[name] for name in EMBEDDING), num_rows, EMBEDDING)
+        return plan_gather(op, *(views[name] for name in EMBEDDING), num_rows, EMBEDDING, pdl)
     if op == "rms_norm":
-        return plan_rms_norm(views["out"], views["x"], views["weight"], views.get("residual"), num_rows, eps)
+        return plan_rms_norm(
+            views["out"], views["x"], views["weight"], views.get("residual"), num_rows, eps, pdl
+        )
     if op == "qk_norm":
-        return plan_qk_norm(*views.values(), num_rows, eps)
-    return {"silu_mul": plan_silu_mul, "rope_store_kv": plan_rope_store_kv}[op](*views.values(), num_rows)
+        return plan_qk_norm(*views.values(), num_rows, eps, pdl)
+    return {"silu_mul": plan_silu_mul, "rope_store_kv": plan_rope_store_kv}[op](
+        *views.values(), num_rows, pdl
+    )
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Outcome:
     buffers: dict[str, Any]
 
 
-def in_numpy(call: Call, bucket: int | None = None, **how: Any) -> Outcome:
+def in_numpy(call: Call, bucket: int | None = None, pdl: bool = False, **how: Any) -> Outcome:
     """Run the op's warp kernel in numpy on copies of a call's arrays.
 
     bucket: the launch is made for so many rows, and told by num_rows how many there are; the others do not
@@ -74,7 +78,7 @@ def in_numpy(call: Call, bucket: int | None = None, **how: Any) -> Outcome:
     num_rows = None
     if bucket is not None:
         num_rows = arrays.view(np.array([len(args[by_row[0]])], np.int32))
-    plan = plan_of(call.op, views, num_rows, call.kwargs.get("eps", 0.0))
+    plan = plan_of(call.op, views, num_rows, call.kwargs.get("eps", 0.0), pdl)
     arrays.run(module, factory, plan, **how)
     return Outcome({name: np.array(args[name]) for name in call.outputs}, call.buffers)
 

@@ -4,6 +4,9 @@ One kernel a file, each with plan_*(views) -> Plan (kernel, grid and arguments, 
 launcher. All read 16 bytes a lane, several in flight; a launch is sized by the arrays that it is given, and
 blocks whose row is at or past the real number of rows, read from device memory, leave at once. So the arrays
 may be a bucket's, and a launch may be part of a CUDA graph: it allocates nothing, and its operands are its
-arguments. A row's bits depend on the row alone. Not run on a GPU yet: checked in numpy (in_numpy.py) and by
-the assembler.
+arguments. A row's bits depend on the row alone.
+
+From sm_90 on they are links of a chain of dependent launches, which the embedding begins: a product fetches
+its weights while a small op still runs. Not run on a GPU yet: checked in numpy (in_numpy.py) and by the
+assembler.
 """

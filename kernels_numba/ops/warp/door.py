@@ -8,7 +8,7 @@ before: a view is all that the checks ask for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,12 @@ from kernels_numba.launch import Kernel, Launch
 
 RUNG = "warp"
 NEEDS = (8, 0)  # compute capability: cvt.rn.bf16x2
-ARCHS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121")
+PDL_NEEDS = (9, 0)  # griddepcontrol
+# Targets of the kernels by whether they are part of a chain of dependent launches: one kernel a target.
+ARCHS = {
+    False: ("sm_80", "sm_86", "sm_87", "sm_89"),
+    True: ("sm_90", "sm_100", "sm_103", "sm_110", "sm_120", "sm_121"),
+}
 BFLOAT16, FLOAT16, FLOAT32 = np.dtype(np.uint16), np.dtype(np.float16), np.dtype(np.float32)  # bf16 as bits
 INT32 = np.dtype(np.int32)
 NAMES: dict[Any, str] = {BFLOAT16: "bfloat16", FLOAT16: "float16", FLOAT32: "float32"}
@@ -131,8 +136,22 @@ def _have(capability: tuple[int, int] | None) -> str:
     return "no GPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
 
 
-def require_capability(op: str) -> None:
-    """ValueError unless the current GPU is new enough; KernelsUnavailable in numba's simulator."""
+def warp_kernel(
+    name: str, factory: Callable[..., Any], specialised: tuple[Any, ...], signature: str, threads: int,
+    pdl: bool, *, waits: bool = True,
+) -> Kernel:  # fmt: skip
+    """The Kernel that factory(*specialised, pdl) makes; waits: as part of a chain of dependent launches it
+    may begin before those before it have ended."""
+    key = (*specialised, pdl)
+    return Kernel(
+        f"{name}_pdl" if pdl else name, lambda: factory(*key), key, signature, threads, pdl=pdl and waits,
+        archs=ARCHS[pdl],
+    )  # fmt: skip
+
+
+def require_capability(op: str) -> bool:
+    """Whether the current GPU has dependent launches. ValueError if it is too old for the rung;
+    KernelsUnavailable in numba's simulator."""
     if compiler.SIMULATOR:
         raise compiler.KernelsUnavailable(
             f"rung {RUNG} is made of PTX instructions: it needs numba.cuda's compiler, not its simulator"
@@ -140,12 +159,18 @@ def require_capability(op: str) -> None:
     have = tuple(compiler.cuda.get_current_device().compute_capability)
     if have < NEEDS:
         fail(op, f"rung {RUNG}", f"was called on {_have(have)}", f"{NEEDS[0]}.{NEEDS[1]} or newer")
+    return have >= PDL_NEEDS
 
 
 def ready(op: str, plan: Plan | None) -> Launch | None:
     """A planned launch, to be repeated; None for nothing to do. ValueError on a GPU that is too old."""
     require_capability(op)
     return None if plan is None else plan.kernel.prepare(plan.grid, plan.arguments)
+
+
+def plan_and_prepare(op: str, plan: Callable[..., Plan | None], *operands: Any) -> Launch | None:
+    """ready() of plan(*operands, pdl), for the current GPU. ValueError from either."""
+    return ready(op, plan(*operands, require_capability(op)))
 
 
 @dataclass(frozen=True)

@@ -15,20 +15,21 @@ from kernels_numba.checks import check
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
-    ARCHS,
     NAMES,
     Plan,
     View,
     count_address,
     indices,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
+    warp_kernel,
 )
 from kernels_numba.ops.warp.elements import NAN, PACK, make_real_rows
 from kernels_numba.ptx.arith import select_i32
+from kernels_numba.ptx.griddep import griddep_launch
 from kernels_numba.ptx.ldst import ld_global_i32
 from kernels_numba.ptx.packs import ld_global_v4_if_at, st_global_v4_if_at
 
@@ -41,7 +42,7 @@ HELD_WORDS = 4 * PACKS
 BLOCK_PACKS = THREADS * PACKS  # 4 KiB: a row of 2,048 elements of 16 bits
 
 
-def make_gather_kernel() -> Any:
+def make_gather_kernel(pdl: bool = False) -> Any:
     """out[r] = table[ids[r]], rows of `packs` x 16 bytes; words of `nan` where ids[r] is no row of the table.
 
     Arguments: out, ids, table: addresses of T[rows, H], i32[rows], T[count, H]; num_rows: address of i32[1],
@@ -49,7 +50,9 @@ def make_gather_kernel() -> Any:
     from row to row; nan: a word.
     Who does what: block r * segments + s copies 4 KiB of row r from byte 4,096 s on: thread i the packs i and
     i + 128 of them, both loads before the first store. Rows at and past the real number are neither read nor
-    written. Registers: 40 at most. No shared memory.
+    written. Registers: 32 at most. No shared memory.
+    Dependent launches (pdl): the next launch may begin at once. This one begins when all before it have
+    ended: a chain of dependent launches begins here, and what its kernels read early is there.
     """
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
     real_rows = make_real_rows()
@@ -58,6 +61,8 @@ def make_gather_kernel() -> Any:
         out: Any, ids: Any, table: Any, num_rows: Any, rows: Any, count: Any, packs: Any, segments: Any,
         out_stride: Any, table_stride: Any, nan: Any,
     ) -> None:  # fmt: skip
+        if pdl:
+            griddep_launch()
         block = uint32(cuda.blockIdx.x)
         row = int32(block // uint32(segments))
         if row < real_rows(num_rows, rows):
@@ -80,18 +85,24 @@ def make_gather_kernel() -> Any:
 
 
 @cache
-def gather_kernel() -> Kernel:
-    """The one kernel, compiled when first launched."""
-    return Kernel("gather_warp", make_gather_kernel, (), SIGNATURE, THREADS, archs=ARCHS)
+def gather_kernel(pdl: bool) -> Kernel:
+    """The kernel, compiled when first launched."""
+    return warp_kernel("gather_warp", make_gather_kernel, (), SIGNATURE, THREADS, pdl, waits=False)
 
 
 def kernels() -> Iterator[Kernel]:
     """For building it ahead."""
-    yield gather_kernel()
+    yield from (gather_kernel(pdl) for pdl in (False, True))
 
 
 def plan_gather(
-    op: str, out: View, ids: View, table: View, num_rows: View | None, names: tuple[str, str, str]
+    op: str,
+    out: View,
+    ids: View,
+    table: View,
+    num_rows: View | None,
+    names: tuple[str, str, str],
+    pdl: bool = False,
 ) -> Plan | None:
     """The launch of out[r] = table[ids[r]]; None for nothing to do. names: of out, ids and table.
 
@@ -115,7 +126,7 @@ def plan_gather(
         out_at, ids_at, table_at, count_address(op, num_rows), rows, table.shape[0], packs, segments,
         row_bytes(out), row_bytes(table), NAN[NAMES[out.dtype]],
     )  # fmt: skip
-    return Plan(gather_kernel(), rows * segments, arguments)
+    return Plan(gather_kernel(pdl), rows * segments, arguments)
 
 
 @lru_cache(maxsize=4096)
@@ -123,7 +134,7 @@ def prepared(
     op: str, out: View, ids: View, table: View, num_rows: View | None, names: tuple[str, str, str]
 ) -> Launch | None:
     """plan_gather's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(op, plan_gather(op, out, ids, table, num_rows, names))
+    return plan_and_prepare(op, plan_gather, op, out, ids, table, num_rows, names)
 
 
 EMBEDDING = ("out", "token_ids", "weight")

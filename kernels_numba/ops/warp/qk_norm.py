@@ -15,7 +15,6 @@ from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
-    ARCHS,
     HALVES,
     HEAD_DIMS,
     NAMES,
@@ -23,10 +22,11 @@ from kernels_numba.ops.warp.door import (
     View,
     count_address,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
+    warp_kernel,
 )
 from kernels_numba.ops.warp.elements import (
     ELEMENTS,
@@ -37,6 +37,7 @@ from kernels_numba.ops.warp.elements import (
     make_sum_of_squares,
 )
 from kernels_numba.ptx.arith import add_f32, divide_f32, select_i32
+from kernels_numba.ptx.griddep import griddep_launch, griddep_wait
 from kernels_numba.ptx.packs import ld_global_nc_v4_if_at, ld_global_v4_if_at, st_global_v4_if_at
 from kernels_numba.ptx.quotients import sqrt_f32
 
@@ -47,7 +48,7 @@ HELD = 3  # heads of which a lane holds a pack at once
 HELD_WORDS = 4 * HELD
 
 
-def make_qk_norm_kernel(head_dim: int, dtype: str) -> Any:
+def make_qk_norm_kernel(head_dim: int, dtype: str, pdl: bool = False) -> Any:
     """x / sqrt(mean(x^2) + eps) * weight for every head of q and k, in place.
 
     Arguments: q, k: addresses of T[rows, num_q_heads, D], T[rows, num_kv_heads, D]; q_weight, k_weight: of
@@ -58,6 +59,8 @@ def make_qk_norm_kernel(head_dim: int, dtype: str) -> Any:
     those of q, then those of k. Rows at and past the real number are neither read nor written.
     The order of the sum of squares: a lane's elements ascending, one fma each, then lanes D / 16, ..., 2, 1
     apart. It depends on D alone.
+    Dependent launches (pdl): the next launch may begin at once, and this one waits for those before it before
+    it reads or writes anything; so it may be anywhere in a chain of them.
     Rounding: as in rms_norm's warp kernel. Registers: 64 at most. No shared memory.
     """
     int32, int64 = cuda.types.int32, cuda.types.int64
@@ -71,6 +74,9 @@ def make_qk_norm_kernel(head_dim: int, dtype: str) -> Any:
         q: Any, k: Any, q_weight: Any, k_weight: Any, num_rows: Any, rows: Any, num_q_heads: Any,
         num_heads: Any, q_stride: Any, k_stride: Any, eps: Any,
     ) -> None:  # fmt: skip
+        if pdl:
+            griddep_launch()
+            griddep_wait()
         row = int32(cuda.blockIdx.x)
         if row < real_rows(num_rows, rows):
             thread = int32(cuda.threadIdx.x)
@@ -108,22 +114,21 @@ def make_qk_norm_kernel(head_dim: int, dtype: str) -> Any:
 
 
 @cache
-def qk_norm_kernel(head_dim: int, dtype: str) -> Kernel:
+def qk_norm_kernel(head_dim: int, dtype: str, pdl: bool) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
-    return Kernel(
-        f"qk_norm_warp_d{head_dim}_{dtype}", lambda: make_qk_norm_kernel(head_dim, dtype), (head_dim, dtype),
-        SIGNATURE, THREADS, archs=ARCHS,
-    )  # fmt: skip
+    name = f"qk_norm_warp_d{head_dim}_{dtype}"
+    return warp_kernel(name, make_qk_norm_kernel, (head_dim, dtype), SIGNATURE, THREADS, pdl)
 
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel that an engine in bfloat16 can pick, for building them ahead."""
-    for head_dim in HEAD_DIMS:
-        yield qk_norm_kernel(head_dim, "bfloat16")
+    for pdl in (False, True):
+        for head_dim in HEAD_DIMS:
+            yield qk_norm_kernel(head_dim, "bfloat16", pdl)
 
 
 def plan_qk_norm(
-    q: View, k: View, q_weight: View, k_weight: View, num_rows: View | None, eps: float
+    q: View, k: View, q_weight: View, k_weight: View, num_rows: View | None, eps: float, pdl: bool = False
 ) -> Plan | None:
     """The launch for these operands; None for nothing to do.
 
@@ -147,7 +152,7 @@ def plan_qk_norm(
     arguments = (
         *at, count_address(OP, num_rows), rows, num_q_heads, num_heads, row_bytes(q), row_bytes(k), eps,
     )  # fmt: skip
-    return Plan(qk_norm_kernel(head_dim, NAMES[q.dtype]), rows, arguments)
+    return Plan(qk_norm_kernel(head_dim, NAMES[q.dtype], pdl), rows, arguments)
 
 
 @lru_cache(maxsize=4096)
@@ -155,7 +160,7 @@ def prepared(
     q: View, k: View, q_weight: View, k_weight: View, num_rows: View | None, eps: float
 ) -> Launch | None:
     """plan_qk_norm's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(OP, plan_qk_norm(q, k, q_weight, k_weight, num_rows, eps))
+    return plan_and_prepare(OP, plan_qk_norm, q, k, q_weight, k_weight, num_rows, eps)
 
 
 def qk_norm_warp(

@@ -16,7 +16,6 @@ from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
-    ARCHS,
     HALVES,
     MAX_HIDDEN,
     NAMES,
@@ -25,10 +24,11 @@ from kernels_numba.ops.warp.door import (
     count_address,
     multiple_of_8,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
+    warp_kernel,
 )
 from kernels_numba.ops.warp.elements import (
     ELEMENTS,
@@ -41,6 +41,7 @@ from kernels_numba.ops.warp.elements import (
     make_sum_of_squares,
 )
 from kernels_numba.ptx.arith import add_f32, divide_f32
+from kernels_numba.ptx.griddep import griddep_launch, griddep_wait
 from kernels_numba.ptx.packs import ld_global_nc_v4_if_at, ld_global_v4_if_at, st_global_v4_if_at
 from kernels_numba.ptx.quotients import sqrt_f32
 
@@ -74,7 +75,7 @@ def pick_rms_norm_config(hidden_size: int) -> RmsNormConfig:
     raise ValueError(f"{OP}: hidden size is {hidden_size}; at most {MAX_HIDDEN} is required")
 
 
-def make_rms_norm_kernel(config: RmsNormConfig, dtype: str, has_residual: bool) -> Any:
+def make_rms_norm_kernel(config: RmsNormConfig, dtype: str, has_residual: bool, pdl: bool = False) -> Any:
     """out = x / sqrt(mean(x^2) + eps) * weight; with has_residual, x is residual + x, rounded and stored as
     the new residual first.
 
@@ -86,8 +87,10 @@ def make_rms_norm_kernel(config: RmsNormConfig, dtype: str, has_residual: bool) 
     real number are neither read nor written. `out` may be `x`.
     The order of the sum of squares: each thread's elements ascending, one fma each; lanes 16, 8, 4, 2, 1
     apart; warps ascending. It depends on H alone.
+    Dependent launches (pdl): the next launch may begin at once, and this one waits for those before it before
+    it reads or writes anything; so it may be anywhere in a chain of them.
     Rounding: residual + x once; mean, sum with eps, root and reciprocal each to nearest; value x scale, then
-    x weight, then once to T. Shared memory: f32[warps] partial sums, one barrier. Registers: 64 at most, 80
+    x weight, then once to T. Shared memory: f32[warps] partial sums, one barrier. Registers: 48 at most, 80
     with four packs.
     """
     threads, packs_held, held_words = config.threads, config.packs, 4 * config.packs
@@ -108,6 +111,9 @@ def make_rms_norm_kernel(config: RmsNormConfig, dtype: str, has_residual: bool) 
         out: Any, x: Any, weight: Any, residual: Any, num_rows: Any, rows: Any, packs: Any, out_stride: Any,
         x_stride: Any, residual_stride: Any, width: Any, eps: Any,
     ) -> None:  # fmt: skip
+        if pdl:
+            griddep_launch()
+            griddep_wait()
         row = int32(cuda.blockIdx.x)
         if row < real_rows(num_rows, rows):
             thread = int32(cuda.threadIdx.x)
@@ -146,25 +152,30 @@ def make_rms_norm_kernel(config: RmsNormConfig, dtype: str, has_residual: bool) 
 
 
 @cache
-def rms_norm_kernel(config: RmsNormConfig, dtype: str, has_residual: bool) -> Kernel:
+def rms_norm_kernel(config: RmsNormConfig, dtype: str, has_residual: bool, pdl: bool) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
     words = ["rms_norm_warp", f"{config.threads}x{config.packs}", dtype]
     words += ["residual"] if has_residual else []
-    return Kernel(
-        "_".join(words), lambda: make_rms_norm_kernel(config, dtype, has_residual),
-        (config, dtype, has_residual), SIGNATURE, config.threads, archs=ARCHS,
-    )  # fmt: skip
+    specialised = (config, dtype, has_residual)
+    return warp_kernel("_".join(words), make_rms_norm_kernel, specialised, SIGNATURE, config.threads, pdl)
 
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel that an engine in bfloat16 can pick, for building them ahead."""
-    for has_residual in (False, True):
-        for config in CONFIGS:
-            yield rms_norm_kernel(config, "bfloat16", has_residual)
+    for pdl in (False, True):
+        for has_residual in (False, True):
+            for config in CONFIGS:
+                yield rms_norm_kernel(config, "bfloat16", has_residual, pdl)
 
 
 def plan_rms_norm(
-    out: View, x: View, weight: View, residual: View | None, num_rows: View | None, eps: float
+    out: View,
+    x: View,
+    weight: View,
+    residual: View | None,
+    num_rows: View | None,
+    eps: float,
+    pdl: bool = False,
 ) -> Plan | None:
     """The launch for these operands; None for nothing to do.
 
@@ -189,7 +200,8 @@ def plan_rms_norm(
         *at, count_address(OP, num_rows), rows, hidden // ELEMENTS, row_bytes(out), row_bytes(x),
         row_bytes(residual) if residual else 0, float(hidden), eps,
     )  # fmt: skip
-    return Plan(rms_norm_kernel(config, NAMES[out.dtype], residual is not None), rows, arguments)
+    kernel = rms_norm_kernel(config, NAMES[out.dtype], residual is not None, pdl)
+    return Plan(kernel, rows, arguments)
 
 
 @lru_cache(maxsize=4096)
@@ -197,7 +209,7 @@ def prepared(
     out: View, x: View, weight: View, residual: View | None, num_rows: View | None, eps: float
 ) -> Launch | None:
     """plan_rms_norm's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(OP, plan_rms_norm(out, x, weight, residual, num_rows, eps))
+    return plan_and_prepare(OP, plan_rms_norm, out, x, weight, residual, num_rows, eps)
 
 
 def rms_norm_warp(

@@ -15,7 +15,6 @@ from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
-    ARCHS,
     FLOAT32,
     HALVES,
     HEAD_DIMS,
@@ -26,14 +25,16 @@ from kernels_numba.ops.warp.door import (
     count_address,
     indices,
     packed,
+    plan_and_prepare,
     power_of_two,
-    ready,
     row_bytes,
     view,
     view_count,
+    warp_kernel,
 )
 from kernels_numba.ops.warp.elements import ELEMENTS, PACK, make_elements, make_real_rows
 from kernels_numba.ptx.arith import fma_f32, mul_f32, select_f32
+from kernels_numba.ptx.griddep import griddep_launch, griddep_wait
 from kernels_numba.ptx.ldst import ld_global_i32
 from kernels_numba.ptx.packs import ld_global_nc_v4_if_at, ld_global_v4_if_at, st_global_v4_if_at
 
@@ -47,7 +48,7 @@ HELD = 2  # heads of which a thread holds eight pairs at once
 HELD_WORDS = 4 * HELD
 
 
-def make_rope_store_kv_kernel(head_dim: int, dtype: str) -> Any:
+def make_rope_store_kv_kernel(head_dim: int, dtype: str, pdl: bool = False) -> Any:
     """x'[i] = x[i] cos[i] - x[i + D/2] sin[i], x'[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i] for the heads of
     q and k, in place; then k' and v of row t to page slot / block_size, key slot % block_size, of k_cache and
     v_cache, where slot = slot_mapping[t].
@@ -63,7 +64,9 @@ def make_rope_store_kv_kernel(head_dim: int, dtype: str) -> Any:
     128 packs of v are on their way before that. Rows at and past the real number are neither read nor
     written; a slot below 0 or past the cache stores nothing; a position outside the table turns to NaN.
     Rounding: fma(x, cos, -(y sin)) and fma(y, cos, x sin), once to T: the bits of rope, then store_kv.
-    Registers: 80 at most. No shared memory.
+    Dependent launches (pdl): the next launch may begin at once, and this one waits for those before it before
+    it reads or writes anything; so it may be anywhere in a chain of them.
+    Registers: 96 at most. No shared memory.
     """
     int32, int64 = cuda.types.int32, cuda.types.int64
     lanes = head_dim // (2 * ELEMENTS)
@@ -92,6 +95,9 @@ def make_rope_store_kv_kernel(head_dim: int, dtype: str) -> Any:
         num_rows: Any, rows: Any, num_q_heads: Any, num_kv_heads: Any, q_stride: Any, k_stride: Any,
         v_stride: Any, max_pos: Any, slots: Any, shift: Any,
     ) -> None:  # fmt: skip
+        if pdl:
+            griddep_launch()
+            griddep_wait()
         row = int32(cuda.blockIdx.x)
         if row < real_rows(num_rows, rows):
             thread = int32(cuda.threadIdx.x)
@@ -167,23 +173,22 @@ def make_rope_store_kv_kernel(head_dim: int, dtype: str) -> Any:
 
 
 @cache
-def rope_store_kv_kernel(head_dim: int, dtype: str) -> Kernel:
+def rope_store_kv_kernel(head_dim: int, dtype: str, pdl: bool) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
-    return Kernel(
-        f"rope_store_kv_warp_d{head_dim}_{dtype}", lambda: make_rope_store_kv_kernel(head_dim, dtype),
-        (head_dim, dtype), SIGNATURE, THREADS, archs=ARCHS,
-    )  # fmt: skip
+    name = f"rope_store_kv_warp_d{head_dim}_{dtype}"
+    return warp_kernel(name, make_rope_store_kv_kernel, (head_dim, dtype), SIGNATURE, THREADS, pdl)
 
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel that an engine in bfloat16 can pick, for building them ahead."""
-    for head_dim in HEAD_DIMS:
-        yield rope_store_kv_kernel(head_dim, "bfloat16")
+    for pdl in (False, True):
+        for head_dim in HEAD_DIMS:
+            yield rope_store_kv_kernel(head_dim, "bfloat16", pdl)
 
 
 def plan_rope_store_kv(
     q: View, k: View, v: View, positions: View, cos_sin: View, k_cache: View, v_cache: View,
-    slot_mapping: View, num_rows: View | None,
+    slot_mapping: View, num_rows: View | None, pdl: bool = False
 ) -> Plan | None:  # fmt: skip
     """The launch for these operands; None for nothing to do.
 
@@ -219,7 +224,7 @@ def plan_rope_store_kv(
         num_kv_heads, row_bytes(q), row_bytes(k), row_bytes(v), cos_sin.shape[0], num_blocks * block_size,
         block_size.bit_length() - 1,
     )  # fmt: skip
-    return Plan(rope_store_kv_kernel(head_dim, NAMES[q.dtype]), rows, arguments)
+    return Plan(rope_store_kv_kernel(head_dim, NAMES[q.dtype], pdl), rows, arguments)
 
 
 @lru_cache(maxsize=4096)
@@ -228,8 +233,8 @@ def prepared(
     slot_mapping: View, num_rows: View | None,
 ) -> Launch | None:  # fmt: skip
     """plan_rope_store_kv's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(
-        OP, plan_rope_store_kv(q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, num_rows)
+    return plan_and_prepare(
+        OP, plan_rope_store_kv, q, k, v, positions, cos_sin, k_cache, v_cache, slot_mapping, num_rows
     )
 
 

@@ -15,20 +15,21 @@ from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
-    ARCHS,
     HALVES,
     NAMES,
     Plan,
     View,
     count_address,
     packed,
-    ready,
+    plan_and_prepare,
     row_bytes,
     view,
     view_count,
+    warp_kernel,
 )
 from kernels_numba.ops.warp.elements import ELEMENTS, PACK, make_elements, make_real_rows
 from kernels_numba.ptx.arith import add_f32, ex2_f32, mul_f32
+from kernels_numba.ptx.griddep import griddep_launch, griddep_wait
 from kernels_numba.ptx.packs import ld_global_v4_if_at, st_global_v4_if_at
 from kernels_numba.ptx.quotients import divide_full_f32
 
@@ -41,7 +42,7 @@ BLOCK_GROUPS = THREADS * GROUPS
 LOG2_E = 1.4426950408889634
 
 
-def make_silu_mul_kernel(dtype: str) -> Any:
+def make_silu_mul_kernel(dtype: str, pdl: bool = False) -> Any:
     """out[t, n] = g / (1 + 2^(-g log2 e)) * u with g = gate_up[t, 16 (n / 8) + n % 8], u 8 columns further.
 
     Arguments: out, gate_up: addresses of T[rows, I], T[rows, 2 I]; num_rows: address of i32[1], the real
@@ -52,6 +53,8 @@ def make_silu_mul_kernel(dtype: str) -> Any:
     line in L1. All loads come before the first store. Rows at and past the real number are neither read nor
     written.
     Rounding: float32 throughout (2^x within 2 units in the last place, the quotient too), once to T.
+    Dependent launches (pdl): the next launch may begin at once, and this one waits for those before it before
+    it reads or writes anything; so it may be anywhere in a chain of them.
     Registers: 48 at most. No shared memory.
     """
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
@@ -67,6 +70,9 @@ def make_silu_mul_kernel(dtype: str) -> Any:
         out: Any, gate_up: Any, num_rows: Any, rows: Any, groups: Any, segments: Any, out_stride: Any,
         gate_up_stride: Any,
     ) -> None:  # fmt: skip
+        if pdl:
+            griddep_launch()
+            griddep_wait()
         block = uint32(cuda.blockIdx.x)
         row = int32(block // uint32(segments))
         if row < real_rows(num_rows, rows):
@@ -93,24 +99,17 @@ def make_silu_mul_kernel(dtype: str) -> Any:
 
 
 @cache
-def silu_mul_kernel(dtype: str) -> Kernel:
+def silu_mul_kernel(dtype: str, pdl: bool) -> Kernel:
     """The kernel of an element type, compiled when first launched."""
-    return Kernel(
-        f"silu_mul_warp_{dtype}",
-        lambda: make_silu_mul_kernel(dtype),
-        (dtype,),
-        SIGNATURE,
-        THREADS,
-        archs=ARCHS,
-    )
+    return warp_kernel(f"silu_mul_warp_{dtype}", make_silu_mul_kernel, (dtype,), SIGNATURE, THREADS, pdl)
 
 
 def kernels() -> Iterator[Kernel]:
     """What an engine in bfloat16 can pick, for building it ahead."""
-    yield silu_mul_kernel("bfloat16")
+    yield from (silu_mul_kernel("bfloat16", pdl) for pdl in (False, True))
 
 
-def plan_silu_mul(out: View, gate_up: View, num_rows: View | None) -> Plan | None:
+def plan_silu_mul(out: View, gate_up: View, num_rows: View | None, pdl: bool = False) -> Plan | None:
     """The launch for these operands; None for nothing to do.
 
     out T[rows, I], gate_up T[rows, 2 I], T bfloat16 bits or float16, I a multiple of 8; rows may be cut from
@@ -129,13 +128,13 @@ def plan_silu_mul(out: View, gate_up: View, num_rows: View | None) -> Plan | Non
     arguments = (
         *at, count_address(OP, num_rows), rows, groups, segments, row_bytes(out), row_bytes(gate_up),
     )  # fmt: skip
-    return Plan(silu_mul_kernel(NAMES[out.dtype]), rows * segments, arguments)
+    return Plan(silu_mul_kernel(NAMES[out.dtype], pdl), rows * segments, arguments)
 
 
 @lru_cache(maxsize=4096)
 def prepared(out: View, gate_up: View, num_rows: View | None) -> Launch | None:
     """plan_silu_mul's launch, ready to be repeated. ValueError on a GPU that is too old."""
-    return ready(OP, plan_silu_mul(out, gate_up, num_rows))
+    return plan_and_prepare(OP, plan_silu_mul, out, gate_up, num_rows)
 
 
 def silu_mul_warp(out: Any, gate_up: Any, *, stream: Any = None, num_rows: Any = None) -> None:
