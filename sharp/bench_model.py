@@ -28,6 +28,7 @@ from sharp.workloads import Arrival
 
 GATE = 4  # requests whose answers are computed again, alone
 BUSY_STEPS = 500
+QUEUE = 1 << 20  # requests: a load that comes all at once waits, however large it is
 # The largest step and the seats of the engine that is measured: one step's tokens keep the tensor cores busy
 # and let a prompt in beside all decodes; two cores take a sixteenth of it in as long.
 OPTIONS = {
@@ -152,7 +153,9 @@ def open_model(
     checkpoint = RandomCheckpoint(shape) if kind == "random" else open_checkpoint(name)
     device = open_device(device_name, dtype)
     chosen = {**options_of(device.kind, checkpoint.config), **options}
-    config = EngineConfig(device=device.kind, dtype=device.dtype, prefix_caching=False, **chosen)
+    config = EngineConfig(
+        device=device.kind, dtype=device.dtype, prefix_caching=False, max_queue_len=QUEUE, **chosen
+    )
     start = time.perf_counter()
     model = Model(checkpoint, config, device)
     say(f"{name} loaded in {time.perf_counter() - start:.1f} s: {model.device_name}")

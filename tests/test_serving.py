@@ -181,6 +181,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert any(event["name"] == "commit" for event in json.loads(trace.read_text())["traceEvents"])
 
 
+def test_no_load_is_too_large_for_the_queue() -> None:
+    one = bench_model.open_model(str(TINY), "cpu", "float32", "0123abc", {}, lambda text: None)
+    assert one.config.max_queue_len > bench_serve.MAX_PROMPTS
+    assert not one.config.prefix_caching
+    assert one.name == "tiny"
+    one.model.close()
+
+
 def results_commit() -> str:
     import subprocess
 
