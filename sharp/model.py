@@ -32,9 +32,6 @@ from typing import Any, cast
 
 from kernels_numba.ops import resolve
 from kernels_numba.ops.apply_step import StepLayout
-from kernels_numba.ops.decode_attention import door as decode_door
-from kernels_numba.ops.gemm.door import best_rung, refusal
-from kernels_numba.ops.prefill_attention import door as prefill_door
 from sharp import driver
 from sharp.budget import Budget, plan_memory, weight_bytes
 from sharp.config import EngineConfig, ModelConfig
@@ -44,7 +41,7 @@ from sharp.fits import refuse_if_too_large
 from sharp.layout import aligned, workspace
 from sharp.plan import BatchPlan, Int32, SampleOutput
 from sharp.rope import rope_table
-from sharp.rungs import describe_rungs, sample_rungs, small_op_rungs
+from sharp.rungs import choose_rungs, describe_rungs, refuse_rungs
 from sharp.runtime import device_bytes, open_runtime, predicted_bytes
 from sharp.sampling import sample
 from sharp.staging import DeviceBatch, StepArrays, stage, staging_bytes
@@ -181,35 +178,9 @@ class Model(Eager):
                 f"{self.config.max_position_embeddings} positions"
             )
         c = self.config
-        heads = c.num_q_heads + 2 * c.num_kv_heads
-        sizes = (c.hidden_size, heads * c.head_dim, c.num_q_heads * c.head_dim, c.intermediate_size)
-        gemm = best_rung(device.default_rung, device.capability, device.dtype, sizes)
-        small = small_op_rungs(
-            device.default_rung, device.capability, device.dtype, c, config.block_size, config.rungs
-        )
-        sampler = sample_rungs(device.default_rung, device.capability, config.rungs)
-        self.rungs = {"gemm": gemm, **small, **sampler, **config.rungs}
+        self.rungs = choose_rungs(c, config, device)
         self.ops = resolve(device.default_rung, self.rungs)
-        elsewhere = "plain" if device.kind == "cpu" else "reference"
-        for op, rung in config.rungs.items():
-            if rung == elsewhere:
-                raise ValueError(
-                    f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})"
-                )
-        why_not = refusal(self.rungs["gemm"], device.capability, device.dtype, sizes)
-        if why_not:
-            raise ValueError(f"rung {self.rungs['gemm']!r} of gemm does not run this model: {why_not}")
-        # Never picked by itself while prefill has no tensor-core rung: decode would round otherwise than a
-        # chunk of the same tokens, and a request's bits would depend on how it was cut.
-        decode, group = self.rungs.get("decode_attention", ""), c.num_q_heads // c.num_kv_heads
-        where = device.capability, device.dtype, c.head_dim, group, config.block_size
-        why_not = decode_door.refusal(decode, *where)
-        if why_not:
-            raise ValueError(f"rung {decode!r} of decode_attention does not run this model: {why_not}")
-        prefill = self.rungs.get("prefill_attention", "")
-        why_not = prefill_door.refusal(*where) if prefill == prefill_door.RUNG else ""
-        if why_not:
-            raise ValueError(f"rung {prefill!r} of prefill_attention does not run this model: {why_not}")
+        refuse_rungs(self.rungs, c, config, device)
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         layout = StepLayout(config.max_num_batched_tokens, rows, -(-self.max_model_len // self.block_size))
         staging = staging_bytes(layout.max_tokens, rows, layout.max_pages)

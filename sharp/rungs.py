@@ -1,16 +1,63 @@
-"""Which kernels the ops between the products take: the warp rungs, where they can run the model.
+"""Which kernels a model's ops take: the fastest that can run it, and what the configuration forces.
 
-Knows: a model's sizes and what the engine's configuration forces. Refuses to know: kernels, and the rungs of
-the products and of attention (model.py asks their own doors).
+Knows: a model's sizes, the device, and whose door to ask. Refuses to know: kernels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
+from kernels_numba.ops.decode_attention import door as decode_door
+from kernels_numba.ops.gemm import door as gemm_door
+from kernels_numba.ops.prefill_attention import door as prefill_door
 from kernels_numba.ops.sample.warp import refusal as sample_refusal
 from kernels_numba.ops.warp.door import OPS, RUNG, Sizes, refusal, warp_rungs
 from sharp.model_config import ModelConfig
+
+if TYPE_CHECKING:
+    from sharp.config import EngineConfig
+    from sharp.device import Device
+
+
+def _products(model: ModelConfig) -> tuple[int, ...]:
+    """N and K of the products."""
+    heads = model.num_q_heads + 2 * model.num_kv_heads
+    inner = model.num_q_heads * model.head_dim
+    return (model.hidden_size, heads * model.head_dim, inner, model.intermediate_size)
+
+
+def choose_rungs(model: ModelConfig, config: EngineConfig, device: Device) -> dict[str, str]:
+    """op -> rung, of those that are not the device's default or are forced. ValueError as small_op_rungs and
+    sample_rungs.
+
+    Attention's tensor-core rungs are not picked while prefill's is not proven: with one alone, decode would
+    round otherwise than a chunk of the same tokens, and a request's bits would depend on how it was cut.
+    """
+    default, capability = device.default_rung, device.capability
+    gemm = gemm_door.best_rung(default, capability, device.dtype, _products(model))
+    small = small_op_rungs(default, capability, device.dtype, model, config.block_size, config.rungs)
+    return {"gemm": gemm, **small, **sample_rungs(default, capability, config.rungs), **config.rungs}
+
+
+def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineConfig, device: Device) -> None:
+    """ValueError, with the reason, for a rung of the other kind of device, or of the products or attention
+    that cannot run the model."""
+    elsewhere = "plain" if device.kind == "cpu" else "reference"
+    for op, rung in config.rungs.items():
+        if rung == elsewhere:
+            raise ValueError(f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})")
+    decode, prefill = rungs.get("decode_attention", ""), rungs.get("prefill_attention", "")
+    group = model.num_q_heads // model.num_kv_heads
+    where = device.capability, device.dtype, model.head_dim, group, config.block_size
+    reasons = {
+        "gemm": gemm_door.refusal(rungs["gemm"], device.capability, device.dtype, _products(model)),
+        "decode_attention": decode_door.refusal(decode, *where),
+        "prefill_attention": prefill_door.refusal(*where) if prefill == prefill_door.RUNG else "",
+    }
+    for op, why_not in reasons.items():
+        if why_not:
+            raise ValueError(f"rung {rungs[op]!r} of {op} does not run this model: {why_not}")
 
 
 def small_op_rungs(

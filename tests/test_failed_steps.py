@@ -291,7 +291,7 @@ def test_a_lost_context_ends_the_engine(where: str, overlap: bool, monkeypatch: 
         engine = make_engine(where, {2}, overlap)
         engine.model.error = error  # type: ignore[attr-defined]
         engine.add_request([5], GREEDY)
-        monkeypatch.setattr(driver, "_poison", "waiting: CUDA_ERROR_ILLEGAL_ADDRESS")
+        monkeypatch.setattr(driver, "poisoned", lambda: "waiting: CUDA_ERROR_ILLEGAL_ADDRESS")
         with pytest.raises(driver.CudaError, match="the driver says"):
             drain(engine)
         with pytest.raises(EngineDead, match="the driver says"):
