@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sharp.cli.errors import INTERRUPTED, CommandError, bad_input, explain, say
+from sharp.cli.tracing import TraceOut, check_trace_out, traced
 from sharp.demo import DEMO_MODEL, PROMPT_CHUNK
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     rung: Rung = None,
+    trace_out: TraceOut = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON object a request on stdout.")] = False,
 ) -> None:
     """Continue prompts. Answers go to stdout, everything else to stderr."""
@@ -91,9 +93,10 @@ def generate(
     params = sampling(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, n=n, seed=seed
     )
-    caching = not no_prefix_caching
+    check_trace_out(trace_out)
+    options = {"prefix_caching": not no_prefix_caching}
     # bad_input: what the engine refuses at its door: an empty prompt, one too long, no token id of this model
-    with load(model, device, dtype, rung, prefix_caching=caching) as llm, bad_input():
+    with load(model, device, dtype, rung, **options) as llm, bad_input(), traced(llm, trace_out):
         outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
     if json:
         for found in answers_json(outputs):
@@ -115,12 +118,15 @@ def chat(
     device: Device = "auto",
     dtype: Dtype = "auto",
     rung: Rung = None,
+    trace_out: TraceOut = None,
 ) -> None:
     """Talk with a chat model. /reset forgets, /exit ends, Ctrl-C stops an answer."""
     from sharp.cli.chat import chat_loop
 
     params = sampling(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    with load(model, device, dtype, rung, prefix_caching=not no_prefix_caching) as llm:
+    check_trace_out(trace_out)
+    options = {"prefix_caching": not no_prefix_caching}
+    with load(model, device, dtype, rung, **options) as llm, traced(llm, trace_out):
         chat_loop(llm, params, system)
 
 
@@ -226,6 +232,7 @@ def demo(
     device: Device = "auto",
     dtype: Dtype = "auto",
     rung: Rung = None,
+    trace_out: TraceOut = None,
 ) -> None:
     """Run eight chats side by side through one engine."""
     from rich.console import Console
@@ -234,10 +241,12 @@ def demo(
     from sharp.pull import pull as fetch
     from sharp.pull import read_manifest
 
+    check_trace_out(trace_out)
     if model in read_manifest():
         fetch(model, progress=sys.stderr.isatty())
     sampling(max_tokens=max_tokens)
-    with load(model, device, dtype, rung, long_prefill_token_threshold=PROMPT_CHUNK) as llm, bad_input():
+    options = {"long_prefill_token_threshold": PROMPT_CHUNK}
+    with load(model, device, dtype, rung, **options) as llm, bad_input(), traced(llm, trace_out):
         run_demo(llm, STARTED, max_tokens, Console())
 
 

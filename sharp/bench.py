@@ -1,10 +1,10 @@
 """Benchmarks: of kernels, op by op, of the engine and its scheduler; and the recorded table.
 
 `python -m sharp.bench [OP]` measures kernels on a GPU beside torch (all ops, or one), `... engine` the engine
-beside transformers, `... scheduler` plans, stalls and the simulator, `... import FILE` records what --out
-wrote, `... show` prints what is recorded. Without a GPU, kernels cannot be measured: then the recorded table
-is printed instead; with no op asked for that is all (exit status 0), an op that was asked for makes it a
-failure (1). Knows: words and files. Refuses to know: how anything is timed.
+end to end, `... serve` requests that arrive over time, `... scheduler` plans, stalls and the simulator,
+`... import FILE` records what --out wrote, `... show` prints what is recorded. Without a GPU, kernels cannot
+be measured: then the recorded table is printed instead; with no op asked for that is all (exit status 0), an
+op that was asked for makes it a failure (1). Knows: words and files. Refuses to know: how anything is timed.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _kernel_words(words: list[str]) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(
         prog="sharp.bench", description="Measure kernels on a GPU, beside torch.",
-        epilog="Other commands: engine, scheduler, import FILE, show (each has --help).",
+        epilog="Other commands: engine, serve, scheduler, import FILE, show (each has --help).",
     )  # fmt: skip
     parser.add_argument(
         "op", nargs="?", default="", metavar="OP", help=f"one of {', '.join(OP_NAMES)}; all without it"
@@ -160,9 +160,7 @@ def _kernel_words(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows here, for `import`")
     args = parser.parse_args(words)
     if args.op and args.op not in OP_NAMES:
-        parser.error(
-            f"OP is {args.op!r}; engine, scheduler, import, show or one of {', '.join(OP_NAMES)} is required"
-        )
+        parser.error(f"OP is {args.op!r}; {', '.join(COMMANDS)} or one of {', '.join(OP_NAMES)} is required")
     return args
 
 
@@ -179,19 +177,16 @@ def _kernels(words: list[str]) -> int:
 
 
 def _engine(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="sharp.bench engine", description="The engine on the CPU beside transformers."
-    )
-    parser.add_argument("--against", choices=["transformers"], default="transformers")
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--commit", help="the commit being measured (default: HEAD of a clean checkout)")
-    parser.add_argument("--rounds", type=int, default=LEAST_ROUNDS)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows here, for `import`")
-    args = parser.parse_args(words)
+    from sharp.bench_cases import bench_cases, parser
+
+    args = parser().parse_args(words)
+    if args.against is None:
+        return bench_cases(args)
     from sharp.bench_engine import bench_engine
 
+    model = args.model[0] if args.model else "smollm2-135m-instruct"
     try:
-        rows = bench_engine(args.model, args.commit or head_commit(), args.rounds)
+        rows = bench_engine(model, args.commit or head_commit(), args.rounds or LEAST_ROUNDS)
     except ValueError as error:
         sys.exit(f"not measured: {error}")
     if args.out:
@@ -231,13 +226,19 @@ def _show(words: list[str]) -> int:
     return 0
 
 
+def _serve(words: list[str]) -> int:
+    from sharp.bench_serve import main as bench_serve
+
+    return bench_serve(words)
+
+
 def _scheduler(words: list[str]) -> int:
     from sharp.bench_scheduler import main as bench_scheduler
 
     return bench_scheduler(words)
 
 
-COMMANDS = {"engine": _engine, "scheduler": _scheduler, "import": _import, "show": _show}
+COMMANDS = {"engine": _engine, "scheduler": _scheduler, "serve": _serve, "import": _import, "show": _show}
 
 
 def main(argv: list[str] | None = None) -> None:

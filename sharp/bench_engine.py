@@ -20,7 +20,8 @@ from sharp import results
 NEAR_TIE = 0.02  # logits: under this top-2 margin of the baseline, either token is a right answer
 SOURCES = (
     "sharp/engine.py", "sharp/scheduler.py", "sharp/running.py", "sharp/batching.py", "sharp/pagebook.py",
-    "sharp/model.py", "sharp/staging.py", "sharp/sampling.py",
+    "sharp/model.py", "sharp/staging.py", "sharp/sampling.py", "sharp/pipeline.py", "sharp/flights.py",
+    "sharp/eager.py", "sharp/runtime.py", "sharp/graphs.py", "sharp/buckets.py", "sharp/step_buffers.py",
 )  # fmt: skip
 
 

@@ -37,6 +37,7 @@ from sharp.request import (
 )
 from sharp.scheduler import Scheduler
 from sharp.trace import RunStats, StepRecord
+from sharp.trace_events import Trace
 
 
 class Engine:
@@ -210,6 +211,11 @@ class Engine:
     def log(self) -> EventLog:
         """All that the scheduler was asked and said: log.save(path)."""
         return self._pipeline.log
+
+    @property
+    def trace(self) -> Trace:
+        """When each phase of the latest steps ran: trace.save(path)."""
+        return self._pipeline.watch.trace
 
     @property
     def last_plan(self) -> BatchPlan | None:

@@ -24,7 +24,7 @@ PACKAGES = (
     "numpy", "ml-dtypes", "tokenizers", "safetensors", "gguf", "huggingface-hub", "jinja2",
     "msgspec", "typer", "rich", "tqdm",
     "numba", "llvmlite", "numba-cuda", "cuda-core", "cuda-bindings", "nvidia-cuda-nvcc",
-    "nvidia-cuda-nvcc-cu12",
+    "nvidia-cuda-nvcc-cu12", "nvtx",
 )  # fmt: skip
 # Environment variables that change how fast or whether things run.
 VARIABLES = re.compile(r"(CUDA|NUMBA|OMP|OPENBLAS|MKL|VECLIB)_\w+|SHARP_\w+|XDG_CACHE_HOME")

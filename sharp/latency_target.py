@@ -94,6 +94,10 @@ class LatencyTarget(SchedulingPolicy):
         ordered = sorted(ratios)
         self._factors[kind] = ordered[math.ceil(QUANTILE * len(ordered)) - 1]
 
+    def predict(self, plan: BatchPlan) -> float | None:
+        work = StepWork.of(plan)
+        return self._factors["mixed" if work.chunks else "decode"] * self.predictor.seconds(work)
+
     def options(self) -> dict[str, Any]:
         curves: dict[str, Any] = {}
         if not self.guessing:

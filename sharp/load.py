@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -27,7 +28,9 @@ class Load:
     """What a run came to, from the first arrival on (standing streams run by then).
 
     itl: of all answers after that moment; ttft: of the workload's requests, by their place in it; answers:
-    token ids by place, standing streams at -1, -2 and so on; tokens: computed in all, prompts included.
+    token ids by place, standing streams at -1, -2 and so on; tokens: computed in all, prompts included;
+    times: by place, seconds from a request's arrival to each of its tokens, of those of the workload that
+    finished.
     """
 
     seconds: float
@@ -39,6 +42,7 @@ class Load:
     steps: int
     refused: int
     unfinished: int
+    times: dict[int, array[float]] = field(default_factory=dict, repr=False)
 
     @property
     def tokens_per_s(self) -> float:
@@ -59,7 +63,14 @@ class _Listener:
         self.started: set[int] = set()
         self.finished: set[int] = set()
         self.answers: dict[int, tuple[int, ...]] = {}
+        self.arrived: dict[int, float] = {}
+        self.times: dict[int, array[float]] = {}  # 8 bytes a token
         self.error: BaseException | None = None
+
+    def arrive(self, place: int, now: float) -> None:
+        with self.changed:
+            self.clock.arrive(place, now)
+            self.arrived[place], self.times[place] = now, array("d")
 
     def put(self, output: RequestOutput | BaseException) -> None:
         now = time.perf_counter()
@@ -71,6 +82,7 @@ class _Listener:
             place, ids = int(output.request_id), output.outputs[0].token_ids
             if len(ids) > len(self.answers.get(place, ())):
                 self.clock.token(place, now)
+                self.times[place].append(now - self.arrived[place])
                 self.answers[place] = ids
             if output.finished:
                 self.finished.add(place)
@@ -100,11 +112,13 @@ def run_load(
     workload: Sequence[Arrival],
     *,
     standing: Sequence[Arrival] = (),
+    prompts: Sequence[list[int]] | None = None,
     duration: float | None = None,
     seed: int = 0,
 ) -> Load:
-    """Run a workload (by time of arrival) in real time. Prompts are random ids, the same for a seed.
+    """Run a workload (by time of arrival) in real time.
 
+    prompts: token ids of the workload's requests, by place; None: random ids, the same for a seed.
     standing: requests that are started first; the workload's time begins when each of them has a token.
     duration: seconds after which all that is unfinished is aborted; None: run to the end.
     Raises the engine's error if it dies.
@@ -113,9 +127,13 @@ def run_load(
     vocab_size = engine.model.config.vocab_size
 
     def request(place: int, arrival: Arrival) -> Request:
-        ids = np.random.default_rng([seed, place + 2**20]).integers(0, vocab_size, arrival.prompt_tokens)
+        if prompts is not None and place >= 0:
+            ids = prompts[place]
+        else:
+            rng = np.random.default_rng([seed, place + 2**20])
+            ids = rng.integers(0, vocab_size, arrival.prompt_tokens).tolist()
         params = SamplingParams(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True)
-        return engine.make_request(ids.tolist(), params, str(place), arrival.priority)
+        return engine.make_request(ids, params, str(place), arrival.priority)
 
     requests: list[tuple[int, Arrival, Any]] = []
     refused = 0
@@ -127,7 +145,7 @@ def run_load(
     background = {-1 - i: request(-1 - i, arrival) for i, arrival in enumerate(standing)}
     engine.start()
     for place, one in background.items():
-        listener.clock.arrive(place, time.perf_counter())
+        listener.arrive(place, time.perf_counter())
         engine.submit(one, cast(Sink, listener))
     listener.wait_for(set(background), "started")
     with listener.changed:
@@ -143,8 +161,7 @@ def run_load(
             break
         if due > time.perf_counter():
             listener.wait_for({len(workload)}, "finished", due)  # nobody has this place: wait until due
-        with listener.changed:
-            listener.clock.arrive(place, due)
+        listener.arrive(place, due)
         try:
             engine.submit(one, cast(Sink, listener))
             sent.add(place)
@@ -158,6 +175,9 @@ def run_load(
         itl, answered = listener.clock.itl, listener.clock.tokens - before
         ttft = {int(str(p)): s for p, s in listener.clock.ttft.items() if int(str(p)) >= 0}
         unfinished = len(sent - listener.finished)
+        times = {place: listener.times[place] for place in sorted(sent & listener.finished)}
     for place in (sent | set(background)) - listener.finished:
         engine.abort(str(place))
-    return Load(seconds, itl, ttft, dict(listener.answers), tokens, answered, steps, refused, unfinished)
+    return Load(
+        seconds, itl, ttft, dict(listener.answers), tokens, answered, steps, refused, unfinished, times
+    )

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NoReturn
 
 from sharp.config import EngineConfig
@@ -27,6 +28,8 @@ from sharp.plan import BatchPlan, Launched, SampleOutput, StepModel
 from sharp.request import Request, Status
 from sharp.scheduler import Scheduler
 from sharp.trace import Phases, RunStats, StepRecord
+from sharp.watch import Watch
+from sharp.watchdog import expected_seconds
 
 
 @dataclass
@@ -64,11 +67,12 @@ class Pipeline:
         self.overlap = overlap
         self.stats = RunStats()
         self.log = EventLog(scheduler)
+        self.watch = Watch(partial(expected_seconds, scheduler, self.stats))  # is told of each phase
         self.last_plan: BatchPlan | None = None
         self._lock, self._die = lock, die
         self._flights: deque[_Flight] = deque()  # launched, oldest first
         self._settled = True  # False: a step was begun and has not come to its end
-        self._landed = 0.0  # when the latest step was committed, by _now()
+        self._landed = 0.0  # when the latest step was committed, by _lap()
         self._left, self._away = 0.0, 0.0  # when step() was last left; seconds between calls of it
 
     @property
@@ -96,13 +100,14 @@ class Pipeline:
             self._fail(*failure)
         self._left, self._settled = time.perf_counter(), True
 
-    def _now(self) -> float:
-        """Seconds, those between two calls of step() left out: a notebook's reader is no part of a step."""
-        return time.perf_counter() - self._away
+    def _lap(self, phase: str | None, step: int | None = None) -> float:
+        """Now, where one phase ends and the next begins, see Watch.lap; in seconds, those between two calls
+        of step() left out: a notebook's reader is no part of a step."""
+        return self.watch.lap(phase, step) - self._away
 
     def _launch(self) -> tuple[_Flight | None, tuple[BatchPlan, BaseException] | None]:
         """The step that was launched, or None; and the plan that could not be, with its error."""
-        began = self._now()
+        began = self._lap("plan")
         with uninterrupted(), self._lock:
             plan = self.scheduler.plan()
             if plan is None and self.live and not self._flights:
@@ -111,32 +116,35 @@ class Pipeline:
                     f"{len(self.live)} requests are unfinished, but the scheduler plans nothing"
                 )
             if plan is None:
+                self.watch.cut()
                 return None, None
             self.log.plan(plan)
             not_scheduled, waiting_for = self.scheduler.not_scheduled, self.scheduler.waiting_for
         self.last_plan = plan
-        planned = self._now()
+        self.watch.planned(plan)
+        planned = self._lap("launch", plan.step)
         try:
             launched = self.model.launch(plan)
         except Exception as error:
             if not ends_the_step_only(error):
                 raise
+            self.watch.cut()
             return None, (plan, error)
-        phases = Phases(plan_s=planned - began, launch_s=self._now() - planned)
+        phases = Phases(plan_s=planned - began, launch_s=self._lap(None) - planned)
         flight = _Flight(plan, began, launched, phases, not_scheduled, waiting_for)
         self._flights.append(flight)
         return flight, None
 
     def _land(self) -> None:
         flight = self._flights[0]
-        waiting = self._now()
+        waiting = self._lap("wait", flight.plan.step)
         try:
             sampled = self.model.land(flight.launched)
         except Exception as error:
             if not ends_the_step_only(error):
                 raise
             self._fail(flight.plan, error)
-        flight.phases.wait_s = self._now() - waiting
+        flight.phases.wait_s = self._lap(None) - waiting
         flight.phases.gpu_s = flight.launched.gpu_s
         with uninterrupted(), self._lock:
             try:
@@ -148,7 +156,8 @@ class Pipeline:
                 raise
 
     def _commit(self, flight: _Flight, sampled: SampleOutput) -> None:
-        scheduler, plan, began = self.scheduler, flight.plan, self._now()
+        scheduler, plan = self.scheduler, flight.plan
+        began = self._lap("commit", plan.step)
         blocks_used = scheduler.pages.num_written()  # before finished requests give theirs back
         try:
             updated = scheduler.commit(plan, sampled)
@@ -156,12 +165,14 @@ class Pipeline:
             self._fail(plan, error)
         self._flights.popleft()
         moved, stopped = self.live.of(updated), []
+        self.watch.enter("detokenise")
         for _, sample in moved:
             stop = sample.read()
             if stop is not None:
                 scheduler.stop_on_text(sample.request, stop)
                 stopped.append((sample.request.request_id, stop))
-        now = self._now()
+        self.watch.leave()
+        now = self._lap(None)
         flight.phases.commit_s = now - began
         # Since the step before was committed, if this one waited for it: so all of them add up to the whole.
         flight.phases.seconds = now - max(flight.began, self._landed)
@@ -178,6 +189,7 @@ class Pipeline:
         self.stats.add(record)
         self.log.commit(plan, sampled, stopped, record)
         scheduler.policy.observe(plan, record.seconds)
+        self.watch.committed(record, flight.launched.streams)
         self.live.deliver(live for live, _ in moved)
 
     # What goes wrong ------------------------------------------------------------------------------
@@ -189,11 +201,13 @@ class Pipeline:
                 self.scheduler.rollback(plan)
                 self.log.rollback()
             self._flights.clear()
+            self.watch.gave_up()
             self._settled = True
 
     def forget(self) -> None:
         """Nothing is in flight any more: the engine has ended."""
         self._flights.clear()
+        self.watch.gave_up()
 
     def _fail(self, plan: BatchPlan, error: BaseException) -> NoReturn:
         """End the requests of a plan in flight and raise StepFailed. A step planned on top of it is undone:
@@ -205,6 +219,7 @@ class Pipeline:
                 requests = self.scheduler.rollback(newest)  # in the end: those of `plan`, the oldest
                 self.log.rollback()
             self._flights.clear()
+            self.watch.gave_up()
             ended = list(dict.fromkeys(live for live, _ in self.live.of(requests)))
             for request in (request for live in ended for request in live.unfinished()):
                 if request.status is not Status.FINISHED:  # it may have ended with one it was to fork from

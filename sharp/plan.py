@@ -156,11 +156,13 @@ class SampleOutput:
 @dataclass
 class Launched:
     """A step that a model has queued. state: what the model needs to land it; gpu_s: seconds from the step's
-    start to its end on the device, filled in by land() where the model measures it."""
+    start to its end on the device, filled in by land() where the model measures it; so are streams, what the
+    device did for it: (row, name, start, end), a row of trace_events.ROWS, seconds of time.perf_counter."""
 
     plan: BatchPlan
     state: Any = None
     gpu_s: float | None = None
+    streams: tuple[tuple[str, str, float, float], ...] = ()
 
 
 class StepModel(Protocol):

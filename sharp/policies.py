@@ -67,6 +67,10 @@ class SchedulingPolicy:
         """Told after each step how long it took: StepRecord.seconds. With overlap the step after it has been
         planned by then."""
 
+    def predict(self, plan: BatchPlan) -> float | None:
+        """Seconds that a step is expected to take, if the policy knows: the watchdog asks."""
+        return None
+
     def options(self) -> dict[str, Any]:
         """What its constructor was given, as JSON can hold it: the log of a run keeps it (see replay.py)."""
         return {}

@@ -12,8 +12,10 @@ Knows: the order of a step's work, and what may be overwritten when. Refuses to 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from sharp import driver
 from sharp.buckets import Bucket, Buckets
 from sharp.counted import counted, uncounted
 from sharp.device import Array
+from sharp.device_clock import DeviceClock
 from sharp.graphs import Graphs
 from sharp.graphs import predicted_bytes as graph_bytes
 from sharp.layout import aligned
@@ -33,6 +36,7 @@ from sharp.plan import BatchPlan, Int32, Launched, SampleOutput
 from sharp.sampling import draw, sample_output, say_slower
 from sharp.staging import StepArrays
 from sharp.step_buffers import TERM, StepBuffers, StepPacker
+from sharp.trace_events import COMPUTE, COPIES
 
 if TYPE_CHECKING:
     from sharp.model import Model
@@ -61,6 +65,8 @@ class _Slot:
         self.apply = prepare_apply_step(buffers.state, packed, sampled, buffers.layout)
         self.applied = driver.Event()  # the words have been read
         self.start, self.end = driver.Event(timing=True), driver.Event(timing=True)
+        self.sent, self.arrived = driver.Event(timing=True), driver.Event(timing=True)  # the words
+        self.queued = 0.0  # when its step was begun, by the host's clock
 
 
 @dataclass
@@ -106,6 +112,7 @@ class Runtime:
         self._pinned.reserve(layout.packed_words * WORD)
         self._pinned.reserve(layout.max_seqs * WORD)
         self._steps = 0
+        self._clock = DeviceClock(partial(driver.Event, timing=True), self._compute.record)
         self.graphs = Graphs(self._queue, self._compute) if graphs else None
 
     def _queue(self, bucket: Bucket, stream: Any) -> None:
@@ -144,8 +151,10 @@ class Runtime:
         launch), and some read counts and lengths at once: a copy is never part of such a chain.
         """
         self._copy.wait(slot.applied)
+        self._copy.record(slot.sent)
         upload_async(slot.packed[:used], words, self._copy)
-        self._compute.wait(words.event)
+        self._copy.record(slot.arrived)
+        self._compute.wait(slot.arrived)  # so it has happened when the step has: land() asks when
         words.release()
         slot.apply(self._compute)
         counts = self.buffers.counts
@@ -172,9 +181,11 @@ class Runtime:
                 raise
 
     def _launch(self, plan: BatchPlan, bucket: Bucket) -> Launched:
+        queued = time.perf_counter()
         with self._pinned.take(self.layout.packed_words * WORD) as words:
             used = self._packer.pack(plan, bucket, words.array.view(np.int32))
             slot = self._next_slot()
+            slot.queued = queued
             self._apply(slot, words, used)
         if len(plan.page_copies):
             self._copy_pages(plan.page_copies)
@@ -209,7 +220,8 @@ class Runtime:
         return _Step(slot, ids, logits, wanted)
 
     def land(self, launched: Launched) -> SampleOutput:
-        """Wait for a step's ids and return them; launched.gpu_s: seconds of its launches on the device.
+        """Wait for a step's ids and return them; launched.gpu_s: seconds of its launches on the device;
+        launched.streams: when they ran, and when its words were copied.
 
         Raises FloatingPointError if a row has no comparable logit, CudaError naming the step for what failed
         on the device.
@@ -217,7 +229,11 @@ class Runtime:
         plan, step = launched.plan, launched.state
         with driver.during(_named(plan)):
             step.slot.end.synchronize()
-            launched.gpu_s = step.slot.start.elapsed_ms(step.slot.end) / 1e3
+            slot, interval = step.slot, self._clock.interval
+            start, end = interval(slot.start, slot.end, slot.queued)
+            launched.gpu_s = end - start
+            words = interval(slot.sent, slot.arrived, slot.queued)
+            launched.streams = ((COPIES, "words", *words), (COMPUTE, "step", start, end))
             token_ids = _read(step.ids, np.int32)
             values = _read(step.logits, np.float32)
         each = values.reshape(len(step.wanted), -1) if step.wanted else ()

@@ -6,6 +6,7 @@ Knows JSON lines and made-up traffic. Refuses to know engines: simulate.py and l
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,39 @@ def random_traffic(
         for low, high in (prompt, output)
     ]
     return [Arrival(float(t), p, o) for t, p, o in zip(times, *lengths, strict=True)]
+
+
+def poisson(count: int, rate: float, *, seed: int) -> list[float]:
+    """Arrival times, in seconds, of `count` requests at `rate` a second: a Poisson process, stretched so that
+    the last one comes at count / rate; all at 0 for an infinite rate. ValueError for a rate not over 0."""
+    if not rate > 0:
+        raise ValueError(f"a rate of arrivals must be over 0 requests/s, not {rate}")
+    gaps = np.random.default_rng(seed).exponential(1.0, count)
+    times = np.cumsum(gaps)
+    return [] if not count else (times * (count / rate / times[-1])).tolist()  # x / inf is 0
+
+
+# The requests on which the peers were measured on an H100 (2026-11-23), drawn with the standard library's
+# generator so that anybody can make them again. Other seeds are as good: a result for these alone is none.
+VOCABULARY = 40_000  # ids that every vocabulary of the measured models has
+
+
+def online(num_requests: int = 256, vocab: int = VOCABULARY, seed: int = 11) -> list[tuple[list[int], int]]:
+    """(prompt ids, new tokens) of each request: 16..1024 and 64..256, uniform; eos is to be ignored. With the
+    defaults 134,456 prompt tokens and 41,742 new ones."""
+    rng = random.Random(seed)
+    return [
+        ([rng.randint(1, vocab) for _ in range(rng.randint(16, 1024))], rng.randint(64, 256))
+        for _ in range(num_requests)
+    ]
+
+
+def documents(num_docs: int = 512, vocab: int = VOCABULARY, seed: int = 13) -> list[list[int]]:
+    """Prompt ids of documents, of each of which one token is wanted: log-normal lengths of median 120, from
+    60 to 2048. With the defaults 95,353 tokens, median 111, longest 1,953."""
+    rng = random.Random(seed)
+    lengths = [min(2048, max(60, int(rng.lognormvariate(math.log(120), 1.0)))) for _ in range(num_docs)]
+    return [[rng.randint(1, vocab) for _ in range(length)] for length in lengths]
 
 
 def every(

@@ -114,7 +114,7 @@ def test_wrong_words_are_usage_errors(capsys, words):
         bench.main(words)
     assert end.value.code == 2
     if words == ["gem"]:
-        assert "engine, scheduler, import, show or one of embedding" in capsys.readouterr().err
+        assert "engine, scheduler, serve, import, show or one of embedding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

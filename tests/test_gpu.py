@@ -125,6 +125,17 @@ def test_burst_on_gpu(rung_options):
 
 
 @pytest.mark.gpu
+def test_mixed_load_on_gpu():
+    words = ["tests/test_mixed_load.py", "--device=cuda", "-m", "gpu and not slow", "-s"]
+    check_group(words, limit_s=300)
+
+
+@pytest.mark.gpu
+def test_watch_on_gpu():
+    check_group(["tests/test_watch_gpu.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=120)
+
+
+@pytest.mark.gpu
 def test_engine_on_gpu(rung_options):
     path = ROOT / "tests" / "test_engine_gpu.py"
     if not path.exists():

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from fake_model import FakeModel, FakeTokenizer, engine_config, model_config
@@ -21,7 +22,7 @@ from sharp.host_time import NoModel, measure_host
 from sharp.load import Load, run_load
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.predictor import StepPredictor, StepWork
-from sharp.random_model import SHAPES, IdTokenizer, RandomCheckpoint
+from sharp.random_model import SHAPES, IdTokenizer, RandomCheckpoint, RandomSource
 from sharp.workloads import Arrival
 
 
@@ -70,8 +71,22 @@ def test_requests_come_when_the_workload_says() -> None:
     assert {place: len(ids) for place, ids in load.answers.items()} == {0: 3, 1: 2}
     assert (load.answer_tokens, load.unfinished) == (5, 0)
     assert load.tokens == 20 + 2 + 20 + 1
+    assert {place: len(times) for place, times in load.times.items()} == {0: 3, 1: 2}
+    for place, times in load.times.items():
+        assert times[0] == pytest.approx(load.ttft[place], abs=1e-9)
+        assert list(times) == sorted(times)
+    assert sum(np.diff(load.times[0])) + np.diff(load.times[1]) == pytest.approx(3 * 5e-3, abs=0.1)
     assert load.ttft_of([1, 5]).count == 1
     assert load.ttft_of().max < 0.1
+
+
+def test_prompts_may_be_given() -> None:
+    """Answers are a hash of the last token and the position: those of the ids that were given."""
+    one, prompts = engine(), [[5, 6, 7], [9] * 30]
+    workload = [Arrival(0.0, len(ids), 1) for ids in prompts]
+    load = run_load(one, workload, prompts=prompts)
+    one.close()
+    assert load.answers == {place: ((len(ids) + 7 * ids[-1]) % 250 + 2,) for place, ids in enumerate(prompts)}
 
 
 def test_standing_streams_run_before_the_clock_and_are_ended_with_it() -> None:
@@ -253,8 +268,26 @@ def test_random_models() -> None:
     assert weight.shape == (1536, 576)
     assert (weight == checkpoint.read(name)).all()
     assert np.linalg.norm(weight, axis=1) == pytest.approx(np.ones(1536), rel=0.2)
+    other = RandomCheckpoint("smollm2-135m", seed=1).read(name)
+    assert (weight != other).mean() > 0.99  # another seed, another model
+    assert weight.reshape(-1).mean() == pytest.approx(0, abs=1e-3)
+    gate = checkpoint.read(name.replace("up_proj", "gate_proj"))
+    assert (weight != gate).mean() > 0.99
+    assert abs(np.corrcoef(weight[0], weight[1])[0, 1]) < 0.2  # rows are no copies of each other
+    source = RandomSource("x", SHAPES["qwen2.5-7b"])
+    for name in (
+        "model.layers.0.mlp.down_proj.weight",
+        "model.layers.1.self_attn.k_proj.bias",
+        "model.norm.weight",
+    ):
+        whole = source.rows(name, 0, 512)
+        assert whole.dtype == ml_dtypes.bfloat16
+        for start, stop in ((0, 1), (7, 300), (511, 512), (3, 3)):  # past the pool's end, too
+            assert (source.rows(name, start, stop) == whole[start:stop]).all()
+    assert 0.05 < source.rows("model.layers.1.self_attn.k_proj.bias", 0, 512).astype(float).std() < 0.2
+    assert SHAPES["qwen2.5-7b"].num_parameters == pytest.approx(7.62e9, rel=0.01)
     assert SHAPES["llama-3.2-1b"].num_parameters == pytest.approx(1.24e9, rel=0.01)
-    with pytest.raises(ValueError, match=r"one of smollm2-135m, llama-3\.2-1b, not 'x'"):
+    with pytest.raises(ValueError, match=r"one of smollm2-135m, llama-3\.2-1b, qwen2\.5-7b, not 'x'"):
         RandomCheckpoint("x")
     with pytest.raises(ValueError, match="prompts are token ids"):
         IdTokenizer().encode("text")

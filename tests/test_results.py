@@ -100,7 +100,11 @@ def test_what_is_recorded_keeps_the_rules():
         assert recorded["err"] <= 1, recorded
         assert results.format_row(recorded)
         op = recorded["op"]
-        above = {"engine": bench_engine.SOURCES, "scheduler": bench_scheduler.SOURCES}
+        above = {
+            "engine": bench_engine.SOURCES,
+            "serve": bench_engine.SOURCES,
+            "scheduler": bench_scheduler.SOURCES,
+        }
         sources = above[op] if op in above else results.op_sources(op)
         assert recorded["source_hash"] == results.source_hash(sources), (
             f"{recorded['op']} {recorded['case']}: its source changed since it was measured"

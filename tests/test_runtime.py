@@ -33,6 +33,7 @@ from sharp.request import EngineDead, SamplingParams
 from sharp.runtime import Runtime, device_bytes
 from sharp.step_buffers import StepPacker
 from sharp.step_times import uniform_step
+from sharp.trace_events import COMPUTE, COPIES
 from sharp.weights import open_checkpoint
 
 pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
@@ -177,6 +178,8 @@ def run_engine(host, seed, graphs=True, interrupted=0.0):
         assert list(first.token_ids) == expected(prompt, params, params.seed), output.request_id
         for entry, token in zip(first.logprobs or (), first.token_ids, strict=params.logprobs is not None):
             assert token in entry
+    for row in (COMPUTE, COPIES):  # each step that landed, when it was there
+        assert [span.step for span in engine.trace.spans(row)] == [r.step for r in engine.stats.history]
     engine.close()
     return model
 

@@ -1,0 +1,106 @@
+"""What a real GPU says of its steps, run by test_gpu.py in a child with a time limit. Not run yet."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_checks import load
+from test_trace import check_rows
+
+from sharp.busy import busy_share
+from sharp.engine import Engine
+from sharp.random_model import IdTokenizer, RandomCheckpoint
+from sharp.request import SamplingParams
+from sharp.stall import Borrowed
+from sharp.trace_events import COMPUTE, COPIES
+
+pytestmark = pytest.mark.gpu
+SEQS, NEW = 64, 200
+
+
+@pytest.fixture(autouse=True)
+def only_in_the_child(on_gpu: bool) -> None:
+    if not on_gpu:
+        pytest.skip("runs under --device=cuda only, in the child that test_gpu.py starts")
+
+
+@pytest.fixture(scope="module")
+def opened() -> Any:
+    model, config = load(
+        RandomCheckpoint("smollm2-135m"), "cuda", "bfloat16", max_num_seqs=SEQS, max_num_batched_tokens=2048,
+        max_model_len=1024, prefix_caching=False,
+    )  # fmt: skip
+    yield model, config
+    model.close()
+
+
+def decode(opened: Any, pause: float = 0.0, **options: Any) -> Engine:
+    """64 sequences to their ends, with a pause of the host after each step."""
+    model, config = opened
+    engine = Engine(Borrowed(model), IdTokenizer(), replace(config, **options))
+    rng = np.random.default_rng(0)
+    params = SamplingParams(max_tokens=NEW, temperature=0.0, ignore_eos=True)
+    for _ in range(SEQS):
+        engine.add_request(rng.integers(1, 40_000, 32).tolist(), params)
+    while engine.has_unfinished:
+        engine.step()
+        time.sleep(pause)
+    engine.close()
+    return engine
+
+
+def intervals(engine: Engine, row: str) -> list[tuple[float, float]]:
+    return [(span.start, span.end) for span in engine.trace.spans(row)]
+
+
+def test_a_devices_intervals_are_where_the_host_saw_them(opened: Any, tmp_path: Path) -> None:
+    """Each step ran after its launch began and before its wait ended; the words before the step."""
+    decode(opened)  # kernels, graphs
+    engine = decode(opened)
+    engine.trace.save(tmp_path / "run.json")
+    check_rows(json.loads((tmp_path / "run.json").read_text())["traceEvents"])
+    spans = {(s.name, s.step): s for s in engine.trace.spans()}
+    records = list(engine.stats.history)
+    assert len(intervals(engine, COMPUTE)) == len(intervals(engine, COPIES)) == len(records)
+    for record in records:
+        launch, wait, step = (spans[name, record.step] for name in ("launch", "wait", "step"))
+        slack = 50e-6
+        assert launch.start - slack <= spans["words", record.step].start
+        assert spans["words", record.step].end <= step.start + slack
+        assert launch.start - slack <= step.start < step.end <= wait.end + slack
+        assert record.gpu_s == pytest.approx(step.end - step.start, abs=slack)
+
+
+def test_copies_run_beside_the_computation(opened: Any) -> None:
+    """With a step in flight, the next one's words cross while it computes."""
+    engine = decode(opened, overlap=True)
+    compute, copies = intervals(engine, COMPUTE), intervals(engine, COPIES)
+    beside = sum(any(a < end and start < b for start, end in compute) for a, b in copies)
+    print(f"{beside} of {len(copies)} copies intersect a step")
+    assert beside > 0.9 * len(copies)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_an_idle_gap_on_the_gpu_is_found(opened: Any, share: float) -> None:
+    """A pause of the host after each step is so much less of busy time, by either clock."""
+    calm = decode(opened, overlap=False)
+    step = statistics.median(end - start for start, end in intervals(calm, COMPUTE))
+    paused = decode(opened, overlap=False, pause=share * step)
+    found = []
+    for engine in (calm, paused):
+        work = intervals(engine, COMPUTE)[20:]
+        launches = [span for span in engine.trace.spans() if span.name == "launch"][20:]
+        waits = [span for span in engine.trace.spans() if span.name == "wait"][20:]
+        by_host = sum(end - start for start, end in work) / (waits[-1].end - launches[0].start)
+        assert busy_share(work) == pytest.approx(by_host, rel=0.02)
+        found.append(busy_share(work))
+    period = [step / one for one in found]
+    print(f"busy {found[0]:.1%}, with pauses of {share:.0%} of a step {found[1]:.1%}")
+    assert period[1] - period[0] > 0.9 * share * step  # a sleep is never shorter than asked for
