@@ -312,7 +312,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program() -> None:
 
     try:
         wait_for(b"> ", 0)
-        os.write(controller, b"hello\n")
+        os.write(controller, b"hi\n")  # 942 tokens: most others end before a busy machine gets to the Ctrl-C
         start = len(seen)
         while len(seen) < start + 40:  # the echo of the line, then the answer
             seen += read()
