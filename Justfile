@@ -51,9 +51,9 @@ type: (setup "--dev")
 bench *options: setup
     @{{python}} -m sharp.bench {{options}}
 
-# record results measured on another machine
-bench-import file *options: setup
-    @{{python}} -m sharp.bench import {{file}} {{options}}
+# record results measured on another machine; --drop-stale: delete those whose sources have changed
+bench-import *options: setup
+    @{{python}} -m sharp.bench import {{options}}
 
 # sweep the tiles of an op (gemm) on this GPU and rewrite its table, or print what was found (decode)
 tune op="gemm" *options: setup

@@ -199,12 +199,22 @@ def _import(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="sharp.bench import", description="Record the rows of a file that --out wrote."
     )
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, nargs="?")
+    parser.add_argument(
+        "--drop-stale", action="store_true",
+        help="instead of a file: delete the recorded rows whose sources have changed since",
+    )  # fmt: skip
     parser.add_argument(
         "--partial", action="store_true",
         help="the file is a part of the grid: delete the recorded rows of its ops that are not in it",
     )  # fmt: skip
     args = parser.parse_args(words)
+    if (args.file is None) != args.drop_stale:
+        parser.error("a FILE to record, or --drop-stale, is required")
+    if args.drop_stale:
+        for row in results.drop_stale():
+            print(f"deleted: {' '.join(results.key_of(row))}, measured at {row['commit']}")
+        return 0
     try:
         rows = json.loads(args.file.read_text(encoding="utf-8"))
         results.check_rows(rows)

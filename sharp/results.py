@@ -59,6 +59,19 @@ def op_sources(op: str, root: Path = ROOT) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in seen)
 
 
+def sources_of(op: str) -> Iterable[str]:
+    """The files behind a recorded op's numbers: of a kernel op, or of a bench of the engine."""
+    if op in ("engine", "serve"):
+        from sharp.bench_engine import SOURCES as engine_sources
+
+        return engine_sources
+    if op == "scheduler":
+        from sharp.bench_scheduler import SOURCES as scheduler_sources
+
+        return scheduler_sources
+    return op_sources(op)
+
+
 def make_row(**values: Any) -> dict[str, Any]:
     """A row with every field of FIELDS, None where not given. Raises ValueError for a field that does not
     exist.
@@ -142,6 +155,19 @@ def import_rows(
         path.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
         written.append(path)
     return written
+
+
+def drop_stale(results: Path = RESULTS) -> list[dict[str, Any]]:
+    """Delete and return the recorded rows whose sources are not what was measured any more."""
+    dropped = []
+    for path in sorted(results.glob("*.json")):
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        present = {op: source_hash(sources_of(op)) for op in {row["op"] for row in rows}}
+        kept = [row for row in rows if row["source_hash"] == present[row["op"]]]
+        if len(kept) < len(rows):
+            dropped += [row for row in rows if row not in kept]
+            path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return dropped
 
 
 def read_rows(results: Path = RESULTS) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from sharp import bench_engine, bench_scheduler, results
+from sharp import bench, results
 
 
 @pytest.fixture
@@ -99,16 +99,26 @@ def test_what_is_recorded_keeps_the_rules():
         assert recorded["err"] is not None
         assert recorded["err"] <= 1, recorded
         assert results.format_row(recorded)
-        op = recorded["op"]
-        above = {
-            "engine": bench_engine.SOURCES,
-            "serve": bench_engine.SOURCES,
-            "scheduler": bench_scheduler.SOURCES,
-        }
-        sources = above[op] if op in above else results.op_sources(op)
-        assert recorded["source_hash"] == results.source_hash(sources), (
+        assert recorded["source_hash"] == results.source_hash(results.sources_of(recorded["op"])), (
             f"{recorded['op']} {recorded['case']}: its source changed since it was measured"
         )
+
+
+def test_rows_of_changed_sources_can_be_dropped(tmp_path):
+    fresh = row("0", source_hash=results.source_hash(results.op_sources("gemm")))
+    old = row("0", op="scheduler", source_hash="0" * 16)
+    path = tmp_path / "a-gpu.json"
+    path.write_text(json.dumps([fresh, old]))
+    assert results.drop_stale(tmp_path) == [old]
+    assert json.loads(path.read_text()) == [fresh]
+    assert results.drop_stale(tmp_path) == []
+
+
+@pytest.mark.parametrize("words", [["import"], ["import", "rows.json", "--drop-stale"]])
+def test_an_import_is_of_a_file_or_drops_what_is_stale(words, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(words)
+    assert "a FILE to record, or --drop-stale, is required" in capsys.readouterr().err
 
 
 def test_an_ops_sources_are_what_it_imports():
