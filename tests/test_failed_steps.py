@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +232,7 @@ def test_callers_of_other_steps_hear_nothing(overlap: bool) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         assert isinstance(got["fails"], StepFailed)
         assert got["fails"].__cause__ is error
         for name in ("before", "after"):
@@ -239,7 +240,10 @@ def test_callers_of_other_steps_hear_nothing(overlap: bool) -> None:
                 expected(prompt, GREEDY) for prompt in calls[name]
             ]
         assert llm.engine.alive
-        assert not llm.engine.has_unfinished or overlap
+        end = time.monotonic() + 20  # an answer is out a moment before its step is over
+        while llm.engine.has_unfinished and time.monotonic() < end:
+            time.sleep(0.01)
+        assert not llm.engine.has_unfinished
         stream = llm.stream([99], GREEDY)
         with pytest.raises(StepFailed, match="no room"):
             next(stream)
