@@ -25,6 +25,7 @@ from sharp.buckets import Bucket
 REMEMBERED = {
     "kernels_numba.ops.gemm.hopper": ("prepared",),
     "kernels_numba.ops.gemm.ladder.wgmma": ("_maps",),
+    "kernels_numba.ops.gemm_few.hopper": ("prepared",),
     "kernels_numba.ops.decode_attention.tensor_core": ("prepared", "own_workspace"),
     "kernels_numba.ops.prefill_attention.hopper": ("prepared", "own_workspace"),
     "kernels_numba.ops.warp.lm_head": ("prepared", "own_workspace"),
