@@ -33,16 +33,18 @@ class DeviceClock:
         self._base_time = clock()  # late by the host's waking up, which the first step's end shows
         self._renewing = False
 
-    def interval(self, start: Any, end: Any, queued: float) -> tuple[float, float]:
+    def interval(self, start: Any, end: Any, queued: float, *, more: bool = False) -> tuple[float, float]:
         """The host's times of two events that have both happened, `start` before `end`. queued: the host's
-        time before `start` was recorded."""
+        time before `start` was recorded. more: events of the same step will be asked for, so the base stays
+        one that was recorded before them."""
         now = self._clock()
         begin = self._base_time + self._base.elapsed_ms(start) / 1e3
         finish = begin + start.elapsed_ms(end) / 1e3
         shift = max(0.0, queued - begin)
         shift += min(0.0, now - (finish + shift))  # if both cannot hold, the end does
         self._base_time += shift
-        self._renew(begin + shift - self._base_time)
+        if not more:
+            self._renew(begin + shift - self._base_time)
         return begin + shift, finish + shift
 
     def _renew(self, age: float) -> None:

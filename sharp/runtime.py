@@ -13,7 +13,9 @@ Knows: the order of a step's work, and what may be overwritten when. Refuses to 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -126,7 +128,7 @@ class Runtime:
         of its first step, so all do where this is left out: where rungs compute whole buckets (counted.py),
         steps without tokens would take as long as full ones."""
         if self.graphs is not None and not uncounted(self._ops):
-            with driver.during("capturing graphs"):
+            with self._or_launch_one_by_one(), driver.during("capturing graphs"):
                 self.graphs.capture_all(self.buckets.all(), self._warm, progress)
 
     def _warm(self, bucket: Bucket) -> None:
@@ -199,8 +201,23 @@ class Runtime:
         step = self._bring(plan, slot)
         self._packer.launched()
         if self.graphs is not None and fresh:
-            self.graphs.capture(bucket)
+            with self._or_launch_one_by_one():
+                self.graphs.capture(bucket)
         return Launched(plan, step)
+
+    @contextmanager
+    def _or_launch_one_by_one(self) -> Iterator[None]:
+        """A capture that fails costs no request its answer: launches can be queued one by one, with the same
+        bits. Said once, as nothing is captured afterwards."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if driver.poisoned() is not None or self.graphs is None:
+                raise
+            self.graphs.close()
+            self.graphs = None
+            words = f"no graphs from here on, launches are queued one by one: {error}"
+            warnings.warn(words, RuntimeWarning, stacklevel=2)
 
     def _bring(self, plan: BatchPlan, slot: _Slot) -> _Step:
         """Queue the way back: ids, and the logits of rows whose log-probabilities are asked for, since the
@@ -230,7 +247,7 @@ class Runtime:
         with driver.during(_named(plan)):
             step.slot.end.synchronize()
             slot, interval = step.slot, self._clock.interval
-            start, end = interval(slot.start, slot.end, slot.queued)
+            start, end = interval(slot.start, slot.end, slot.queued, more=True)
             launched.gpu_s = end - start
             words = interval(slot.sent, slot.arrived, slot.queued)
             launched.streams = ((COPIES, "words", *words), (COMPUTE, "step", start, end))

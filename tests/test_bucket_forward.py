@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 from engine_checks import TINY, decode, load, poison
 
-from kernels_numba.ops import OPS
+from kernels_numba.ops import OPS, resolve
 from kernels_numba.ops import apply_step as op
 from kernels_numba.ops.apply_step import StepLayout
+from kernels_numba.ops.warp.door import OPS as SMALL_OPS
 from sharp.buckets import Buckets
 from sharp.counted import counted, takes_count, uncounted
 from sharp.model import forward
@@ -119,6 +120,18 @@ def test_ops_are_told_the_real_counts():
     }  # fmt: skip
     assert uncounted(ops) == ("rope",)
     assert takes_count(ops.gemm)
+
+
+def test_what_an_engine_takes_on_hopper_is_all_told():
+    """Also beside ops that the forward never launches by themselves: only so is all captured at the start."""
+    small = (*SMALL_OPS, "sample")
+    ops = resolve("plain", {"gemm": "hopper", **dict.fromkeys(small, "warp")})
+    assert {"rope", "store_kv"} <= set(vars(ops))
+    assert uncounted(counted(ops, "tokens", "rows")) == ()
+    ops = resolve(
+        "plain", {"gemm": "hopper", **dict.fromkeys(set(small) - {"rms_norm", "rope_store_kv"}, "warp")}
+    )
+    assert set(uncounted(ops)) == {"rms_norm", "rope_store_kv"}
 
 
 def test_the_fast_gemm_takes_the_count():

@@ -188,6 +188,25 @@ def test_decode_on_gpu(group):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("group", ["against", "not against"])
+def test_prefill_on_gpu(group):
+    check_group(["tests/test_prefill.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=240)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", ["float64", "not float64"])
+def test_few_token_gemm_on_gpu(group):
+    # With an empty cache some sixty kernels, up to three seconds each.
+    check_group(["tests/test_gemm_few_gpu.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=240)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", ["float64", "not float64"])
+def test_mma_gemm_on_gpu(group):
+    check_group(["tests/test_gemm_mma_gpu.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=240)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("group", ["float64", "not float64"])
 def test_warp_ops_on_gpu(group):
     # Some forty kernels, a second or two each with an empty cache.

@@ -3,10 +3,12 @@ with a time limit (`python -m pytest -m gpu`). Not run yet."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,19 +48,37 @@ def model(request, on_gpu):
     if rungs and open_device("cuda", "bfloat16").capability != (9, 0):
         pytest.skip("attention on tensor cores is for compute capability 9.0")
     model = open_random(rungs=rungs)
-    model.capture()
+    capture_all(model)
     yield model
     model.close()
 
 
+def capture_all(model):
+    model.capture()
+    assert len(model.runtime.graphs) == len(model.runtime.buckets.all())
+
+
+@functools.cache
+def random_pages(shape):
+    device = open_device("cuda", "bfloat16")
+    values = device.upload_float(np.random.default_rng(0).standard_normal(shape, np.float32))
+    device.synchronize()
+    return device, values
+
+
 def fill_pages(model):
-    """Every page full of the same random keys and values, before each way of computing."""
-    rng = np.random.default_rng(0)
-    for cache in model.kv:
-        for pages in (cache.k, cache.v):
-            values = model.device.upload_float(rng.standard_normal(pages.shape, np.float32))
-            driver.copy_on_device(pages.address, values.address, pages.nbytes, model.device.compute_stream)
-            model.device.synchronize()
+    """Every page full of the same random keys and values, before each way of computing; each layer's begin
+    at another page of the same numbers."""
+    _, values = random_pages(model.kv[0].k.shape)
+    page, stream = values[0].nbytes, model.device.compute_stream
+    for number, cache in enumerate(model.kv):
+        for turn, pages in enumerate((cache.k, cache.v)):
+            cut = (2 * number + turn) % len(values) * page
+            rest = pages.nbytes - cut
+            driver.copy_on_device(pages.address, values.address + cut, rest, stream)
+            if cut:
+                driver.copy_on_device(pages.address + rest, values.address, cut, stream)
+    model.device.synchronize()
 
 
 def random_step(rng, model, decodes, lengths, step):
@@ -158,6 +178,38 @@ def test_every_bucket_gives_the_same_bits_three_ways(model):
             assert (logits == logits2).all(), f"{what}: {(logits != logits2).sum()} of {logits.size} differ"
 
 
+def test_launches_that_may_overlap_see_what_came_before(model):
+    """Fifty forwards queued at once, between which everything is poisoned, against one whose ops are waited
+    for one by one: dependent launches begin early, and must not read or write early."""
+    rng, ops, work = np.random.default_rng(6), model.ops, model.work
+    plan = random_step(rng, model, 20, (40, 60), 0)
+
+    def poisoned(way):
+        for field in fields(work):
+            model.device.fill(getattr(work, field.name), 0xFF)
+        model.device.synchronize()
+        return way(model, plan)
+
+    def alone(op):
+        def call(*args, **kwargs):
+            op(*args, **kwargs)
+            model.device.synchronize()
+
+        return call
+
+    fill_pages(model)
+    model.ops = SimpleNamespace(**{name: alone(op) for name, op in vars(ops).items()})
+    try:
+        ids, logits = poisoned(by_hand)
+    finally:
+        model.ops = ops
+    for number in range(50):
+        way = by_hand if number % 2 else functools.partial(by_launch, graphs=number % 4 == 0)
+        got_ids, got = poisoned(way)
+        assert (got_ids == ids).all(), number
+        assert (got == logits).all(), f"{number}: {(got != logits).sum()} of {got.size} differ"
+
+
 def test_ids_fed_on_the_device_are_those_fed_from_the_host(model):
     """Forty decodes of a batch, launched two deep."""
     rng = np.random.default_rng(2)
@@ -248,7 +300,7 @@ def test_a_capture_while_other_threads_use_the_device(on_gpu):
     thread = threading.Thread(target=bother)
     thread.start()
     try:
-        model.capture()
+        capture_all(model)
     finally:
         over.set()
         thread.join()
@@ -269,7 +321,7 @@ def test_what_graphs_took_comes_back(on_gpu):
     device, free = open_device("cuda", "bfloat16"), []
     for number in range(4):
         model = open_random(max_num_batched_tokens=24, max_num_seqs=4)
-        model.capture()
+        capture_all(model)
         if number % 2:
             model.close()
         del model

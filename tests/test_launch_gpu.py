@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import toy_kernels
+from gpu_capture import captured
 
 from kernels_numba.launch import address, stream_handle
 
@@ -29,24 +30,6 @@ def hopper(cuda):
     if cuda.get_current_device().compute_capability < (9, 0):
         pytest.skip("needs compute capability 9.0")
     return cuda
-
-
-def check(result):
-    error, *rest = result
-    assert int(error) == 0, error
-    return rest[0] if rest else None
-
-
-def captured(stream, work):
-    """`work` queued on the stream while it is captured -> a function that replays the graph on it."""
-    from cuda.bindings import driver
-
-    handle = driver.CUstream(stream_handle(stream))
-    check(driver.cuStreamBeginCapture(handle, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
-    work()
-    graph = check(driver.cuStreamEndCapture(handle))
-    executable = check(driver.cuGraphInstantiate(graph, 0))
-    return lambda: check(driver.cuGraphLaunch(executable, handle))
 
 
 def test_a_kernel_on_a_stream_of_numba(cuda):

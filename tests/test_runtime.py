@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import random
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
@@ -195,6 +196,31 @@ def test_every_answer_as_if_alone_in_any_order_that_events_allow(monkeypatch, gr
         assert all(executable is None for executable in host.executables.values())
     assert mixed > 20
     assert (replays > 200) == graphs
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_capture_that_fails_costs_no_answer(monkeypatch, at_start):
+    """From there on steps are launched one by one, and it is said once."""
+    host = host_driver.install(monkeypatch, 3)
+    config = engine_config(max_num_batched_tokens=24, max_num_seqs=4, overlap=True)
+    model = Streamed(num_blocks=64, block_size=4).open(host, config)
+    monkeypatch.setattr(
+        host, "cuGraphInstantiate", lambda graph, flags: (host.CUresult.CUDA_ERROR_NOT_PERMITTED,)
+    )
+    requests = list(some_requests(random.Random(3), 8))
+    engine = Engine(model, FakeTokenizer(), config)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if at_start:
+            model.runtime.capture()
+            assert model.runtime.graphs is None
+        finished = run(engine, requests)
+    assert any("NOT_PERMITTED" in str(one.message) for one in said)
+    assert len([one for one in said if "no graphs" in str(one.message)]) == 1
+    for number, (prompt, params) in enumerate(requests):
+        answer = finished[f"request-{number}"].outputs[0]
+        assert list(answer.token_ids) == expected(prompt, params, params.seed)
+    engine.close()
 
 
 def test_interrupted_steps_leave_no_trace(monkeypatch):

@@ -8,6 +8,7 @@ import json
 import no_simulator
 import numpy as np
 import pytest
+from gpu_capture import OWN, captured
 from test_sample import SAMPLE, hard_rows
 
 from kernels_numba import prebuild, simt, simt_threads, simt_warps
@@ -426,29 +427,18 @@ def test_warp_draws_follow_the_truncated_softmax(cuda):
 def test_warp_sampling_is_captured_and_reads_the_rows_of_its_replay(cuda):
     """One graph, replayed with other numbers of rows and other cuts in the same bucket; it allocates
     nothing."""
-    from cuda.bindings import driver
-
-    def checked(result):
-        assert int(result[0]) == 0, result[0].name
-        return result[1] if len(result) > 1 else None
-
     rng = np.random.default_rng(5)
     logits, args = real_rows(rng, 49_152)
     whole = OnGpu(cuda, logits, args).run()
     gpu = OnGpu(cuda, logits, args, 64)
     stream = cuda.stream()
-    handle = stream.handle if isinstance(stream.handle, int) else stream.handle.value
     gpu.num_rows.copy_to_device(np.array([0], np.int32))
     cuda.synchronize()
     gpu.launch(stream)  # prepared and loaded before the capture; no row is written
     stream.synchronize()
     assert (gpu.out.copy_to_host()[: gpu.rows] == -7).all()
     free = cuda.current_context().get_memory_info().free
-    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-    checked(driver.cuStreamBeginCapture(handle, mode))
-    gpu.launch(stream)
-    graph = checked(driver.cuStreamEndCapture(handle))
-    executable = checked(driver.cuGraphInstantiate(graph, 0))
+    replay = captured(stream, lambda: gpu.launch(stream))
     greedy = args[0].copy()
     for rows, temperatures in ((gpu.rows, args[0]), (11, args[0]), (gpu.rows, 0 * greedy), (30, greedy)):
         gpu.out.copy_to_device(np.where(np.arange(64) < gpu.rows, -7, 3).astype(np.int32))
@@ -456,13 +446,11 @@ def test_warp_sampling_is_captured_and_reads_the_rows_of_its_replay(cuda):
         padded = np.concatenate([temperatures, np.full(64 - gpu.rows, 3, np.float32)]).astype(np.float32)
         gpu.args[1].copy_to_device(padded)
         cuda.synchronize()
-        checked(driver.cuGraphLaunch(executable, handle))
+        replay()
         stream.synchronize()
         got = gpu.ids()
         alone = (temperatures, *args[1:])
         wanted = whole if temperatures is args[0] else OnGpu(cuda, logits, alone).run()
         np.testing.assert_array_equal(got[:rows], wanted[:rows])
         assert (got[rows:] == -7).all()
-    assert cuda.current_context().get_memory_info().free <= free
-    checked(driver.cuGraphExecDestroy(executable))
-    checked(driver.cuGraphDestroy(graph))
+    assert free - cuda.current_context().get_memory_info().free <= OWN

@@ -11,6 +11,7 @@ import ml_dtypes
 import no_simulator
 import numpy as np
 import pytest
+from gpu_capture import OWN, captured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from warp_calls import (
@@ -711,36 +712,23 @@ def test_warp_kernels_of_the_text_in_numpy_give_the_same_copies(cuda):
 @pytest.mark.parametrize("op", CASES)
 def test_warp_launches_are_captured_and_read_the_rows_of_their_replay(cuda, op):
     """One graph, replayed with other numbers of rows in the same bucket; it allocates nothing."""
-    from cuda.bindings import driver
-
-    def checked(result):
-        assert int(result[0]) == 0, result[0].name
-        return result[1] if len(result) > 1 else None
-
     call = call_of(op, rng_of(op), **{"num_tokens": 40, "vocab_size": 1000, **REAL[op][0]})
     gpu = OnGpu(cuda, call, 64)
     whole = OnGpu(cuda, call).run()
     other = OnGpu(cuda, call, 64)  # its first launch prepares nothing new of the kernel
     other.run()
     stream = cuda.stream()
-    handle = stream.handle if isinstance(stream.handle, int) else stream.handle.value
     gpu.num_rows.copy_to_device(np.array([0], np.int32))
     gpu.launch(stream)  # prepared and loaded before the capture; no row is written
     stream.synchronize()
-    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
     free = cuda.current_context().get_memory_info().free
-    checked(driver.cuStreamBeginCapture(handle, mode))
-    gpu.launch(stream)
-    graph = checked(driver.cuStreamEndCapture(handle))
-    assert cuda.current_context().get_memory_info().free == free
-    executable = checked(driver.cuGraphInstantiate(graph, 0))
+    replay = captured(stream, lambda: gpu.launch(stream))
+    assert free - cuda.current_context().get_memory_info().free <= OWN
     gpu.num_rows.copy_to_device(np.array([40], np.int32))
     cuda.synchronize()
-    checked(driver.cuGraphLaunch(executable, handle))
+    replay()
     stream.synchronize()
     assert same_bits(gpu.read(), whole)
-    checked(driver.cuGraphExecDestroy(executable))
-    checked(driver.cuGraphDestroy(graph))
 
 
 @pytest.mark.gpu
