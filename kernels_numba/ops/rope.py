@@ -107,6 +107,11 @@ def _check(kind: type[Host], q: Any, k: Any, positions: Any, cos_sin: Any) -> No
 def rope_reference(q: Any, k: Any, positions: Any, cos_sin: Any, *, stream: Any = None) -> None:
     """Rung "reference": numpy; turns q and k in place (rounded to their dtype)."""
     _check(Host, q, k, positions, cos_sin)
+    turn_rows(q, k, positions, cos_sin)
+
+
+def turn_rows(q: Any, k: Any, positions: Any, cos_sin: Any, *, stream: Any = None) -> None:
+    """rope_reference for arrays that have been checked: only the positions' range is."""
     if positions.size and not 0 <= positions.min() <= positions.max() < len(cos_sin):
         rope_spec(q, k, positions, cos_sin)  # raises with the value
     half = q.shape[2] // 2

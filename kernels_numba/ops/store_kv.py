@@ -83,6 +83,13 @@ def store_kv_reference(
 ) -> None:
     """Rung "reference": numpy; scatters the rows into the caller's pages."""
     _check(Host, k_cache, v_cache, k, v, slot_mapping)
+    scatter_rows(k_cache, v_cache, k, v, slot_mapping)
+
+
+def scatter_rows(
+    k_cache: Any, v_cache: Any, k: Any, v: Any, slot_mapping: Any, *, stream: Any = None
+) -> None:
+    """store_kv_reference for arrays that have been checked: only the slots' range is."""
     if slot_mapping.size == 0:
         return
     block_size = k_cache.shape[2]
