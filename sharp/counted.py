@@ -13,8 +13,8 @@ from typing import Any
 
 from sharp.device import Array
 
-OF_TOKENS = ("embedding", "rms_norm", "gemm", "qk_norm", "rope", "store_kv", "rope_store_kv", "silu_mul")
-PARTS = ("rope", "store_kv")  # of rope_store_kv: the forward launches both through it
+# Of what the forward launches: rope and store_kv are parts of rope_store_kv.
+OF_TOKENS = ("embedding", "rms_norm", "gemm", "qk_norm", "rope_store_kv", "silu_mul")
 OF_ROWS = ("lm_head", "sample")  # attention reads lengths: a sequence past the real ones has none
 
 
@@ -35,10 +35,7 @@ def counted(ops: SimpleNamespace, num_tokens: Array, num_rows: Array) -> SimpleN
 
 
 def uncounted(ops: SimpleNamespace) -> tuple[str, ...]:
-    """The ops that the forward launches whose rungs compute a bucket's rows past the real ones as well."""
-    held = vars(ops)
-    unused = PARTS if "rope_store_kv" in held else ()
+    """The ops whose rungs compute a bucket's rows past the real ones as well."""
     return tuple(
-        name for name, op in held.items()
-        if name in OF_TOKENS + OF_ROWS and name not in unused and not takes_count(op)
-    )  # fmt: skip
+        name for name, op in vars(ops).items() if name in OF_TOKENS + OF_ROWS and not takes_count(op)
+    )

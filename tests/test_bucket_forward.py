@@ -108,17 +108,17 @@ def test_ops_are_told_the_real_counts():
         return lambda *args, num_rows=None: told.update({name: num_rows})
 
     def takes_not(*args):
-        told["rope"] = "nothing"
+        told["rope_store_kv"] = "nothing"
 
     names = ("embedding", "gemm", "lm_head", "sample", "decode_attention")
-    ops = SimpleNamespace(**{name: takes(name) for name in names}, rope=takes_not)
+    ops = SimpleNamespace(**{name: takes(name) for name in names}, rope_store_kv=takes_not)
     for fn in vars(counted(ops, "tokens", "rows")).values():
         fn()
     assert told == {
         "embedding": "tokens", "gemm": "tokens", "lm_head": "rows", "sample": "rows",
-        "decode_attention": None, "rope": "nothing",
+        "decode_attention": None, "rope_store_kv": "nothing",
     }  # fmt: skip
-    assert uncounted(ops) == ("rope",)
+    assert uncounted(ops) == ("rope_store_kv",)
     assert takes_count(ops.gemm)
 
 
