@@ -163,9 +163,10 @@ def drop_stale(results: Path = RESULTS) -> list[dict[str, Any]]:
     for path in sorted(results.glob("*.json")):
         rows = json.loads(path.read_text(encoding="utf-8"))
         present = {op: source_hash(sources_of(op)) for op in {row["op"] for row in rows}}
-        kept = [row for row in rows if row["source_hash"] == present[row["op"]]]
-        if len(kept) < len(rows):
-            dropped += [row for row in rows if row not in kept]
+        stale = [row for row in rows if row["source_hash"] != present[row["op"]]]
+        if stale:
+            dropped += stale
+            kept = [row for row in rows if row["source_hash"] == present[row["op"]]]
             path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     return dropped
 
