@@ -9,8 +9,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,23 @@ def on_gpu(request: pytest.FixtureRequest) -> bool:
     if not compiler.cuda.is_available():
         pytest.fail("--device=cuda, but there is no usable CUDA device")
     return True
+
+
+@pytest.fixture(scope="session")
+def gpu_where(on_gpu: bool) -> Callable[[Callable[[tuple[int, int]], bool], str], Any]:
+    """find(holds, needs) -> numba.cuda where the GPU's compute capability holds; elsewhere the test is
+    skipped, with what it needs."""
+
+    def find(holds: Callable[[tuple[int, int]], bool], needs: str) -> Any:
+        if not on_gpu:
+            pytest.skip("runs under --device=cuda only")
+        from kernels_numba.compiler import cuda
+
+        if not holds(tuple(cuda.get_current_device().compute_capability)):
+            pytest.skip(f"needs compute capability {needs}")
+        return cuda
+
+    return find
 
 
 @pytest.fixture(scope="session")

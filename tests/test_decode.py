@@ -344,14 +344,8 @@ RUNGS = ("hopper", "mma_sync")
 
 
 @pytest.fixture
-def cuda(on_gpu):
-    if not on_gpu:
-        pytest.skip("runs under --device=cuda only")
-    from kernels_numba.compiler import cuda
-
-    if cuda.get_current_device().compute_capability[0] != 9:
-        pytest.skip("needs compute capability 9.0")
-    return cuda
+def cuda(gpu_where):
+    return gpu_where(lambda have: have[0] == 9, "9.0")
 
 
 class OnGpu:

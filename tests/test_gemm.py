@@ -206,14 +206,8 @@ class Gpu:
 
 
 @pytest.fixture
-def cuda(on_gpu):
-    if not on_gpu:
-        pytest.skip("runs under --device=cuda only")
-    from kernels_numba.compiler import cuda
-
-    if cuda.get_current_device().compute_capability[0] != 9:
-        pytest.skip("needs compute capability 9.0")
-    return cuda
+def cuda(gpu_where):
+    return gpu_where(lambda have: have[0] == 9, "9.0")
 
 
 def product(gpu, x, weight, bias, out_dtype, rows, config=None, num_rows=None, **how):

@@ -421,14 +421,8 @@ def test_without_a_compiler_the_rung_says_so(on_gpu):
 
 
 @pytest.fixture
-def cuda(on_gpu):
-    if not on_gpu:
-        pytest.skip("runs under --device=cuda only")
-    from kernels_numba.compiler import cuda
-
-    if cuda.get_current_device().compute_capability != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    return cuda
+def cuda(gpu_where):
+    return gpu_where(lambda have: have == (9, 0), "9.0")
 
 
 class OnGpu:

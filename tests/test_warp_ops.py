@@ -577,14 +577,8 @@ def test_they_are_built_ahead():
 
 
 @pytest.fixture
-def cuda(on_gpu):
-    if not on_gpu:
-        pytest.skip("runs under --device=cuda only")
-    from kernels_numba.compiler import cuda
-
-    if cuda.get_current_device().compute_capability < (8, 0):
-        pytest.skip("needs compute capability 8.0")
-    return cuda
+def cuda(gpu_where):
+    return gpu_where(lambda have: have >= (8, 0), "8.0")
 
 
 REAL = {
