@@ -107,133 +107,69 @@ def test_ops_on_gpu(group, rung_options):
     check_group(["tests/test_ops.py", "--device=cuda", "-k", GROUPS[group], *rung_options])
 
 
-@pytest.mark.gpu
-def test_probe_on_gpu():
-    check_group(["tests/test_probe.py", "--device=cuda", "-m", "gpu"], limit_s=180)
+@dataclass(frozen=True)
+class Part:
+    """Test files that run in children of their own, one for each word of `only` (pytest's -k; "" is all).
+
+    limit_s: of each child, with no kernel compiled yet; marks: pytest's -m; rungs: --rung is passed on; show:
+    what tests print is kept.
+    """
+
+    files: str
+    limit_s: int = LIMIT_S
+    only: tuple[str, ...] = ("",)
+    marks: str = "gpu"
+    rungs: bool = False
+    show: bool = False
+
+    def arguments(self, word, rung_options):
+        """Of the child for one word."""
+        paths = [f"tests/{name}.py" for name in self.files.split()]
+        return [
+            *paths, "--device=cuda", "-m", self.marks, *(["-k", word] if word else []),
+            *(["-s"] if self.show else []), *(rung_options if self.rungs else []),
+        ]  # fmt: skip
 
 
-@pytest.mark.gpu
-def test_histories_on_gpu(rung_options):
-    check_group(
-        ["tests/test_preemption_model.py", "--device=cuda", "-m", "gpu", "-s", *rung_options], limit_s=180
-    )
-
-
-@pytest.mark.gpu
-def test_burst_on_gpu(rung_options):
-    check_group(["tests/test_burst.py", "--device=cuda", "-m", "gpu", "-s", *rung_options], limit_s=150)
-
-
-@pytest.mark.gpu
-def test_mixed_load_on_gpu():
-    words = ["tests/test_mixed_load.py", "--device=cuda", "-m", "gpu and not slow", "-s"]
-    check_group(words, limit_s=300)
-
-
-@pytest.mark.gpu
-def test_watch_on_gpu():
-    check_group(["tests/test_watch_gpu.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=120)
-
-
-@pytest.mark.gpu
-def test_engine_on_gpu(rung_options):
-    path = ROOT / "tests" / "test_engine_gpu.py"
-    if not path.exists():
-        pytest.fail(f"{path.name} does not exist")
-    check_group([str(path), "--device=cuda", "-m", "gpu or not gpu", *rung_options])
-
-
-@pytest.mark.gpu
-def test_memory_on_gpu():
-    check_group(["tests/test_memory_gpu.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=180)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["llama", "mistral", "qwen2", "qwen3"])
-def test_families_on_gpu(group):
-    check_group(["tests/test_families_gpu.py", "--device=cuda", "-m", "gpu", "-k", group])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["float64", "not float64"])
-def test_tensor_core_gemm_on_gpu(group):
-    # With an empty cache it compiles some fifty kernels, a second or two each.
-    check_group(["tests/test_gemm.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["float64", "not float64"])
-def test_gemm_ladder_on_gpu(group):
-    check_group(["tests/test_ladder.py", "--device=cuda", "-m", "gpu", "-k", group])
-
-
-@pytest.mark.gpu
-def test_ptx_on_gpu():
-    # A hundred kernels through numba's own compiler, and a wait that is meant to time out.
-    check_group(["tests/test_ptx_gpu.py", "--device=cuda", "-m", "gpu"], limit_s=150)
-
-
-@pytest.mark.gpu
-def test_launcher_on_gpu():
-    check_group(["tests/test_launch.py", "tests/test_launch_gpu.py", "--device=cuda", "-m", "gpu"])
-
-
+FLOAT64 = ("float64", "not float64")
 DECODE = ("against", "window or 100k", "random_batches or shared", "pauses")
+PARTS = {
+    "probe": Part("test_probe", 180),
+    "histories": Part("test_preemption_model", 180, rungs=True, show=True),
+    "burst": Part("test_burst", 150, rungs=True, show=True),
+    "mixed_load": Part("test_mixed_load", 300, marks="gpu and not slow", show=True),
+    "watch": Part("test_watch_gpu", 120, show=True),
+    "engine": Part("test_engine_gpu", marks="gpu or not gpu", rungs=True),
+    "memory": Part("test_memory_gpu", 180, show=True),
+    "families": Part("test_families_gpu", only=("llama", "mistral", "qwen2", "qwen3")),
+    "gemm": Part("test_gemm", 180, FLOAT64),  # some fifty kernels, a second or two each
+    "gemm_ladder": Part("test_ladder", only=FLOAT64),
+    "gemm_few": Part("test_gemm_few_gpu", 240, FLOAT64),  # some sixty kernels, up to three seconds each
+    "gemm_mma": Part("test_gemm_mma_gpu", 240, FLOAT64),
+    "ptx": Part("test_ptx_gpu", 150),  # a hundred kernels by numba's own compiler, a wait that times out
+    "launcher": Part("test_launch test_launch_gpu"),
+    "decode_attention": Part("test_decode", 180, (*DECODE, f"not ({' or '.join(DECODE)})")),
+    "prefill_attention": Part("test_prefill", 240, ("against", "not against")),
+    "warp_ops": Part("test_warp_ops", 180, FLOAT64),  # some forty kernels, a second or two each
+    "sampling": Part("test_sample_warp", 180, ("definition", "not definition")),
+    "graphs": Part("test_graphs_gpu", 240, ("bits", "not bits"), show=True),
+    "warm_start": Part("test_warm", 300, show=True),
+    "bench": Part("test_bench_gpu", 120, ("attention", "not attention")),
+}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("group", [*DECODE, f"not ({' or '.join(DECODE)})"])
-def test_decode_on_gpu(group):
-    check_group(["tests/test_decode.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
+@pytest.mark.parametrize(("name", "word"), [(name, word) for name in PARTS for word in PARTS[name].only])
+def test_part_on_gpu(name, word, rung_options):
+    check_group(PARTS[name].arguments(word, rung_options), limit_s=PARTS[name].limit_s)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["against", "not against"])
-def test_prefill_on_gpu(group):
-    check_group(["tests/test_prefill.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=240)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["float64", "not float64"])
-def test_few_token_gemm_on_gpu(group):
-    # With an empty cache some sixty kernels, up to three seconds each.
-    check_group(["tests/test_gemm_few_gpu.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=240)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["float64", "not float64"])
-def test_mma_gemm_on_gpu(group):
-    check_group(["tests/test_gemm_mma_gpu.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=240)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["float64", "not float64"])
-def test_warp_ops_on_gpu(group):
-    # Some forty kernels, a second or two each with an empty cache.
-    check_group(["tests/test_warp_ops.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["definition", "not definition"])
-def test_sampling_on_gpu(group):
-    check_group(["tests/test_sample_warp.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=180)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["bits", "not bits"])
-def test_graphs_on_gpu(group):
-    check_group(["tests/test_graphs_gpu.py", "--device=cuda", "-m", "gpu", "-s", "-k", group], limit_s=240)
-
-
-@pytest.mark.gpu
-def test_warm_start_on_gpu():
-    check_group(["tests/test_warm.py", "--device=cuda", "-m", "gpu", "-s"], limit_s=300)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", ["attention", "not attention"])
-def test_bench_on_gpu(group):
-    check_group(["tests/test_bench_gpu.py", "--device=cuda", "-m", "gpu", "-k", group], limit_s=120)
+def test_no_file_of_gpu_tests_is_left_out():
+    """Tests of a file that no child runs would be skipped under `-m gpu`, and nothing would say so."""
+    taken = {file for part in PARTS.values() for file in part.files.split()} | {"test_ops", "test_gpu"}
+    marked = {path.stem for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()}
+    assert marked <= taken
+    assert all((ROOT / "tests" / f"{file}.py").exists() for file in taken)
 
 
 # The helper itself, on any machine.
