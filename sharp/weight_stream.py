@@ -70,30 +70,6 @@ def _copy(out: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
         out[...] = values
 
 
-class WholeTensors:
-    """Rows of a source that reads whole tensors: one is read when it is first asked for, and dropped when
-    each of its rows has been given once. Threads that ask for rows of the same tensor wait for it."""
-
-    def __init__(self, read: Callable[[str], npt.NDArray[Any]]) -> None:
-        self._read = read
-        self._lock = threading.Lock()
-        self._locks: dict[str, threading.Lock] = {}
-        self._held: dict[str, npt.NDArray[Any]] = {}
-        self._given: dict[str, int] = {}
-
-    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
-        with self._lock:
-            lock = self._locks.setdefault(name, threading.Lock())
-        with lock:
-            if name not in self._held:
-                self._held[name] = self._read(name)
-            tensor = self._held[name]
-            self._given[name] = self._given.get(name, 0) + stop - start
-            if self._given[name] == len(tensor):
-                del self._held[name]
-        return tensor[start:stop]
-
-
 def copy_pieces(
     work: Iterator[Piece],
     send: Callable[[Lane, Piece], int],
@@ -148,12 +124,11 @@ def stream_weights(checkpoint: Checkpoint, device: Lanes, *, progress: bool = Tr
     plan = recipes(checkpoint.config)
     arrays = {name: device.empty(recipe.shape, term="weights") for name, recipe in plan.items()}
     element: np.dtype[Any] = np.dtype(np.float32 if device.dtype == "float32" else ml_dtypes.bfloat16)
-    rows = checkpoint.rows if checkpoint.by_rows else WholeTensors(checkpoint.read).rows
 
     def send(lane: Lane, piece: Piece) -> int:
         shape = (piece.stop - piece.start, *plan[piece.weight].shape[1:])
         num_bytes = prod(shape) * element.itemsize
-        fill(piece, lane.room(num_bytes).view(element).reshape(shape), rows)
+        fill(piece, lane.room(num_bytes).view(element).reshape(shape), checkpoint.rows)
         lane.send(arrays[piece.weight][piece.start : piece.stop])
         return num_bytes
 

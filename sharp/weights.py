@@ -28,7 +28,7 @@ FloatArray = npt.NDArray[np.float32]
 
 
 class TensorSource(Protocol):
-    """What a file format gives: see GGUFFile and HFDirectory, which also give `rows` of a tensor."""
+    """What a file format gives: see GGUFFile and HFDirectory."""
 
     path: Path
     config: ModelConfig
@@ -37,6 +37,7 @@ class TensorSource(Protocol):
 
     def where(self, name: str) -> str: ...
     def read(self, name: str) -> FloatArray: ...
+    def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]: ...
 
 
 @dataclass
@@ -107,20 +108,10 @@ class Checkpoint:
 
     def rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows [start, stop) of a tensor (elements of a vector), as `read` orders them: float32, or as they
-        are stored where the file is mapped (bfloat16, float16), without a copy. A source that has whole
-        tensors only reads the whole for every call."""
+        are stored where the file is mapped (bfloat16, float16), without a copy."""
         if name not in self.names:
             raise KeyError(f"{self.path} has no tensor {name}")
-        rows = getattr(self._source, "rows", None)
-        found: npt.NDArray[Any] = (
-            self._source.read(name)[start:stop] if rows is None else rows(name, start, stop)
-        )
-        return found
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether rows() reads no more than it gives."""
-        return hasattr(self._source, "rows")
+        return self._source.rows(name, start, stop)
 
     def check_fusable(self) -> None:
         """ModelFileError when intermediate_size is not a multiple of 8, the rows that gate and up take turns

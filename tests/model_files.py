@@ -55,6 +55,9 @@ class MemorySource:
     def read(self, name: str) -> np.ndarray:
         return self.tensors[name]
 
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.tensors[name][start:stop]
+
 
 def tiny_tensors() -> dict[str, np.ndarray]:
     """The tiny model's tensors in float32, read by the safetensors library alone."""

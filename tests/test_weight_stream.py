@@ -26,7 +26,7 @@ from sharp.layout import GATE_UP_BLOCK, Recipe, pieces, recipes
 from sharp.memory import Arena, ArenaFull
 from sharp.model import Model
 from sharp.request import SamplingParams
-from sharp.weight_stream import WholeTensors, copy_pieces, fill, stream_weights
+from sharp.weight_stream import copy_pieces, fill, stream_weights
 from sharp.weights import Checkpoint, load_weights, open_checkpoint
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -266,26 +266,6 @@ def test_numbers_that_are_none_and_ties_are_rounded_alike(tmp_path):
         fill(piece, out[piece.start : piece.stop], lambda name, start, stop: values[start:stop])
     with np.errstate(all="ignore"):
         assert out.tobytes() == values.astype(BF16).tobytes()
-
-
-def test_a_source_of_whole_tensors_is_read_once_and_dropped(monkeypatch):
-    monkeypatch.setattr("sharp.weight_stream.PIECE_BYTES", 1000)
-    checkpoint = biased()
-    source = checkpoint._source
-    reads, held = [], []
-    read = source.read
-    source.read = lambda name: reads.append(name) or read(name)
-    whole = WholeTensors.rows
-
-    def rows(self, name, start, stop):
-        held.append(len(self._held))
-        return whole(self, name, start, stop)
-
-    monkeypatch.setattr(WholeTensors, "rows", rows)
-    found = stream_weights(checkpoint, ArenaDevice("float32"), progress=False)
-    assert sorted(reads) == sorted(checkpoint.names)
-    assert max(held) <= 4  # gate and up of each of two threads, at most
-    assert_equal_weights(found, load_weights(checkpoint, lambda array: array, progress=False))
 
 
 def test_rows_of_files_are_not_copied(tmp_path):
