@@ -152,7 +152,8 @@ class Part:
 
 
 FLOAT64 = ("float64", "not float64")
-DECODE = ("against", "window or 100k", "random_batches or shared", "pauses", "mistakes or says_so")
+BOTH_TYPES = ("against and bfloat16", "against and not bfloat16")
+DECODE = (*BOTH_TYPES, "window or 100k", "random_batches or shared", "pauses", "mistakes or says_so")
 
 
 def rest(words, without=""):
@@ -162,18 +163,19 @@ def rest(words, without=""):
     return (*both, " and ".join([f"not ({' or '.join(words)})", *([cut] if cut else [])]))
 
 
-PREFILL = ("against", "window", "chunks", "random_batches or 32k", "pauses or hang")
-FEW = ("float64", "many_token", "fused", "pauses or chain or mutants")
-MEMORY = "free_memory or came_back or comes_back or term"
+PREFILL = (*BOTH_TYPES, "window", "chunks", "random_batches or 32k", "pauses or hang")
+FEW = ("float64", "many_token", "fused and 64x", "fused and 128x", "pauses or chain or mutants")
+MEMORY = "free_memory or comes_back or their_term"
 PARTS = {
     "mixed_load": Part(
         "test_mixed_load", 180, ("reserve", "optimistic"), marks="gpu and not slow", show=True
     ),
-    "histories": Part("test_preemption_model", 180, ("tiny", "not tiny"), rungs=True, show=True),
+    "histories": Part("test_preemption_model", 180, ("float32", "bfloat16", "demo"), rungs=True, show=True),
     "gemm_few": Part("test_gemm_few_gpu", 240, rest(FEW)),  # some sixty kernels, up to three seconds each
     "gemm": Part("test_gemm", 180, FLOAT64),  # some fifty kernels, a second or two each
     "gemm_mma": Part("test_gemm_mma_gpu", 240, FLOAT64),
-    "ptx": Part("test_ptx_gpu", 150),  # a hundred kernels by numba's own compiler, a wait that times out
+    # A hundred kernels by numba's own compiler, a wait that times out.
+    "ptx": Part("test_ptx_gpu", 150, ("wgmma", "not wgmma")),
     "decode_attention": Part("test_decode", 180, rest(DECODE)),
     "prefill_attention": Part("test_prefill", 240, rest(PREFILL)),
     "warp_ops": Part("test_warp_ops", 180, FLOAT64),  # some forty kernels, a second or two each
@@ -196,8 +198,8 @@ CHILDREN = [(name, word) for name in PARTS for word in PARTS[name].only]
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("name", "word"), sorted(CHILDREN, key=lambda child: PARTS[child[0]].alone)  # those last: nobody waits
-)  # fmt: skip
+    ("name", "word"), sorted(CHILDREN, key=lambda child: PARTS[child[0]].alone)
+)  # who must be alone comes last: then nobody waits
 def test_part_on_gpu(name, word, rung_options):
     part = PARTS[name]
     check_group(part.arguments(word, rung_options), limit_s=part.limit_s, alone=part.alone)
