@@ -193,13 +193,13 @@ PARTS = {
     "warm_start": Part("test_warm", 300, alone=True, show=True),
     "bench": Part("test_bench_gpu", 120, ("attention", "not attention"), alone=True),
 }
-CHILDREN = [(name, word) for name in PARTS for word in PARTS[name].only]
+# Who must be alone comes last: then nobody waits behind it.
+IN_ORDER = sorted(PARTS, key=lambda name: PARTS[name].alone)
+CHILDREN = {f"{name}-{i}": (name, word) for name in IN_ORDER for i, word in enumerate(PARTS[name].only)}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("name", "word"), sorted(CHILDREN, key=lambda child: PARTS[child[0]].alone)
-)  # who must be alone comes last: then nobody waits
+@pytest.mark.parametrize(("name", "word"), list(CHILDREN.values()), ids=list(CHILDREN))
 def test_part_on_gpu(name, word, rung_options):
     part = PARTS[name]
     check_group(part.arguments(word, rung_options), limit_s=part.limit_s, alone=part.alone)
@@ -310,7 +310,7 @@ def test_children_have_few_threads_for_blas(tmp_path, monkeypatch):
 def test_parts_take_every_test_of_their_files_once():
     """The words of all parts that share files divide their GPU tests: none is left out, none runs twice."""
     files = sorted({part.files for part in PARTS.values()})
-    children = [(PARTS[name].files, PARTS[name].marks, word) for name, word in CHILDREN]
+    children = [(PARTS[name].files, PARTS[name].marks, word) for name, word in CHILDREN.values()]
     whole = [(file, next(marks for f, marks, _ in children if f == file), "") for file in files]
     found = collected([[*paths(f), "-m", m, "-k", w] for f, m, w in [*whole, *children]])
     for file, wanted in zip(files, found, strict=False):
