@@ -1,5 +1,5 @@
 """Graphs, fixed buffers and ids that only the device knows, on a real GPU; run by test_gpu.py in children
-with a time limit (`python -m pytest -m gpu`). Not run yet."""
+with a time limit (`python -m pytest -m gpu`); those of free memory with the GPU to themselves."""
 
 from __future__ import annotations
 

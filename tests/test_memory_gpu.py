@@ -1,5 +1,5 @@
-"""Memory, streams and copies on a GPU; run by test_gpu.py in a child with a time limit (`python -m pytest -m
-gpu`). Nothing here has met a GPU yet: where a test fails, doubt the test as well."""
+"""Memory, streams and copies on a GPU; run by test_gpu.py in a child with a time limit and with the GPU to
+itself (`python -m pytest -m gpu`)."""
 
 from __future__ import annotations
 
