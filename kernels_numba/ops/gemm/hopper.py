@@ -37,6 +37,7 @@ from kernels_numba.ptx.debug import make_mbarrier_wait, make_stress
 from kernels_numba.ptx.epilogue import (
     BOX_COLUMNS,
     make_add_bias,
+    make_send_rows,
     make_stage,
     make_store_boxes,
     make_store_rows,
@@ -99,10 +100,11 @@ def make_gemm_hopper_kernel(
     Shared memory: smem_plan(config). Barriers: full[s] hands a loaded stage to the consumers (1 arrival and
     the bytes), empty[s] hands it back (one arrival a consumer's warp); named barrier 1 + consumer keeps a
     warpgroup's staged output and its TMA store apart.
-    64 rows that all lie below M leave through swizzled shared memory and TMA; the last, partial ones by
-    predicated stores, because the map's extent is the buffer's, not M; a consumer whose rows are all at or
-    past M neither multiplies nor stores. Of x the rows below M are fetched, to a multiple of 8
-    (ptx/tma_rows.py says why); a stage's other rows decide nothing. float32 results always leave directly.
+    64 rows leave through swizzled shared memory: by TMA if all lie below M; the last, partial ones by
+    predicated stores of 16 bytes, because the map's extent is the buffer's, not M; a consumer whose rows are
+    all at or past M neither multiplies nor stores. float32 results, and partial rows of the widest tiles
+    (config.sends_rows), leave directly. Of x the rows below M are fetched, to a multiple of 8
+    (ptx/tma_rows.py says why); a stage's other rows decide nothing.
     Programmatic dependent launch: the block lets the next launch start at once, and itself fetches weights
     before it waits for the launches before it. So weights and num_rows must have been written before the
     chain of dependent launches began (a copy is never part of one); x, out and bias may be written by it.
@@ -117,9 +119,9 @@ def make_gemm_hopper_kernel(
     num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * TILE_K * ITEM
     item_out = 4 if out_dtype == "float32" else 2
     multiply, finish = make_wgmma(tile_n, 4, dtype, wait=1), make_wgmma_wait(tile_n, 0)
-    staged = out_dtype != "float32"
+    staged, sends_rows = out_dtype != "float32", config.sends_rows
     stage_out = make_stage(tile_n, rounds, out_dtype if staged else dtype)
-    store_boxes = make_store_boxes(rounds)
+    store_boxes, send_rows = make_store_boxes(rounds), make_send_rows(rounds)
     store_rows, add_bias = make_store_rows(tile_n, out_dtype), make_add_bias(tile_n, dtype)
     wait_full, wait_empty = make_mbarrier_wait("full", build.debug), make_mbarrier_wait("empty", build.debug)
     pause = make_stress(build.stress)
@@ -196,7 +198,9 @@ def make_gemm_hopper_kernel(
         my_col = int32(col + (lane & 3) * 2)
         if has_bias:
             add_bias(acc, int64(bias + int64(my_col) * 2), my_col, n)
-        if staged and row + 64 <= m:
+        whole = int32(row + 64 <= m)
+        if staged and row < m and (sends_rows or whole != 0):
+            here = int64(out + int64(row) * int64(out_stride) + int64(col) * item_out)
             for turn in range(num_rounds):
                 if member == 0:
                     bulk_wait_read(0)
@@ -206,7 +210,9 @@ def make_gemm_hopper_kernel(
                 if fenced:
                     fence_proxy_async()
                 named_barrier_sync(int32(consumer + 1), 128)
-                if member == 0:
+                if sends_rows and whole == 0:
+                    send_rows(turn, base, member, here, out_stride, int32(m - row), int32(n - col))
+                elif member == 0:
                     store_boxes(int64(maps + 128), turn, base, row, col, n)
                     bulk_commit()
         elif row < m:
