@@ -49,6 +49,12 @@ class HopperConfig:
         return min(255, REGISTERS_OF_QUARTER // (warps * WARP) // 8 * 8)
 
     @property
+    def sends_rows(self) -> bool:
+        """Whether rows below M of a partial tile leave through shared memory. The widest tiles' accumulators
+        leave no registers for that: 568 bytes were spilled."""
+        return self.consumers == 1 or self.tile_n <= 192
+
+    @property
     def stages(self) -> int:
         """Tiles of K in flight: what fits beside the barriers and one staged box a consumer.
 

@@ -169,3 +169,12 @@ def pick_few_config(m: int, n: int, k: int, num_sms: int) -> FewConfig:
     return min(
         wide, key=lambda c: (round(model_seconds(c, m, n, k, num_sms) * 1e7), -c.blocks, -c.tile_n, c.tile_t)
     )
+
+
+FEW_TOKENS = 48  # measured on an H100: up to 32 tokens few wins, from 64 on the many-token kernel does
+
+
+def use_few(m: int, n: int, k: int, num_sms: int) -> bool:
+    """Whether this GEMM, and not the many-token one (ops/gemm/hopper.py), should take m tokens, the most that
+    a launch may find; n, k: of the weights. No bit of a result depends on it."""
+    return m <= FEW_TOKENS
