@@ -17,14 +17,17 @@ import numpy as np
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch, address
 from kernels_numba.ops.gemm.door import BFLOAT16, FLOAT16, Operands, operands, require_capability
+from kernels_numba.ops.gemm.gate import PAIR, make_gate
 from kernels_numba.ops.gemm.hopper_config import (
     CONFIGS,
+    GATED_CONFIGS,
     ITEM,
     TILE_K,
     HopperConfig,
     pick_hopper_config,
     smem_plan,
 )
+from kernels_numba.ops.gemm_few.door import few_operands
 from kernels_numba.ptx.control import (
     dynamic_shared,
     elect_one,
@@ -86,9 +89,11 @@ PRODUCT = Build()
 
 
 def make_gemm_hopper_kernel(
-    config: HopperConfig, dtype: str, out_dtype: str, has_bias: bool, build: Build = PRODUCT
-) -> Any:
+    config: HopperConfig, dtype: str, out_dtype: str, has_bias: bool, build: Build = PRODUCT,
+    activation: str = "",
+) -> Any:  # fmt: skip
     """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once.
+    activation "silu": of gates and ups in turn, 8 of each, rounded, silu(gate) up, rounded: N / 2 columns.
 
     Arguments: maps: address of tensor maps u64[.., 16]: weight (boxes [tile_n, 64]), out in boxes of 64, 32
     and 16 columns, x in boxes of row_boxes(tile_m) rows x 64; out, bias: addresses; num_rows: address of
@@ -110,7 +115,8 @@ def make_gemm_hopper_kernel(
     chain of dependent launches began (a copy is never part of one); x, out and bias may be written by it.
     """
     tile_m, tile_n, stages, consumers = config.tile_m, config.tile_n, config.stages, config.consumers
-    rounds, staged_bytes = config.rounds, config.staged_bytes
+    staged_bytes, gated = config.staged_bytes, activation == "silu"
+    out_n, rounds, sends_rows = config.out_columns(gated), config.rounds_of(gated), config.sends_rows
     plan = smem_plan(config)
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
@@ -119,10 +125,11 @@ def make_gemm_hopper_kernel(
     num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * TILE_K * ITEM
     item_out = 4 if out_dtype == "float32" else 2
     multiply, finish = make_wgmma(tile_n, 4, dtype, wait=1), make_wgmma_wait(tile_n, 0)
-    staged, sends_rows = out_dtype != "float32", config.sends_rows
-    stage_out = make_stage(tile_n, rounds, out_dtype if staged else dtype)
+    staged = out_dtype != "float32"
+    stage_out = make_stage(out_n, rounds, out_dtype if staged else dtype)
     store_boxes, send_rows = make_store_boxes(rounds), make_send_rows(rounds)
-    store_rows, add_bias = make_store_rows(tile_n, out_dtype), make_add_bias(tile_n, dtype)
+    store_rows, add_bias = make_store_rows(out_n, out_dtype), make_add_bias(tile_n, dtype)
+    gate, halved = make_gate(tile_n if gated else PAIR, dtype), int(gated)
     wait_full, wait_empty = make_mbarrier_wait("full", build.debug), make_mbarrier_wait("empty", build.debug)
     pause = make_stress(build.stress)
     fenced, wrong_phase = build.mutant != "no_fence", int(build.mutant == "wrong_phase")
@@ -195,9 +202,14 @@ def make_gemm_hopper_kernel(
         member = int32(cuda.threadIdx.x & 127)
         lane = int32(member & 31)
         my_row = int32(row + (member >> 5) * 16 + (lane >> 2))
-        my_col = int32(col + (lane & 3) * 2)
         if has_bias:
-            add_bias(acc, int64(bias + int64(my_col) * 2), my_col, n)
+            biased = int32(col + (lane & 3) * 2)
+            add_bias(acc, int64(bias + int64(biased) * 2), biased, n)
+        if gated:
+            gate(acc)
+        n = int32(n >> halved)
+        col = int32(col >> halved)
+        my_col = int32(col + (lane & 3) * 2)
         whole = int32(row + 64 <= m)
         if staged and row < m and (sends_rows or whole != 0):
             here = int64(out + int64(row) * int64(out_stride) + int64(col) * item_out)
@@ -293,17 +305,19 @@ INPUTS = (BFLOAT16, FLOAT16)
 
 @cache
 def hopper_kernel(
-    config: HopperConfig, dtype: str, out_dtype: str, has_bias: bool, build: Build = PRODUCT
-) -> Kernel:
+    config: HopperConfig, dtype: str, out_dtype: str, has_bias: bool, build: Build = PRODUCT,
+    activation: str = "",
+) -> Kernel:  # fmt: skip
     """The kernel of one specialisation, compiled when first launched."""
     words = [f"{config.tile_m}x{config.tile_n}", dtype, out_dtype]
     words += ["bias"] if has_bias else []
+    words += [activation] if activation else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
     words += [build.mutant] if build.mutant else []
     return Kernel(
         "_".join(["gemm_hopper", *words]),
-        lambda: make_gemm_hopper_kernel(config, dtype, out_dtype, has_bias, build),
-        (config, dtype, out_dtype, has_bias, build),
+        lambda: make_gemm_hopper_kernel(config, dtype, out_dtype, has_bias, build, activation),
+        (config, dtype, out_dtype, has_bias, build, activation),
         SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl, archs=("sm_90a",),
     )  # fmt: skip
 
@@ -314,20 +328,27 @@ def kernels() -> Iterator[Kernel]:
     for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
         for config in CONFIGS:
             yield hopper_kernel(config, "bfloat16", out_dtype, has_bias)
+    for config in GATED_CONFIGS:
+        yield hopper_kernel(config, "bfloat16", "bfloat16", False, activation="silu")
 
 
 @lru_cache(maxsize=4096)
 def prepared(
-    o: Operands, num_rows: int, config: HopperConfig, group: int, build: Build = PRODUCT
-) -> tuple[Launch, Any]:
+    o: Operands, num_rows: int, config: HopperConfig, group: int, build: Build = PRODUCT,
+    activation: str = "",
+) -> tuple[Launch, Any]:  # fmt: skip
     """A launch ready to be repeated, and the tensor maps it reads, u64[.., 16] on the device.
 
-    num_rows: address of the real M. ValueError on another GPU than Hopper.
+    num_rows: address of the real M. ValueError on another GPU than Hopper, or for a tile that the activation
+    cannot have.
 
     A map says where a matrix lies, not what is in it: it stays true however often the memory is reused. Who
     captures a launch into a graph keeps what this returns as long as the graph.
     """
     require_capability("hopper")
+    if activation and config not in GATED_CONFIGS:
+        raise ValueError(f"config is {config}; with an activation tile_n must be a multiple of {2 * PAIR}")
+    columns = o.n // 2 if activation else o.n
     boxes = row_boxes(config.tile_m)
     words = np.zeros((X_MAPS + len(boxes), 16), np.uint64)
     box = (config.tile_n, TILE_K)
@@ -335,12 +356,12 @@ def prepared(
     for place, rows in enumerate(boxes, X_MAPS):
         words[place] = encode_tensor_map(o.x, o.dtype, (o.m, o.k), (o.x_stride,), (rows, TILE_K))
     if o.out_dtype != "float32":
-        for place, columns in enumerate(BOX_COLUMNS, 1):
+        for place, width in enumerate(BOX_COLUMNS, 1):
             words[place] = encode_tensor_map(
-                o.out, o.out_dtype, (o.m, o.n), (o.out_stride,), (64, columns), columns * ITEM
+                o.out, o.out_dtype, (o.m, columns), (o.out_stride,), (64, width), width * ITEM
             )
     maps = cuda.to_device(words)
-    kernel = hopper_kernel(config, o.dtype, o.out_dtype, o.bias != 0, build)
+    kernel = hopper_kernel(config, o.dtype, o.out_dtype, o.bias != 0, build, activation)
     tiles = -(-o.m // config.tile_m) * -(-o.n // config.tile_n)
     arguments = (address(maps), o.out, o.bias, num_rows, o.n, o.k, o.out_stride, group)
     return kernel.prepare(min(tiles, num_sms()), arguments), maps
@@ -359,7 +380,7 @@ def num_sms() -> int:
 
 def gemm_hopper(
     out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None, num_rows: Any = None,
-    config: HopperConfig | None = None, group: int = 0, build: Build = PRODUCT,
+    config: HopperConfig | None = None, group: int = 0, build: Build = PRODUCT, activation: str = "",
 ) -> None:  # fmt: skip
     """Rung "hopper": out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) on tensor cores, accumulated in
     float32.
@@ -367,13 +388,17 @@ def gemm_hopper(
     x, weight, bias: bfloat16 (bits as uint16) or float16; out: the same, or float32. N and K are multiples
     of 8. num_rows: device i32[1] with the real M, at most out's rows, read when the kernel runs; rows from
     there on are not written. Weights and num_rows must not be written by a launch right before this one (see
-    make_gemm_hopper_kernel). config, group and build force a tile, its order and a kind of kernel (tuning,
+    make_gemm_hopper_kernel). activation "silu": weight's rows are gates and ups in blocks of 8, and out[M,
+    N / 2], of x's dtype, is what silu_mul's rung "warp" makes of the product, in its bits. config, group and build force a tile, its order and a kind of kernel (tuning,
     tests). ValueError for wrong dtypes, shapes, strides or alignment.
     """
-    o = operands(out, x, weight, bias, INPUTS)
+    if activation:
+        o = few_operands(out, x, weight, bias, activation=activation).given
+    else:
+        o = operands(out, x, weight, bias, INPUTS)
     if o.m == 0:
         return
-    picked, order = pick_hopper_config(o.m, o.n, o.k, num_sms())
+    picked, order = pick_hopper_config(o.m, o.n, o.k, num_sms(), activation)
     count = address(_count(o.m) if num_rows is None else num_rows)
-    launch, _ = prepared(o, count, config or picked, group or order, build)
+    launch, _ = prepared(o, count, config or picked, group or order, build, activation)
     launch(stream)

@@ -54,6 +54,10 @@ class HopperConfig:
         leave no registers for that: 568 bytes were spilled."""
         return self.consumers == 1 or self.tile_n <= 192
 
+    def out_columns(self, gated: bool = False) -> int:
+        """Columns of out in a tile: of gates and ups half."""
+        return self.tile_n // 2 if gated else self.tile_n
+
     @property
     def stages(self) -> int:
         """Tiles of K in flight: what fits beside the barriers and one staged box a consumer.
@@ -70,6 +74,10 @@ class HopperConfig:
         for."""
         spare = SMEM_LIMIT - BARRIER_BYTES - self.stages * (self.tile_m + self.tile_n) * TILE_K * ITEM
         return boxes_of(self.tile_n, spare // self.consumers // 1024 * 1024)
+
+    def rounds_of(self, gated: bool = False) -> tuple[tuple[Box, ...], ...]:
+        """rounds, or the same of out_columns(gated) in no more room."""
+        return boxes_of(self.tile_n // 2, self.staged_bytes) if gated else self.rounds
 
     @property
     def staged_bytes(self) -> int:
@@ -96,6 +104,7 @@ WIDTHS = {
     128: (64, 80, 96, 112, 128, 144, 160, 192, 224, 256),
 }
 CONFIGS = tuple(HopperConfig(tile_m, tile_n) for tile_m, widths in WIDTHS.items() for tile_n in widths)
+GATED_CONFIGS = tuple(config for config in CONFIGS if config.tile_n % 32 == 0)  # half is stored, in 16s
 
 # Cycles, fitted to a sweep of the grid of kernels_numba/bench.py on an H100: the mean loss against the best
 # tile is 0.6 %, and where it was over 1 % the table says better.
@@ -121,18 +130,23 @@ def model_cycles(config: HopperConfig, m: int, n: int, k: int, num_sms: int) -> 
     return -(-tiles // num_sms) * tile_cycles(config, k)
 
 
-def cheapest_config(m: int, n: int, k: int, num_sms: int) -> HopperConfig:
+def cheapest_config(
+    m: int, n: int, k: int, num_sms: int, configs: tuple[HopperConfig, ...] = CONFIGS
+) -> HopperConfig:
     """The tile that the cost model finds fastest; ties go to the larger tile."""
-    return min(reversed(CONFIGS), key=lambda config: model_cycles(config, m, n, k, num_sms))
+    return min(reversed(configs), key=lambda config: model_cycles(config, m, n, k, num_sms))
 
 
-def pick_hopper_config(m: int, n: int, k: int, num_sms: int) -> tuple[HopperConfig, int]:
+def pick_hopper_config(
+    m: int, n: int, k: int, num_sms: int, activation: str = ""
+) -> tuple[HopperConfig, int]:
     """(tile, row tiles walked together): the table's where it has this shape, else the cheapest.
 
-    The table speaks for every m of the same number of 128-row tiles. Blocks that run at one time share
-    operands through L2: 16 row tiles share their columns' weights, unless there are so few columns that
-    sharing x is worth more.
+    The table speaks for every m of the same number of 128-row tiles, and for an activation too where the
+    tile can have one. Blocks that run at one time share operands through L2: 16 row tiles share their
+    columns' weights, unless there are so few columns that sharing x is worth more.
     """
+    configs = GATED_CONFIGS if activation else CONFIGS
     name = TUNED.get((-(-m // 128), n, k))
-    config = next((c for c in CONFIGS if str(c) == name), None) or cheapest_config(m, n, k, num_sms)
+    config = next((c for c in configs if str(c) == name), None) or cheapest_config(m, n, k, num_sms, configs)
     return config, 1 if n <= NARROW else 16

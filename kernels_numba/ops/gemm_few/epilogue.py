@@ -59,21 +59,28 @@ def make_finish_residual(dtype: str) -> Any:
     return finish
 
 
-def make_finish_silu(dtype: str) -> Any:
-    """f(words, more): words[0..3], 8 rounded gates, become g / (1 + 2^(-g log2 e)) times the ups
-    more[0..3], rounded; the operations are those of silu_mul's rung "warp"."""
-    low, high, pack = make_elements(dtype)
+def make_silu_mul_one() -> Any:
+    """f(gate, up): g / (1 + 2^(-g log2 e)) times up, in float32; the operations are those of silu_mul's rung
+    "warp"."""
 
     @jit(device=True, forceinline=True)
-    def one(gate: Any, up: Any) -> Any:
+    def silu_mul_one(gate: Any, up: Any) -> Any:
         power = ex2_f32(mul_f32(gate, np.float32(-LOG2_E)))
         return mul_f32(divide_full_f32(gate, add_f32(np.float32(1), power)), up)
+
+    return silu_mul_one
+
+
+def make_finish_silu(dtype: str) -> Any:
+    """f(words, more): words[0..3], 8 rounded gates, become silu(gate) times the ups more[0..3], rounded."""
+    low, high, pack = make_elements(dtype)
+    silu_mul_one = make_silu_mul_one()
 
     @jit(device=True, forceinline=True)
     def finish(words: Any, more: Any) -> None:
         for i in range(4):
-            first = one(low(words[i]), low(more[i]))
-            second = one(high(words[i]), high(more[i]))
+            first = silu_mul_one(low(words[i]), low(more[i]))
+            second = silu_mul_one(high(words[i]), high(more[i]))
             words[i] = pack(first, second)
 
     return finish
