@@ -245,6 +245,15 @@ def _silu_mul(rng: np.random.Generator, c: Any) -> Call:
     return Call("silu_mul", args, ("out",))
 
 
+def _gemm_silu_mul(rng: np.random.Generator, c: Any) -> Call:
+    m, n, k = c["m"], c["n"], c["k"]
+    args = {
+        "out": _blank(m, n // 2), "x": _normal(rng, m, k), "weight": _normal(rng, n, k) * (2 * k**-0.5),
+        "gate_up": _blank(m, n),
+    }  # fmt: skip
+    return Call("gemm_silu_mul", args, ("out",), terms=k)
+
+
 def _lm_head(rng: np.random.Generator, c: Any) -> Call:
     hidden = _normal(rng, c["num_tokens"], c["hidden_size"])
     rows = np.sort(rng.permutation(c["num_tokens"])[: c["num_rows"]]).astype(np.int32)
@@ -272,7 +281,8 @@ def _sample(rng: np.random.Generator, c: Any) -> Call:
 _BUILDERS: dict[str, Callable[[np.random.Generator, Any], Call]] = {
     "embedding": _embedding, "rms_norm": _rms_norm, "gemm": _gemm, "qk_norm": _qk_norm, "rope": _rope,
     "store_kv": _store_kv, "rope_store_kv": _rope_store_kv, "prefill_attention": _prefill_attention,
-    "decode_attention": _decode_attention, "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
+    "decode_attention": _decode_attention, "silu_mul": _silu_mul, "gemm_silu_mul": _gemm_silu_mul,
+    "lm_head": _lm_head, "sample": _sample,
 }  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from sharp.device import Array
 
-# Of what the forward launches: rope and store_kv are parts of rope_store_kv.
-OF_TOKENS = ("embedding", "rms_norm", "gemm", "qk_norm", "rope_store_kv", "silu_mul")
+# Of what the forward launches: rope and store_kv are parts of rope_store_kv, silu_mul of gemm_silu_mul.
+OF_TOKENS = ("embedding", "rms_norm", "gemm", "qk_norm", "rope_store_kv", "gemm_silu_mul")
 OF_ROWS = ("lm_head", "sample")  # attention reads lengths: a sequence past the real ones has none
 
 

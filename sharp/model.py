@@ -16,7 +16,7 @@ from inputs as stored, and rounds once where its result is stored:
                      once; keys and values copied to their pages
     attention        scores, softmax and the weighted sum in float32, rounded once; a sliding window leaves
                      keys out and changes nothing else
-    silu_mul         silu(gate) * up in float32, rounded once
+    gemm_silu_mul    gates and ups are a gemm's, rounded once; silu(gate) * up in float32, rounded once
     lm_head          float32 accumulation, logits stay float32
 """
 
@@ -144,8 +144,7 @@ def forward(
             )  # fmt: skip
         ops.gemm(delta, attention_rows, layer.o, stream=stream)
         ops.rms_norm(x, delta, layer.post_norm, eps=eps, residual=residual, stream=stream)
-        ops.gemm(gate_up, x, layer.gate_up, stream=stream)
-        ops.silu_mul(act, gate_up, stream=stream)
+        ops.gemm_silu_mul(act, x, layer.gate_up, gate_up, stream=stream)
         ops.gemm(delta, act, layer.down, stream=stream)
     ops.rms_norm(x, delta, weights.final_norm, eps=eps, residual=residual, stream=stream)
     logits = work.logits[:rows]

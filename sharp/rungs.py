@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kernels_numba.ops.decode_attention import door as decode_door
 from kernels_numba.ops.gemm import door as gemm_door
+from kernels_numba.ops.gemm_silu_mul import FUSED
 from kernels_numba.ops.prefill_attention import door as prefill_door
 from kernels_numba.ops.sample.warp import refusal as sample_refusal
 from kernels_numba.ops.warp.door import OPS, RUNG, Sizes, refusal, warp_rungs
@@ -37,7 +38,15 @@ def choose_rungs(model: ModelConfig, config: EngineConfig, device: Device) -> di
     default, capability = device.default_rung, device.capability
     gemm = gemm_door.best_rung(default, capability, device.dtype, _products(model))
     small = small_op_rungs(default, capability, device.dtype, model, config.block_size, config.rungs)
-    return {"gemm": gemm, **small, **sample_rungs(default, capability, config.rungs), **config.rungs}
+    rungs = {"gemm": gemm, **small, **sample_rungs(default, capability, config.rungs), **config.rungs}
+    return {**fused_rungs(rungs), **rungs}
+
+
+def fused_rungs(rungs: Mapping[str, str]) -> dict[str, str]:
+    """{"gemm_silu_mul": the products' rung} where that has the bits of the two ops that were chosen; else it
+    is made of them (ops.resolve)."""
+    both = rungs["gemm"] in FUSED and rungs.get("silu_mul") == RUNG
+    return {"gemm_silu_mul": rungs["gemm"]} if both else {}
 
 
 def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineConfig, device: Device) -> None:
@@ -51,7 +60,11 @@ def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineCon
     group = model.num_q_heads // model.num_kv_heads
     where = device.capability, device.dtype, model.head_dim, group, config.block_size
     reasons = {
-        "gemm": gemm_door.refusal(rungs["gemm"], device.capability, device.dtype, _products(model)),
+        **{
+            op: gemm_door.refusal(rungs[op], device.capability, device.dtype, _products(model))
+            for op in ("gemm", "gemm_silu_mul")
+            if op in rungs
+        },
         "decode_attention": decode_door.refusal(decode, *where),
         "prefill_attention": prefill_door.refusal(*where) if prefill == prefill_door.RUNG else "",
     }

@@ -22,6 +22,7 @@ TOY = {
     "prefill_attention": ["toy_packed", "toy_mha", "toy_gqa_8"],
     "decode_attention": ["toy", "toy_mha"],
     "silu_mul": ["toy"],
+    "gemm_silu_mul": ["toy"],
     "lm_head": ["toy"],
     "sample": ["toy"],
 }
@@ -240,6 +241,7 @@ def scale(name, factor):
         ("prefill_attention", "toy_packed", "out"),
         ("decode_attention", "toy", "out"),
         ("silu_mul", "toy", "out"),
+        ("gemm_silu_mul", "toy", "out"),
         ("lm_head", "toy", "out"),
     ],
 )

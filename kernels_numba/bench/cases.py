@@ -21,6 +21,7 @@ GEMM_NK = (
 )  # fmt: skip
 GEMM_M = (512, 1000, 2048, 4096, 8192, 16384)
 QUICK_M = (512, 4096)
+GATED_M, QUICK_GATED_M = (1, 32, 64, 256, 1000, 4096, 8192), 4096
 
 MODELS: dict[str, Params] = {
     "llama3.2-1b": {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 128256, "num_q_heads": 32,
@@ -88,6 +89,16 @@ def _gemm(quick: bool) -> dict[str, Params]:
         f"M={m} N={n} K={k}": {"m": m, "n": n, "k": k, "bias": False}
         for n, k in GEMM_NK
         for m in (QUICK_M if quick else GEMM_M)
+    }
+
+
+def _gemm_silu_mul(quick: bool) -> dict[str, Params]:
+    sizes = {model: (2 * c["intermediate_size"], c["hidden_size"]) for model, c in MODELS.items()}
+    return {
+        f"{model} M={m} N={n} K={k}": {"m": m, "n": n, "k": k}
+        for model, (n, k) in sizes.items()
+        for m in GATED_M
+        if not quick or (model in QUICK_MODELS and m == QUICK_GATED_M)
     }
 
 
@@ -175,6 +186,7 @@ _CASES = {
     "prefill_attention": _prefill,
     "decode_attention": _decode,
     "silu_mul": lambda quick: _by_tokens(quick, "intermediate_size"),
+    "gemm_silu_mul": _gemm_silu_mul,
     "lm_head": _lm_head,
     "sample": _sample,
 }

@@ -13,12 +13,13 @@ import numpy as np
 from kernels_numba.bench.cases import Params
 from kernels_numba.bench.data import Maker, read, read_pages
 from kernels_numba.bench.entry import BenchOp, windows
-from kernels_numba.bench.errors import FLOAT32_ROUNDING
+from kernels_numba.bench.errors import BF16_ROUNDING, FLOAT32_ROUNDING
 from kernels_numba.inputs import Call, Cut
 from kernels_numba.ops import (
     decode_attention,
     embedding,
     gemm,
+    gemm_silu_mul,
     lm_head,
     prefill_attention,
     qk_norm,
@@ -201,6 +202,27 @@ def _silu_mul(m: Maker, c: Params) -> Call:
     return Call("silu_mul", args, ("out",))
 
 
+def _gemm_silu_mul(m: Maker, c: Params) -> Call:
+    rows, n, k = c["m"], c["n"], c["k"]
+    args = {
+        "out": m.blank(rows, n // 2), "x": m.normal(rows, k), "weight": m.normal(n, k, scale=2 * k**-0.5),
+        "gate_up": m.blank(rows, n),
+    }  # fmt: skip
+    return Call("gemm_silu_mul", args, ("out",))
+
+
+def _gemm_silu_mul_excerpt(call: Call, c: Params, rows: slice) -> Call:
+    args = {"x": read(call, "x", rows), "weight": _rows(call, "weight", c["n"])}
+    return Call("gemm_silu_mul", args, ("out",))
+
+
+def _gemm_silu_mul_result(call: Call, c: Params, rows: slice) -> list[Any]:
+    """Of each window of gates and ups (multiples of 16: models' sizes are) the columns that they make."""
+    out = read(call, "out", rows)
+    parts = windows(c["n"], WINDOW_COLUMNS)
+    return [np.concatenate([out[:, part.start // 2 : part.stop // 2] for part in parts], axis=1)]
+
+
 def _lm_head(m: Maker, c: Params) -> Call:
     hidden, vocab = c["hidden_size"], c["vocab_size"]
     rows = np.sort(m.rng.permutation(c["num_tokens"])[: c["num_rows"]])
@@ -310,6 +332,11 @@ BENCH_OPS: dict[str, BenchOp] = {
     "silu_mul": BenchOp(
         _silu_mul, lambda c: silu_mul.silu_mul_cost(c["num_tokens"], c["intermediate_size"]), _tokens,
         _by_rows("silu_mul", "gate_up"),
+    ),
+    "gemm_silu_mul": BenchOp(
+        _gemm_silu_mul, lambda c: gemm_silu_mul.gemm_silu_mul_cost(c["m"], c["n"], c["k"]),
+        lambda c: int(c["m"]), _gemm_silu_mul_excerpt, _gemm_silu_mul_result, unit="TFLOP/s",
+        rounding=3 * BF16_ROUNDING,  # gates and ups are rounded, too
     ),
     "lm_head": BenchOp(
         _lm_head, lambda c: lm_head.lm_head_cost(c["num_rows"], c["vocab_size"], c["hidden_size"]),

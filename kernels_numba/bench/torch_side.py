@@ -110,6 +110,17 @@ def _silu_mul(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
     return Bound("F.silu, mul", lambda: torch.mul(silu(gate), up, out=target), lambda _: [out])
 
 
+def _gemm_silu_mul(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
+    x, weight, gate_up = t["x"], t["weight"], t["gate_up"]
+    gate = _silu_mul(torch, t, call, {"num_tokens": c["m"]})
+
+    def run() -> Any:
+        torch.matmul(x, weight.t(), out=gate_up)
+        return gate.run()
+
+    return Bound(f"torch.matmul, {gate.name}", run, gate.outputs)
+
+
 def _lm_head(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
     rows, hidden, weight = t["logits_rows"], t["hidden"], t["weight"]
     return Bound(
@@ -196,7 +207,8 @@ def _attention(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
 BINDS: dict[str, Callable[[Any, Tensors, Call, Params], Bound | None]] = {
     "embedding": _embedding, "rms_norm": _rms_norm, "gemm": _gemm, "rope": _rope, "store_kv": _store_kv,
     "rope_store_kv": _rope_store_kv, "qk_norm": _qk_norm, "prefill_attention": _attention,
-    "decode_attention": _attention, "silu_mul": _silu_mul, "lm_head": _lm_head, "sample": _sample,
+    "decode_attention": _attention, "silu_mul": _silu_mul, "gemm_silu_mul": _gemm_silu_mul,
+    "lm_head": _lm_head, "sample": _sample,
 }  # fmt: skip
 
 

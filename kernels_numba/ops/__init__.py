@@ -13,7 +13,7 @@ from kernels_numba.registry import pick
 
 OP_NAMES = (
     "embedding", "rms_norm", "gemm", "qk_norm", "rope", "store_kv", "rope_store_kv", "prefill_attention",
-    "decode_attention", "silu_mul", "lm_head", "sample",
+    "decode_attention", "silu_mul", "gemm_silu_mul", "lm_head", "sample",
 )  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def resolve(default_rung: str, forced: Mapping[str, str] | None = None) -> Simpl
 
     The choice is made now: a rung registered later is seen by the next resolve(). Raises ValueError for an
     unknown op or rung, with a list of what exists. Where rope or store_kv is named and rope_store_kv is not,
-    the latter is made of the two.
+    the latter is made of the two; so is gemm_silu_mul of gemm and silu_mul.
     """
     forced = dict(forced or {})
     unknown = sorted(set(forced) - set(OP_NAMES))
@@ -49,4 +49,6 @@ def resolve(default_rung: str, forced: Mapping[str, str] | None = None) -> Simpl
     chosen = {op: pick(op, OPS[op].rungs, forced.get(op, default_rung)) for op in OP_NAMES}
     if ("rope" in forced or "store_kv" in forced) and "rope_store_kv" not in forced:
         chosen["rope_store_kv"] = OPS["rope_store_kv"].composed(chosen["rope"], chosen["store_kv"])
+    if ("gemm" in forced or "silu_mul" in forced) and "gemm_silu_mul" not in forced:
+        chosen["gemm_silu_mul"] = OPS["gemm_silu_mul"].composed(chosen["gemm"], chosen["silu_mul"])
     return SimpleNamespace(**chosen)
