@@ -438,7 +438,7 @@ def test_errors_of_a_step_say_which(healthy):
     def launch(*args, **options):
         raise RuntimeError("launching silu with 3 blocks: the driver says CUDA_ERROR_INVALID_VALUE")
 
-    model.ops.silu_mul = launch
+    model.ops.gemm_silu_mul = launch
     engine.add_request([5, 9, 17], SamplingParams(max_tokens=2))
     batch = model.stage(engine.scheduler.plan())
     words = r"silu with 3 blocks, during step 1 \(3 tokens of 1 requests\)"

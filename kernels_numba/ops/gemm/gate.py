@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kernels_numba.compiler import cuda, jit
+from kernels_numba.compiler import jit
 from kernels_numba.ops.gemm_few.epilogue import make_silu_mul_one
 from kernels_numba.ops.warp.elements import make_elements
 
@@ -28,7 +28,6 @@ def make_gate(columns: int, dtype: str) -> Any:
     low, high, pack = make_elements(dtype)
     silu_mul_one = make_silu_mul_one()
     pairs = columns // PAIR
-    float32 = cuda.types.float32
 
     @jit(device=True, forceinline=True)
     def gate_pairs(acc: Any) -> None:
@@ -38,7 +37,7 @@ def make_gate(columns: int, dtype: str) -> Any:
                 gates = pack(acc[at], acc[at + 1])
                 ups = pack(acc[at + 4], acc[at + 5])
                 to = 4 * pair + 2 * row
-                acc[to] = float32(silu_mul_one(low(gates), low(ups)))
-                acc[to + 1] = float32(silu_mul_one(high(gates), high(ups)))
+                acc[to] = silu_mul_one(low(gates), low(ups))
+                acc[to + 1] = silu_mul_one(high(gates), high(ups))
 
     return gate_pairs
