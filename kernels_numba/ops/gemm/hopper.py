@@ -296,7 +296,7 @@ def hopper_kernel(
     config: HopperConfig, dtype: str, out_dtype: str, has_bias: bool, build: Build = PRODUCT
 ) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
-    words = [f"{config.tile_m}x{config.tile_n}", dtype, out_dtype]
+    words = [str(config), dtype, out_dtype]
     words += ["bias"] if has_bias else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
     words += [build.mutant] if build.mutant else []
