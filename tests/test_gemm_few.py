@@ -233,7 +233,7 @@ def test_tiles_that_cannot_be_are_named():
         Build(mutant="typo")
 
 
-# us, of `just tune gemm_few` on an H100 80GB with 132 SMs: where tiles differ most, where the pick loses most.
+# us, of `just tune gemm_few` on an H100 of 132 SMs: where tiles differ most, and where the pick loses most.
 MEASURED = {
     (1, 4096, 4096): {"64x8x2": 12.15, "64x16x2": 12.42, "64x32x2": 14.17, "128x8x2": 14.51},
     (16, 3584, 18944): {"64x16x2": 48.82, "64x8x2": 71.93, "64x32x2": 51.10, "128x8x2": 71.52},
