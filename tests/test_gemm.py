@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from gpu_capture import captured
 
+from kernels_numba.bench.tune_gemm_few import MANY_DEEP
 from kernels_numba.ops.gemm import hopper
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.gemm.hopper_config import (
@@ -128,7 +129,7 @@ def test_the_table_names_tiles_that_exist_and_beats_the_model():
         )
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *MANY_DEEP], ids=str)
 def test_shared_memory_holds_what_the_kernel_stages(config):
     plan = smem_plan(config)
     assert plan.bytes <= SMEM_LIMIT
@@ -141,6 +142,14 @@ def test_shared_memory_holds_what_the_kernel_stages(config):
         ends = [box.offset + 128 * box.columns for box in boxes]
         assert [box.offset for box in boxes] == [0, *ends[:-1]]
         assert ends[-1] <= config.staged_bytes
+
+
+def test_deep_tiles_have_more_bytes_on_their_way():
+    assert [(str(c), c.stages) for c in MANY_DEEP] == [("64x32deep", 16), ("64x64deep", 13)]
+    for deep in MANY_DEEP:
+        shallow = HopperConfig(deep.tile_m, deep.tile_n)
+        assert shallow.stages == 8
+        assert smem_plan(shallow).bytes < smem_plan(deep).bytes
 
 
 def test_boxes_are_as_wide_as_they_can_be():

