@@ -13,7 +13,11 @@ from kernels_numba.ptx.epilogue import _XOR, BOX_COLUMNS
 from kernels_numba.ptx.tma_rows import row_boxes
 from kernels_numba.simt_gemm import GemmWarp
 
-GATE = ("kernels_numba.ops.warp.elements", "kernels_numba.ops.gemm_few.epilogue", "kernels_numba.ops.gemm.gate")
+GATE = (
+    "kernels_numba.ops.warp.elements",
+    "kernels_numba.ops.gemm_few.epilogue",
+    "kernels_numba.ops.gemm.gate",
+)
 MODULES = ("kernels_numba.ptx.tma_rows", *GATE, "kernels_numba.ops.gemm.hopper")
 MAPS = 1 << 10  # stands for the address of the tensor maps
 
@@ -91,7 +95,8 @@ def many_in_numpy(config, out, x, weight, bias=None, num_rows=None, *, grid=2, g
     maps = {MAPS + 128 * i: pair for i, pair in enumerate(arrays)}
     out_dtype = "float32" if out.dtype == np.float32 else "bfloat16"
     simt_warps.run(
-        MODULES, "make_gemm_hopper_kernel", (config, "bfloat16", out_dtype, bias is not None, build, activation),
+        MODULES, "make_gemm_hopper_kernel",
+        (config, "bfloat16", out_dtype, bias is not None, build, activation),
         (MAPS, memory.put(out), 0 if bias is None else memory.put(bias), memory.put(count), len(weight),
          x.shape[1], out.strides[0], group),
         grid, config.threads, smem_plan(config).bytes, memory, maps, seed, change, ManyWarp,

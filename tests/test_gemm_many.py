@@ -16,7 +16,9 @@ def product_of(product, config, out_dtype="bfloat16", real=None, **how):
     wider = rounded(np.full((m + 2, n + 8), np.nan, np.float32), out_dtype)
     before = wider.copy()
     out = wider[1 : m + 1, :n]
-    many_in_numpy(config, out, product.x, product.weight, product.bias, real, activation=product.activation, **how)
+    many_in_numpy(
+        config, out, product.x, product.weight, product.bias, real, activation=product.activation, **how
+    )
     written = m if real is None else real
     got = out[:written].copy()
     out[:written] = before[1 : written + 1, :n]

@@ -21,8 +21,8 @@ OP = "gemm_silu_mul"
 
 
 def gemm_silu_mul_spec(x: Any, weight: Any, gate_up: Any = None) -> Any:
-    """silu_mul_spec of gemm_spec(x, weight), rounded to x's dtype between: x[T, K], weight[2I, K] -> float32[T,
-    I], I a multiple of 8.
+    """silu_mul_spec of gemm_spec(x, weight), rounded to x's dtype between: x[T, K], weight[2I, K] ->
+    float32[T, I], I a multiple of 8.
 
     Rows 16j .. 16j+7 of weight make the gates and 16j+8 .. 16j+15 the ups of the neurons 8j .. 8j+7. gate_up:
     the rungs' room for the product, not looked at.
@@ -47,9 +47,7 @@ def _check(kind: type[Host], out: Any, x: Any, weight: Any, gate_up: Any) -> Non
     check(OP, "gate_up", gate_up, dtypes, (rows, 2 * columns), rows=1)
 
 
-def composed(
-    product: Callable[..., None], gate: Callable[..., None], kind: type[Host] | None = None
-) -> Rung:
+def composed(product: Callable[..., None], gate: Callable[..., None], kind: type[Host] | None = None) -> Rung:
     """The rung that is a rung of gemm, then one of silu_mul; it takes num_rows where both do. kind: of
     arrays, all checked before the first is written; None leaves it to the two."""
 

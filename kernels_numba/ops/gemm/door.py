@@ -6,7 +6,7 @@ Knows: dtypes, shapes, strides, alignment, compute capability. Refuses to know: 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,27 @@ def operands(
         out_at, x_at, weight_at, bias_at, int(m), int(n), int(x.shape[1]),
         out_stride, x_stride, weight_stride, NAMES[x.dtype], NAMES[out.dtype],
     )  # fmt: skip
+
+
+ACTIVATIONS = ("", "silu")
+
+
+def gated_operands(
+    out: Any, x: Any, weight: Any, bias: Any = None, inputs: tuple[Any, ...] = (BFLOAT16,)
+) -> Operands:
+    """Check operands whose gates and ups, 8 rows of weight[N, K] each in turn, become one column: out is of
+    x's type, T[M, N / 2], N / 2 a multiple of 8. n is that of weight. ValueError as operands."""
+    check("gemm", "out", out, (x.dtype,), (None, None), rows=1)
+    columns = 2 * out.shape[1]
+    check("gemm", "weight", weight, (x.dtype,), (columns, None), rows=1)
+    given = operands(out, x, weight[: out.shape[1]], None, inputs)
+    bias_at = 0
+    if bias is not None:
+        check("gemm", "bias", bias, (x.dtype,), (columns,))
+        bias_at = address(bias)
+        if bias_at % 4:
+            fail("gemm", "bias", f"starts at address {bias_at:#x}", "a multiple of 4 bytes")
+    return replace(given, n=columns, bias=bias_at)
 
 
 NEEDS = {  # compute capability, whether only of that major, types of x

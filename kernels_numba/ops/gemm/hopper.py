@@ -14,9 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from kernels_numba.checks import fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch, address
-from kernels_numba.ops.gemm.door import BFLOAT16, FLOAT16, Operands, operands, require_capability
+from kernels_numba.ops.gemm.door import (
+    ACTIVATIONS,
+    BFLOAT16,
+    FLOAT16,
+    Operands,
+    gated_operands,
+    operands,
+    require_capability,
+)
 from kernels_numba.ops.gemm.gate import PAIR, make_gate
 from kernels_numba.ops.gemm.hopper_config import (
     CONFIGS,
@@ -27,7 +36,6 @@ from kernels_numba.ops.gemm.hopper_config import (
     pick_hopper_config,
     smem_plan,
 )
-from kernels_numba.ops.gemm_few.door import few_operands
 from kernels_numba.ptx.control import (
     dynamic_shared,
     elect_one,
@@ -395,13 +403,14 @@ def gemm_hopper(
     of 8. num_rows: device i32[1] with the real M, at most out's rows, read when the kernel runs; rows from
     there on are not written. Weights and num_rows must not be written by a launch right before this one (see
     make_gemm_hopper_kernel). activation "silu": weight's rows are gates and ups in blocks of 8, and out[M,
-    N / 2], of x's dtype, is what silu_mul's rung "warp" makes of the product, in its bits. config, group and build force a tile, its order and a kind of kernel (tuning,
-    tests). ValueError for wrong dtypes, shapes, strides or alignment.
+    N / 2], of x's dtype, is what silu_mul's rung "warp" makes of the product, in its bits. config, group and
+    build force a tile, its order and a kind of kernel (tuning, tests). ValueError for wrong dtypes, shapes,
+    strides or alignment.
     """
-    if activation:
-        o = few_operands(out, x, weight, bias, activation=activation).given
-    else:
-        o = operands(out, x, weight, bias, INPUTS)
+    if activation not in ACTIVATIONS:
+        fail("gemm", "activation", f"is {activation!r}", '"" or "silu"')
+    of = gated_operands if activation else operands
+    o = of(out, x, weight, bias, INPUTS)
     if o.m == 0:
         return
     picked, order = pick_hopper_config(o.m, o.n, o.k, num_sms(), activation)

@@ -5,16 +5,14 @@ Knows: dtypes, shapes, strides, alignment, by gemm.door. Refuses to know: any ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from kernels_numba.checks import check, fail
-from kernels_numba.launch import address
-from kernels_numba.ops.gemm.door import BFLOAT16, FLOAT16, Operands, operands
+from kernels_numba.ops.gemm.door import ACTIVATIONS, BFLOAT16, FLOAT16, Operands, gated_operands, operands
 
 OP = "gemm_few"
 INPUTS = (BFLOAT16, FLOAT16)
-ACTIVATIONS = ("", "silu")
 
 
 @dataclass(frozen=True)
@@ -26,21 +24,6 @@ class FewOperands:
     epilogue: str = ""
     residual: int = 0
     residual_stride: int = 0
-
-
-def _gated(out: Any, x: Any, weight: Any, bias: Any) -> FewOperands:
-    """Operands of a product whose gates and ups, 8 rows of weights each in turn, become one column."""
-    check(OP, "out", out, (x.dtype,), (None, None), rows=1)
-    columns = 2 * out.shape[1]
-    check(OP, "weight", weight, (x.dtype,), (columns, None), rows=1)
-    given = operands(out, x, weight[: out.shape[1]], None, INPUTS)
-    bias_at = 0
-    if bias is not None:
-        check(OP, "bias", bias, (x.dtype,), (columns,))
-        bias_at = address(bias)
-        if bias_at % 4:
-            fail(OP, "bias", f"starts at address {bias_at:#x}", "a multiple of 4 bytes")
-    return FewOperands(replace(given, n=columns, bias=bias_at), "silu")
 
 
 def few_operands(
@@ -57,7 +40,7 @@ def few_operands(
     if activation and residual is not None:
         fail(OP, "residual", f"is given beside activation {activation!r}", "one of the two")
     if activation:
-        return _gated(out, x, weight, bias)
+        return FewOperands(gated_operands(out, x, weight, bias, INPUTS), "silu")
     given = operands(out, x, weight, bias, INPUTS)
     if residual is None:
         return FewOperands(given)

@@ -17,8 +17,14 @@ from typing import Any, NamedTuple
 from kernels_numba.checks import check, fail
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch
-from kernels_numba.ops.gemm.door import BFLOAT16, FLOAT16, Operands, operands, require_capability
-from kernels_numba.ops.gemm_few.door import ACTIVATIONS
+from kernels_numba.ops.gemm.door import (
+    ACTIVATIONS,
+    BFLOAT16,
+    FLOAT16,
+    Operands,
+    operands,
+    require_capability,
+)
 from kernels_numba.ops.gemm_mma.config import CONFIGS, SM_SMEM, MmaConfig, pick_config
 from kernels_numba.ops.gemm_mma.kernel import mma_kernel
 from kernels_numba.ops.warp.door import Plan, View, count_address, packed, row_bytes, view, view_count
