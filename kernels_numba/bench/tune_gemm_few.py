@@ -127,7 +127,7 @@ def measure(op: str, params: Params, rounds: int, torch: Any) -> Row:
     picked, *others = rivals(m, n, k, many.num_sms())
     launch: Contender = gemm_few if op == "gemm" else lm_head_few
     contenders: dict[str, Contender] = {str(c): partial(launch, config=c) for c in (picked, *others)}
-    contenders["many"] = many.gemm_hopper if op == "gemm" else lm_head_warp
+    contenders["many"] = many.gemm_hopper if op == "gemm" else partial(lm_head_warp, product="many")
     with Workload(op, params, torch=torch) as workload:
         outcome = workload.compare(contenders, rounds)
         moved = workload.cost.bytes

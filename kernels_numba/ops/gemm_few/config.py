@@ -169,3 +169,11 @@ def pick_few_config(m: int, n: int, k: int, num_sms: int) -> FewConfig:
     return min(
         wide, key=lambda c: (round(model_seconds(c, m, n, k, num_sms) * 1e7), -c.blocks, -c.tile_n, c.tile_t)
     )
+
+
+FEW_TOKENS = 48  # up to which this kernel was ahead of the one for many tokens on an H100
+
+
+def use_few(m: int, n: int, k: int, num_sms: int) -> bool:
+    """Whether this kernel or the one for many tokens (gemm/hopper.py) is to multiply up to m tokens."""
+    return m <= FEW_TOKENS

@@ -3,9 +3,10 @@
     config.py     tiles, and which suits a shape       kernel.py    the kernel
     in_numpy.py   its text and its order without a GPU
 
-Not run on a GPU yet. It is no rung of an op until it has been: what an engine calls "mma_sync" is still the
-ladder's step (ops/gemm/ladder/mma_sync.py), and the session that measures this one puts it in that place.
-Knows: what the launcher checks and launches. Refuses to know: what a row of x belongs to.
+It is rung "mma_sync" of gemm, which an engine takes on every card from 8.0 on but Hopper, and the product of
+lm_head's rung "warp" there; residual and SiLU are reached through gemm_mma() alone. It has run on an H100,
+where its numbers, bits and fused forms are tested; on no other card yet. What it is at its simplest is a step
+of the ladder (ops/gemm/ladder/mma_step.py). Knows: what the launcher checks and launches. Refuses to know: what a row of x belongs to.
 """
 
 from __future__ import annotations
@@ -124,10 +125,15 @@ def gemm_mma(
 
 
 def every_kernel() -> Iterator[Kernel]:
-    """All that an engine in bfloat16 could pick. (Not named kernels(): a start would compile them ahead, and
-    no engine launches them yet.)"""
+    """All that bfloat16 could ask for, fused epilogues too."""
+    yield from kernels()
+    for config in CONFIGS:
+        for epilogue in ("residual", "silu"):
+            yield mma_kernel(config, "bfloat16", "bfloat16", False, epilogue)
+
+
+def kernels() -> Iterator[Kernel]:
+    """Those of them that an engine can pick, for building them ahead."""
     for config in CONFIGS:
         for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
             yield mma_kernel(config, "bfloat16", out_dtype, has_bias)
-        for epilogue in ("residual", "silu"):
-            yield mma_kernel(config, "bfloat16", "bfloat16", False, epilogue)
