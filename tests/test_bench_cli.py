@@ -12,7 +12,7 @@ from bench_fakes import FakeWorkload, Simulated
 from test_house import without_cuda
 from test_import import heavy, modules_after
 
-from kernels_numba.bench import contest
+from kernels_numba.bench import contest, tune_decode
 from kernels_numba.ops import OP_NAMES, OPS
 from sharp import bench, bench_ops, results
 
@@ -38,6 +38,7 @@ def gpu(monkeypatch, workloads):
     monkeypatch.setattr(bench, "torch_is_here", lambda: True)
     monkeypatch.setattr(contest, "torch_side", lambda against: object() if against == "torch" else None)
     monkeypatch.setattr(contest, "Workload", workloads)
+    monkeypatch.setattr(tune_decode, "read_gbs", lambda: 3000.0)
     return workloads
 
 
@@ -91,13 +92,16 @@ def test_the_bench_imports_nothing_heavy_until_it_must():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gemm", "--case", "M=7 "], "no case contains that, they are called like 'M=512 N=4096 K=4096'"),
+        (["gemm", "--case", "M=7 "], "no case contains that, they are called like 'M=1 N=4096 K=4096'"),
         (
             ["gemm", "--rung", "quick"],
-            "--rung is 'quick'; the kernels of gemm are hopper, mma_sync, naive, plain, wgmma",
+            "--rung is 'quick'; the kernels of gemm are gemv, hopper, mma_step, mma_sync, naive, plain, wgmma",
         ),
         (["gemm", "--rung", "reference"], "--rung is 'reference'"),
-        (["--rung", "nothing"], "the kernels of any op are hopper, mma_sync, naive, plain, warp, wgmma"),
+        (
+            ["--rung", "nothing"],
+            "the kernels of any op are gemv, hopper, mma_step, mma_sync, naive, plain, warp, wgmma",
+        ),
         (["gemm", "--rounds", "4"], "--rounds is 4; at least 5 are required"),
     ],
 )
@@ -153,7 +157,7 @@ def test_rungs_the_device_lacks(capsys, gpu, monkeypatch):
     assert "--rung is 'hopper', which does not run on compute capability 8.9" in lines[-1]
     status, lines = run(capsys, "gemm", "--case", "M=512", "--commit", COMMIT)
     assert status == 0
-    assert {row["rung"] for row in json.loads(lines[-1])} == {"plain"}
+    assert {row["rung"] for row in json.loads(lines[-1])} == {"plain", "mma_sync"}
 
 
 def test_what_a_plan_holds():
@@ -161,14 +165,23 @@ def test_what_a_plan_holds():
     assert {item.op for item in items} == set(OP_NAMES)
     assert left_out > 0
     gemm = [item for item in items if item.op == "gemm"]
-    assert len(gemm) == 96
+    assert len(gemm) == 96 + 208
     assert all("hopper" in item.rungs and "reference" not in item.rungs for item in gemm)
+    rungs_of = {item.case: item.rungs for item in gemm}
+    assert rungs_of["M=1 N=4096 K=4096"] == ("mma_sync", "hopper", "gemv")
+    assert rungs_of["M=2 N=4096 K=4096"] == ("hopper",)
+    assert rungs_of["M=512 N=4096 K=4096"] == ("plain", "hopper")
+    both, _ = bench_ops.plan(["gemm"], named=["mma_sync"], gpu=GPU)
+    assert all(item.rungs == ("mma_sync",) for item in both)
+    assert len(both) == 304
+    one, _ = bench_ops.plan(["gemm"], named=["gemv"], gpu=GPU)
+    assert {item.params["m"] for item in one} == {1}
     largest = next(item for item in gemm if item.case == "M=16384 N=37888 K=3584")
-    assert largest.rungs == ("hopper",)  # plain would take seconds a call
+    assert largest.rungs == ("mma_sync", "hopper")  # plain would take seconds a call
     steps, _ = bench_ops.plan(["gemm"], named=["naive", "wgmma"], text="M=4096 N=4096 K=4096", gpu=GPU)
     assert [item.rungs for item in steps] == [("naive", "wgmma")]  # a ladder's steps, too
     named, left_out = bench_ops.plan(["gemm"], named=["plain"], gpu=GPU)
-    assert (len(named), left_out) == (96, 0)  # unless it is asked for
+    assert (len(named), left_out) == (304, 0)  # unless it is asked for
     quick, _ = bench_ops.plan(OP_NAMES, named=[], quick=True, gpu=GPU)
     assert {item.op for item in quick} == set(OP_NAMES)
     assert sum(len(item.rungs) for item in quick) < 100

@@ -146,6 +146,7 @@ PARTS = {
     "gemm_ladder": Part("test_ladder", only=FLOAT64),
     "gemm_few": Part("test_gemm_few_gpu", 240, FLOAT64),  # some sixty kernels, up to three seconds each
     "gemm_mma": Part("test_gemm_mma_gpu", 240, FLOAT64),
+    "gemm_rungs": Part("test_gemm_rungs test_gemv", 180),
     "ptx": Part("test_ptx_gpu", 150),  # a hundred kernels by numba's own compiler, a wait that times out
     "launcher": Part("test_launch test_launch_gpu"),
     "decode_attention": Part("test_decode", 180, (*DECODE, f"not ({' or '.join(DECODE)})")),

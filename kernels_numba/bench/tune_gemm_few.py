@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from kernels_numba.bench.cases import GEMM_NK, MODELS, Params
+from kernels_numba.bench.cases import GEMM_FEW_M, GEMM_NK, MODELS, Params
 from kernels_numba.bench.contest import BASELINE, Contender, Workload, torch_side
+from kernels_numba.bench.targets import LARGE, floor_us, sizes_of
 from kernels_numba.bench.tune_decode import read_gbs
 from kernels_numba.launch import Kernel
 from kernels_numba.ops.gemm import hopper as many
@@ -26,11 +27,8 @@ from kernels_numba.ops.gemm_few.hopper import few_kernel, gemm_few
 from kernels_numba.ops.warp.lm_head import lm_head_warp
 from kernels_numba.prebuild import prebuild
 
-FEW_M = (1, 2, 4, 8, 16, 32, 64, 65, 100, 128, 200, 256, 384)
 HEAD_M = (1, 8, 64, 256)
 WITHIN, MOST = 1.25, 4  # rivals: what the model finds at most this much dearer than the pick, so many of them
-LARGE = 30e6  # bytes of weights from which torch must be beaten
-SPEED, FIXED_US = 3.0e12, 2.5  # bytes a second, microseconds: the target below it
 Row = dict[str, Any]
 
 
@@ -46,20 +44,13 @@ def few_cases(text: str = "") -> dict[str, tuple[str, Params]]:
     cases: dict[str, tuple[str, Params]] = {
         f"M={m} N={n} K={k}": ("gemm", {"m": m, "n": n, "k": k, "bias": False})
         for n, k in GEMM_NK
-        for m in FEW_M
+        for m in GEMM_FEW_M
     }
     for name, model in MODELS.items():
         sizes = {key: model[key] for key in ("vocab_size", "hidden_size")}
         for m in HEAD_M:
             cases[f"head {name} M={m}"] = ("lm_head", {"num_rows": m, "num_tokens": 4 * m, **sizes})
     return {name: case for name, case in cases.items() if text in name}
-
-
-def sizes_of(op: str, params: Params) -> tuple[int, int, int]:
-    """(M, N, K) of a case."""
-    names = ("m", "n", "k") if op == "gemm" else ("num_rows", "vocab_size", "hidden_size")
-    m, n, k = (int(params[name]) for name in names)
-    return m, n, k
 
 
 def rivals(m: int, n: int, k: int, num_sms: int) -> list[FewConfig]:
@@ -78,7 +69,7 @@ def row_of(op: str, params: Params, moved: int, times: Mapping[str, float], pick
     return {
         "op": op, "m": m, "n": n, "k": k, "picked": picked, "us": dict(times), "bytes": moved,
         "best": min(tiles, key=lambda name: tiles[name]),
-        "floor_us": round(moved / SPEED * 1e6 + FIXED_US, 2),
+        "floor_us": round(floor_us(moved), 2),
         "gbs": round(moved / times[picked] / 1e3, 1),
         "ratio": round(times[BASELINE] / times[picked], 4) if BASELINE in times else None,
         "loss": round(times[picked] / min(tiles.values()), 4),

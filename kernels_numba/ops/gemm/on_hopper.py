@@ -27,8 +27,8 @@ def gemm_hopper(
     another GPU.
     """
     require_capability("hopper")
-    matrices = out.ndim == 2 and weight.ndim == 2  # else either kernel's door says what is wrong
-    if matrices and use_few(out.shape[0], *weight.shape, many.num_sms()):
-        few.gemm_few(out, x, weight, bias, stream=stream, num_rows=num_rows)
-    else:
-        many.gemm_hopper(out, x, weight, bias, stream=stream, num_rows=num_rows)
+    few_enough = False
+    if out.ndim == weight.ndim == 2:  # else either kernel's door says what is wrong
+        few_enough = use_few(out.shape[0], weight.shape[0], weight.shape[1], many.num_sms())
+    launch = few.gemm_few if few_enough else many.gemm_hopper
+    launch(out, x, weight, bias, stream=stream, num_rows=num_rows)

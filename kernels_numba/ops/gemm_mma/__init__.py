@@ -6,7 +6,8 @@
 It is rung "mma_sync" of gemm, which an engine takes on every card from 8.0 on but Hopper, and the product of
 lm_head's rung "warp" there; residual and SiLU are reached through gemm_mma() alone. It has run on an H100,
 where its numbers, bits and fused forms are tested; on no other card yet. What it is at its simplest is a step
-of the ladder (ops/gemm/ladder/mma_step.py). Knows: what the launcher checks and launches. Refuses to know: what a row of x belongs to.
+of the ladder (ops/gemm/ladder/mma_step.py). Knows: what the launcher checks and launches. Refuses to know:
+what a row of x belongs to.
 """
 
 from __future__ import annotations
