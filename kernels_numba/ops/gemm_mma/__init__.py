@@ -97,8 +97,7 @@ def prepared(
     out: View, x: View, weight: View, bias: View | None, residual: View | None, num_rows: View | None,
     activation: str, config: MmaConfig | None,
 ) -> Launch | None:  # fmt: skip
-    """plan_gemm_mma's launch on the current card, ready to be repeated. ValueError on one that is too old."""
-    require_capability("mma_sync")
+    """plan_gemm_mma's launch on the current card, of 8.0 or newer, ready to be repeated."""
     plan = plan_gemm_mma(out, x, weight, bias, residual, num_rows, activation, config, card())
     return None if plan is None else plan.kernel.prepare(plan.grid, plan.arguments)
 
@@ -116,6 +115,7 @@ def gemm_mma(
     silu(gate) up. Both give the bits of the ops they stand for. config forces a tile; no choice of it shows
     in a bit. ValueError for wrong dtypes, shapes, strides, alignment, or a GPU that is too old.
     """
+    require_capability("mma_sync")
     given = [None if a is None else view(OP, name, a) for name, a in (("bias", bias), ("residual", residual))]
     launch = prepared(
         view(OP, "out", out), view(OP, "x", x), view(OP, "weight", weight), given[0], given[1],
