@@ -54,7 +54,20 @@ def run(capsys, *words):
     return status, capsys.readouterr().out.splitlines()
 
 
-def test_without_a_gpu_and_without_an_op_the_table_is_all(capsys):
+@pytest.fixture
+def recorded(monkeypatch):
+    """A table of two rows, whatever is recorded."""
+    figures = {"value": 1.0, "unit": "TFLOP/s", "us": 2.0, "err": 0.1, "gpu": "G", "date": "2026-01-01"}
+    rows = [
+        results.make_row(
+            op="gemm", case="M=512", rung="hopper", baseline="torch.matmul", ratio=1.0, **figures
+        ),
+        results.make_row(op="engine", case="online", rung="hopper", **figures),
+    ]
+    monkeypatch.setattr(results, "read_rows", lambda: rows)
+
+
+def test_without_a_gpu_and_without_an_op_the_table_is_all(capsys, recorded):
     for words in ([], ["--quick"]):
         status, lines = run(capsys, *words)
         assert status == 0
@@ -63,7 +76,7 @@ def test_without_a_gpu_and_without_an_op_the_table_is_all(capsys):
         assert any(line.startswith("engine") for line in lines)
 
 
-def test_without_a_gpu_an_op_that_was_asked_for_is_a_failure(capsys):
+def test_without_a_gpu_an_op_that_was_asked_for_is_a_failure(capsys, recorded):
     status, lines = run(capsys, "gemm", "--case", "M=512")
     assert status == 1
     assert "nothing was measured" in lines[-1]
