@@ -1,5 +1,5 @@
 """The GEMM for few tokens on a GPU: numbers against float64, bits against the many-token kernel and against
-the unfused composition, launches in a chain, mistakes. Not run on a GPU yet."""
+the unfused composition, launches in a chain, mistakes."""
 
 from __future__ import annotations
 
