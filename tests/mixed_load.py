@@ -2,9 +2,9 @@
 
 `python tests/mixed_load.py 480 cuda` runs so many seconds on a device and prints what was reached. Requests
 come singly and in bursts, with prompts from one token to several steps' worth, greedy and sampled, one answer
-and several, with shared beginnings; they are cancelled at any moment, time out, or are no requests at all;
-pages and queue are far too small for them. What a request gets alone is computed first. Afterwards nothing is
-left: no request, no page, no memory.
+and several, with shared beginnings; some end at a stop id that their answer is known to have; they are
+cancelled at any moment, time out, or are no requests at all; pages and queue are far too small for them. What
+a request gets alone is computed first. Afterwards nothing is left: no request, no page, no memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from queue import Empty, SimpleQueue
 from typing import Any, cast
+
+from held_memory import Held
 
 from sharp.config import EngineConfig
 from sharp.engine import Engine
@@ -73,6 +75,21 @@ def answers_alone(model: Any, tokenizer: Any, config: EngineConfig, order: Order
         last = engine.step() or last
     engine.close()
     return replace(order, answers=tuple(one.token_ids for one in last[-1].outputs))
+
+
+def with_stops(model: Any, tokenizer: Any, config: EngineConfig, orders: Sequence[Order]) -> list[Order]:
+    """The orders with their answers, every third of those that say enough cut by a stop id from the middle of
+    its first: answers of random weights never meet one that was drawn."""
+    orders = [answers_alone(model, tokenizer, config, order) for order in orders]
+    long = [place for place, order in enumerate(orders) if len(order.answers[0]) > 2]
+    for place in long[::3]:
+        order, first = orders[place], orders[place].answers[0]
+        stop = first[len(first) // 2]
+        params = replace(order.params, stop_token_ids=[*order.params.stop_token_ids, stop])
+        orders[place] = answers_alone(model, tokenizer, config, replace(order, params=params))
+        # The id itself belongs to the answer or not: that is another test's; nothing behind it does.
+        assert orders[place].answers[0] in (first[: first.index(stop)], first[: first.index(stop) + 1])
+    return orders
 
 
 Bad = tuple[type[Exception], Callable[[Engine], Any]]
@@ -196,13 +213,14 @@ class Caller(threading.Thread):
 
 @dataclass(frozen=True)
 class Found:
-    """What a run reached, how many steps it took, and the bytes taken at each look: of the device (what is
-    free fell by) and of the process."""
+    """What a run reached, how many steps it took, and at each look: bytes that this process holds of the
+    device, its own memory, and by how much the whole device's free memory fell (neighbours' too)."""
 
     reached: Counter[str]
     steps: int
-    device_bytes: list[int]
+    held: list[Held]
     host_bytes: list[int]
+    fell_bytes: list[int]
 
 
 def run_mixed(
@@ -213,10 +231,12 @@ def run_mixed(
     seconds: float,
     seed: int,
     wanted: Collection[str] = (),
+    holds: Callable[[], Held] = lambda: Held(0, 0, None),
 ) -> Found:
     """Callers against one engine on its own thread. Raises the first thing that was wrong.
 
-    wanted: what must have been reached before it ends, in PATIENCE_S more seconds at most."""
+    wanted: what must have been reached before it ends, in PATIENCE_S more seconds at most; holds: of
+    held_memory.py."""
     engine = Engine(Borrowed(model), tokenizer, config)
     meter, until = open_meter(model.device), time.monotonic() + seconds
 
@@ -231,8 +251,9 @@ def run_mixed(
         return found + Counter(preempted=engine.scheduler.preemptions)
 
     callers = [Caller(engine, orders, goes_on, CALLERS * seed + place) for place in range(CALLERS)]
-    device_bytes: list[int] = []
+    held: list[Held] = []
     host_bytes: list[int] = []
+    fell_bytes: list[int] = []
     free = model.device.free_bytes()
     engine.start()
     for caller in callers:
@@ -241,7 +262,8 @@ def run_mixed(
     for look in range(looks):
         time.sleep(max(0.0, until - seconds * (1 - (look + 1) / looks) - time.monotonic()))
         gc.collect()
-        device_bytes.append(free - model.device.free_bytes())
+        held.append(holds())
+        fell_bytes.append(free - model.device.free_bytes())
         host_bytes.append(process_bytes(meter))
     for caller in callers:
         caller.join(timeout=PATIENCE_S + WAIT_S + 60)
@@ -259,7 +281,7 @@ def run_mixed(
     assert not scheduler.requests()
     blocks = scheduler.blocks
     assert blocks.num_free + blocks.num_cached == blocks.num_blocks, "pages are left"
-    found = Found(reached(), engine.stats.steps, device_bytes, host_bytes)
+    found = Found(reached(), engine.stats.steps, held, host_bytes, fell_bytes)
     engine.close()
     return found
 
@@ -276,7 +298,7 @@ def main(seconds: float, device: str) -> None:
     from engine_checks import TINY, load
 
     model, config = load(TINY, device, "float32", **OPTIONS)
-    orders = [answers_alone(model, model.tokenizer, config, order) for order in menu(60, 300, 400, 0)]
+    orders = with_stops(model, model.tokenizer, config, menu(60, 300, 400, 0))
     found = run_mixed(model, model.tokenizer, config, orders, seconds, 0)
     model.close()
     print(found)

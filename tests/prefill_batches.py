@@ -4,13 +4,31 @@ poisoned."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
-from decode_batches import BAD_PAGE, ELEMENTS, PAGE, Heads, attend, bits
+from decode_batches import BAD_PAGE, ELEMENTS, PAGE, Heads, bits
 
 from kernels_numba.attention_contract import attention, first_visible
+
+ROWS = 32  # of a sequence together in float64
+
+
+def attend_rows(q: Any, k: Any, v: Any, scale: float, seen: Any) -> tuple[Any, Any]:
+    """(out[rows, heads, D], log-sum-exp[rows, heads]) in float64 of q[rows, heads, D] over the keys that
+    seen[rows, n] names of k, v[n, D]; zeros and -inf where there is none."""
+    rows, heads, dim = q.shape
+    scores = (q.astype(np.float64).reshape(-1, dim) @ k.T).reshape(rows, heads, -1)
+    scores *= scale
+    np.copyto(scores, -np.inf, where=~seen[:, None])
+    some = seen.any(axis=1)[:, None]
+    top = np.where(some, scores.max(axis=2, initial=-np.inf), 0)
+    scores -= top[..., None]
+    weights = np.exp(scores, out=scores)
+    total = np.where(some, weights.sum(axis=2), 1)
+    out = (weights.reshape(rows * heads, -1) @ v).reshape(q.shape) / total[..., None]
+    return out, np.where(some, top + np.log(total), -np.inf)
 
 
 @dataclass
@@ -57,15 +75,20 @@ class Batch(Heads):
     def truth(self) -> tuple[Any, Any]:
         """(out[T, Hq, D], log-sum-exp[T, Hq]) in float64; NaN outside of sequences."""
         out, lse = np.full(self.q.shape, np.nan), np.full(self.q.shape[:2], np.nan)
-        held: dict[tuple[int, int], Any] = {}
-        for row, seq, head, first, length in self.by_row():
-            if (seq, head) not in held:
-                held = {(seq, head): [x.astype(np.float64) for x in self.keys_values(seq, head)], **held}
+        for seq, head in product(range(len(self.context_lens)), range(self.k_cache.shape[1])):
+            k, v = (x.astype(np.float64) for x in self.keys_values(seq, head))
             mine = slice(head * self.group, (head + 1) * self.group)
-            out[row, mine], lse[row, mine] = 0, -np.inf
-            if length:
-                k, v = (x[first:length] for x in held[seq, head])
-                out[row, mine], lse[row, mine] = attend(self.q[row, mine], k, v, self.scale)
+            first, last = int(self.cu_seqlens_q[seq]), int(self.cu_seqlens_q[seq + 1])
+            for start in range(first, last, ROWS):
+                rows = np.arange(start, min(start + ROWS, last))
+                ends = np.maximum(0, int(self.context_lens[seq]) - (last - 1 - rows))
+                starts = np.array([first_visible(int(end), self.window) for end in ends])
+                cut = slice(starts[0], ends[-1])  # both ascend
+                keys = np.arange(cut.start, cut.stop)
+                seen = (starts[:, None] <= keys) & (keys < ends[:, None])
+                out[rows, mine], lse[rows, mine] = attend_rows(
+                    self.q[rows, mine], k[cut], v[cut], self.scale, seen
+                )
         return out, lse
 
     def by_contract(self) -> tuple[Any, Any]:

@@ -1,5 +1,5 @@
 """The mma.sync GEMM on a GPU: every tile's numbers against float64, its bits against the hopper rung, fused
-forms against the ops they stand for, counts on the device. Not run on one yet."""
+forms against the ops they stand for, counts on the device."""
 
 from __future__ import annotations
 

@@ -2,17 +2,22 @@
 
 Each group is a child `pytest ... --device=cuda` with a time limit. A kernel that hangs costs that limit: the
 child's whole process group is killed, and the failure names the test that was running. --rung op=name is
-passed on.
+passed on. With pytest-xdist (-n 8) children run side by side, but for those that measure time or the memory
+of the whole device: they come last, one at a time, and nothing else runs then.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +27,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 60
+LOCK = Path(tempfile.gettempdir()) / f"sharp-gpu-tests-{os.getuid()}.lock"
+# numpy's references multiply small matrices: a pool of threads in each of many children costs far more than
+# it gives.
+BLAS = {f"{name}_NUM_THREADS": "2" for name in ("OPENBLAS", "OMP", "MKL")}
 NODE = re.compile(r"^(\S+\.py::.+?)(?: +(?:PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b.*)?$", re.MULTILINE)
 
 OPS = ("embedding", "rms_norm", "gemm", "qk_norm", "rope", "store_kv", "silu_mul", "lm_head", "sample")
@@ -53,7 +62,7 @@ class GroupResult:
 def run_group(arguments, limit_s, cwd=ROOT, environment=None):
     """Run `python -m pytest -v *arguments` in its own process group; kill the group after limit_s seconds."""
     start = time.monotonic()
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
+    env = {**BLAS, **os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})}
     env.pop("NUMBA_ENABLE_CUDASIM", None)
     env.pop("PYTEST_XDIST_WORKER", None)
     child = subprocess.Popen(
@@ -80,9 +89,19 @@ def run_group(arguments, limit_s, cwd=ROOT, environment=None):
     return GroupResult(returncode, output, started[-1] if started else None, time.monotonic() - start)
 
 
-def check_group(arguments, limit_s=LIMIT_S, **options):
-    """run_group, failing with the name of a hanging test, or with the end of a failing child's output."""
-    result = run_group(arguments, limit_s, **options)
+@contextlib.contextmanager
+def turn(alone, lock=LOCK):
+    """Wait until no child of any pytest process runs (alone), or until none runs that must be alone."""
+    with lock.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
+def check_group(arguments, limit_s=LIMIT_S, alone=False, lock=LOCK, **options):
+    """run_group in its turn, failing with the name of a hanging test, or with the end of a failing child's
+    output. What it waits for others does not count."""
+    with turn(alone, lock):
+        result = run_group(arguments, limit_s, **options)
     end = result.output[-6000:]
     if result.returncode is None:
         pytest.fail(
@@ -111,58 +130,80 @@ def test_ops_on_gpu(group, rung_options):
 class Part:
     """Test files that run in children of their own, one for each word of `only` (pytest's -k; "" is all).
 
-    limit_s: of each child, with no kernel compiled yet; marks: pytest's -m; rungs: --rung is passed on; show:
-    what tests print is kept.
+    limit_s: of each child, with no kernel compiled yet; alone: it measures time or the whole device's memory,
+    so nothing may run beside it; marks: pytest's -m; rungs: --rung is passed on; show: what tests print is
+    kept.
     """
 
     files: str
     limit_s: int = LIMIT_S
     only: tuple[str, ...] = ("",)
+    alone: bool = False
     marks: str = "gpu"
     rungs: bool = False
     show: bool = False
 
     def arguments(self, word, rung_options):
         """Of the child for one word."""
-        paths = [f"tests/{name}.py" for name in self.files.split()]
         return [
-            *paths, "--device=cuda", "-m", self.marks, *(["-k", word] if word else []),
+            *paths(self.files), "--device=cuda", "-m", self.marks, *(["-k", word] if word else []),
             *(["-s"] if self.show else []), *(rung_options if self.rungs else []),
         ]  # fmt: skip
 
 
 FLOAT64 = ("float64", "not float64")
-DECODE = ("against", "window or 100k", "random_batches or shared", "pauses")
+BOTH_TYPES = ("against and bfloat16", "against and not bfloat16")
+DECODE = (*BOTH_TYPES, "window or 100k", "random_batches or shared", "pauses", "mistakes or says_so")
+
+
+def rest(words, without=""):
+    """The words, and last what has none of them; `without`: words of tests that other parts have."""
+    cut = f"not ({without})" if without else ""
+    both = [f"({word}) and {cut}" if cut else word for word in words]
+    return (*both, " and ".join([f"not ({' or '.join(words)})", *([cut] if cut else [])]))
+
+
+PREFILL = (*BOTH_TYPES, "window", "chunks", "random_batches or 32k", "pauses or hang")
+FEW = ("float64", "many_token", "fused and 64x", "fused and 128x", "pauses or chain or mutants")
+MEMORY = "free_memory or comes_back or their_term"
 PARTS = {
-    "probe": Part("test_probe", 180),
-    "histories": Part("test_preemption_model", 180, rungs=True, show=True),
-    "burst": Part("test_burst", 150, rungs=True, show=True),
-    "mixed_load": Part("test_mixed_load", 300, marks="gpu and not slow", show=True),
-    "watch": Part("test_watch_gpu", 120, show=True),
-    "engine": Part("test_engine_gpu", marks="gpu or not gpu", rungs=True),
-    "memory": Part("test_memory_gpu", 180, show=True),
-    "families": Part("test_families_gpu", only=("llama", "mistral", "qwen2", "qwen3")),
+    "mixed_load": Part(
+        "test_mixed_load", 180, ("reserve", "optimistic"), marks="gpu and not slow", show=True
+    ),
+    "histories": Part("test_preemption_model", 180, ("float32", "bfloat16", "demo"), rungs=True, show=True),
+    "gemm_few": Part("test_gemm_few_gpu", 240, rest(FEW)),  # some sixty kernels, up to three seconds each
     "gemm": Part("test_gemm", 180, FLOAT64),  # some fifty kernels, a second or two each
-    "gemm_ladder": Part("test_ladder", only=FLOAT64),
-    "gemm_few": Part("test_gemm_few_gpu", 240, FLOAT64),  # some sixty kernels, up to three seconds each
     "gemm_mma": Part("test_gemm_mma_gpu", 240, FLOAT64),
     "gemm_rungs": Part("test_gemm_rungs test_gemv", 180),
-    "ptx": Part("test_ptx_gpu", 150),  # a hundred kernels by numba's own compiler, a wait that times out
-    "launcher": Part("test_launch test_launch_gpu"),
-    "decode_attention": Part("test_decode", 180, (*DECODE, f"not ({' or '.join(DECODE)})")),
-    "prefill_attention": Part("test_prefill", 240, ("against", "not against")),
+    # A hundred kernels by numba's own compiler, a wait that times out.
+    "ptx": Part("test_ptx_gpu", 150, ("wgmma", "not wgmma")),
+    "decode_attention": Part("test_decode", 180, rest(DECODE)),
+    "prefill_attention": Part("test_prefill", 240, rest(PREFILL)),
     "warp_ops": Part("test_warp_ops", 180, FLOAT64),  # some forty kernels, a second or two each
+    "engine": Part("test_engine_gpu", marks="gpu or not gpu", rungs=True),
+    "families": Part("test_families_gpu", only=("llama", "mistral", "qwen2", "qwen3")),
+    "gemm_ladder": Part("test_ladder", only=FLOAT64),
+    "launcher": Part("test_launch test_launch_gpu"),
     "sampling": Part("test_sample_warp", 180, ("definition", "not definition")),
-    "graphs": Part("test_graphs_gpu", 240, ("bits", "not bits"), show=True),
-    "warm_start": Part("test_warm", 300, show=True),
-    "bench": Part("test_bench_gpu", 120, ("attention", "not attention")),
+    "graphs": Part("test_graphs_gpu", 240, rest(("bits",), MEMORY), show=True),
+    "graphs_memory": Part("test_graphs_gpu", 120, (MEMORY,), alone=True, show=True),
+    "memory": Part("test_memory_gpu", 180, alone=True, show=True),
+    "burst": Part("test_burst", 150, alone=True, rungs=True, show=True),
+    "watch": Part("test_watch_gpu", 120, alone=True, show=True),
+    "probe": Part("test_probe", 180, alone=True),
+    "warm_start": Part("test_warm", 300, alone=True, show=True),
+    "bench": Part("test_bench_gpu", 120, ("attention", "not attention"), alone=True),
 }
+# Who must be alone comes last: then nobody waits behind it.
+IN_ORDER = sorted(PARTS, key=lambda name: PARTS[name].alone)
+CHILDREN = {f"{name}-{i}": (name, word) for name in IN_ORDER for i, word in enumerate(PARTS[name].only)}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("name", "word"), [(name, word) for name in PARTS for word in PARTS[name].only])
+@pytest.mark.parametrize(("name", "word"), list(CHILDREN.values()), ids=list(CHILDREN))
 def test_part_on_gpu(name, word, rung_options):
-    check_group(PARTS[name].arguments(word, rung_options), limit_s=PARTS[name].limit_s)
+    part = PARTS[name]
+    check_group(part.arguments(word, rung_options), limit_s=part.limit_s, alone=part.alone)
 
 
 def test_no_file_of_gpu_tests_is_left_out():
@@ -235,36 +276,86 @@ def test_a_passing_group_passes(tmp_path):
     assert result.running == "test_child.py::test_right"
 
 
+def test_who_must_be_alone_waits_for_all_others(tmp_path):
+    """Ordinary children run together; one that must be alone begins when the last of them has ended, and the
+    time until then is not its own."""
+    name, lock, ended = write(tmp_path, "def test_right():\n    pass\n"), tmp_path / "lock", []
+
+    def child():
+        options = {"limit_s": 20, "lock": lock, "cwd": tmp_path, "environment": QUICK}
+        ended.append((check_group([name], alone=True, **options), time.monotonic()))
+
+    with turn(False, lock), turn(False, lock):
+        waiting = threading.Thread(target=child)
+        waiting.start()
+        waiting.join(3)
+        assert waiting.is_alive()
+        over = time.monotonic()
+    waiting.join(30)
+    [(result, end)] = ended
+    assert result.returncode == 0
+    assert result.seconds < end - over + 0.1
+    with turn(True, lock), lock.open("a") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def test_children_have_few_threads_for_blas(tmp_path, monkeypatch):
+    """Unless somebody chose."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    text = "import os\n\ndef test_it():\n    names = 'OMP_NUM_THREADS', 'OPENBLAS_NUM_THREADS'\n"
+    name = write(tmp_path, text + "    assert [os.environ[name] for name in names] == ['2', '7']\n")
+    check_group([name], lock=tmp_path / "lock", cwd=tmp_path, environment=QUICK)
+
+
+def test_parts_take_every_test_of_their_files_once():
+    """The words of all parts that share files divide their GPU tests: none is left out, none runs twice."""
+    files = sorted({part.files for part in PARTS.values()})
+    children = [(PARTS[name].files, PARTS[name].marks, word) for name, word in CHILDREN.values()]
+    whole = [(file, next(marks for f, marks, _ in children if f == file), "") for file in files]
+    found = collected([[*paths(f), "-m", m, "-k", w] for f, m, w in [*whole, *children]])
+    for file, wanted in zip(files, found, strict=False):
+        parts = [nodes for (f, _, _), nodes in zip(children, found[len(files) :], strict=True) if f == file]
+        assert wanted, file
+        assert all(parts), (file, [len(nodes) for nodes in parts])
+        assert sorted(node for nodes in parts for node in nodes) == sorted(wanted), file
+
+
 def test_groups_take_every_kernel_test_once():
     """Each test of test_ops.py but the reference's own is in exactly one group."""
-    arguments = ["tests/test_ops.py", "--device=cuda", "--collect-only", "-q", "-p", "no:cacheprovider"]
-
-    def collected(*selection):
-        env = no_simulator.environment()
-        command = [sys.executable, "-c", COLLECT, *arguments, *selection]
-        out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-        assert out.returncode == 0, out.stdout + out.stderr
-        return out.stdout.split("---")[1:]
-
-    wanted, *groups = (set(part.splitlines()) - {""} for part in collected(*GROUPS.values()))
+    wanted, *groups = collected([["tests/test_ops.py", "-k", w] for w in (NOT_REFERENCE, *GROUPS.values())])
     assert wanted
     members = [node for group in groups for node in group]
     assert sorted(members) == sorted(wanted)
     assert all(groups), [name for name, group in zip(GROUPS, groups, strict=True) if not group]
 
 
-COLLECT = f"""
-import contextlib, io, sys, pytest
+def paths(files):
+    return [f"tests/{name}.py" for name in files.split()]
+
+
+def collected(selections):
+    """The set of tests that each list of pytest's arguments takes under --device=cuda."""
+    command = [sys.executable, "-c", COLLECT, json.dumps(selections)]
+    out = subprocess.run(
+        command, cwd=ROOT, env=no_simulator.environment(), capture_output=True, text=True, timeout=240
+    )
+    assert out.returncode == 0, out.stdout + out.stderr
+    return [set(part.splitlines()) - {""} for part in out.stdout.split("---")[1:]]
+
+
+COLLECT = """
+import contextlib, io, json, sys, pytest
 
 class Collector:
     def pytest_collection_finish(self, session):
         self.nodes = [item.nodeid for item in session.items]
 
-split = sys.argv.index("no:cacheprovider") + 1
-for selection in [{NOT_REFERENCE!r}, *sys.argv[split:]]:
+for selection in json.loads(sys.argv[1]):
     collector = Collector()
     with contextlib.redirect_stdout(io.StringIO()):
-        pytest.main([*sys.argv[1:split], "-k", selection], plugins=[collector])
+        options = ["--device=cuda", "--collect-only", "-q", "-p", "no:cacheprovider", *selection]
+        pytest.main(options, plugins=[collector])
     print("---")
     print("\\n".join(collector.nodes))
 """

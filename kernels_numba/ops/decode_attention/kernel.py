@@ -120,8 +120,9 @@ def make_decode_kernel(
     int32, int64 = cuda.types.int32, cuda.types.int64
 
     @jit(device=True, forceinline=True)
-    def score(s: Any, query: Any, keys: Any, base: Any) -> None:
-        """s[16 rows, 32 keys] = Q K^T; keys: address of the keys' first row, base: the lane's place in it."""
+    def score(s: Any, query: Any, keys: Any, base: Any) -> Any:
+        """s[16 rows, 32 keys] = Q K^T; keys: address of the keys' first row, base: the lane's place in it.
+        Returns the word that was loaded last (read_by)."""
         b = cuda.local.array(4, np.int32)
         for i in range(16):
             s[i] = zero
@@ -131,11 +132,21 @@ def make_decode_kernel(
                 ldmatrix_x4(b, int32((row + base) ^ ((k & 3) << 5)))
                 multiply(s, 8 * pair, query, 4 * k, b, 0)
                 multiply(s, 8 * pair + 4, query, 4 * k, b, 2)
+        return b[3]
 
     @jit(device=True, forceinline=True)
-    def accumulate(o: Any, weights: Any, values: Any, line: Any, unit: Any, swizzle: Any) -> None:
+    def read_by(bar: Any, loaded: Any, nothing: Any) -> Any:
+        """The address `bar`, but not before `loaded` is there; nothing: 0, which no compiler can know.
+
+        An arrival does not wait for loads that are still under way, and the copy engine may then overwrite
+        what they were to read: seen on an H100, where a neighbour's stores keep shared memory busy for longer
+        than a page takes to come from L2. Loads end in order, so the last one speaks for all."""
+        return int32(bar + int32(loaded & nothing))
+
+    @jit(device=True, forceinline=True)
+    def accumulate(o: Any, weights: Any, values: Any, line: Any, unit: Any, swizzle: Any) -> Any:
         """o += P V over a page's 64 keys; weights: the lane's place in P, values: the page's, the warp's
-        box."""
+        box. Returns the word that was loaded last (read_by)."""
         a = cuda.local.array(4, np.int32)
         b = cuda.local.array(4, np.int32)
         for step in range(4):
@@ -145,11 +156,12 @@ def make_decode_kernel(
                 ldmatrix_x4_trans(b, at)
                 multiply(o, 8 * pair, a, 0, b, 0)
                 multiply(o, 8 * pair + 4, a, 0, b, 2)
+        return b[3]
 
     @jit(device=True)
     def consume(
         smem: Any, q: Any, out: Any, lse: Any, partial: Any, partial_ml: Any, heads: Any,
-        group: Any, q_stride: Any, out_stride: Any, capacity: Any, c: Any, thread: Any, warp: Any, lane: Any,
+        group: Any, q_stride: Any, out_stride: Any, capacity: Any, c: Any, warp: Any, lane: Any,
     ) -> None:  # fmt: skip
         """The four consumer warps: every item that is posted, until one says that there are no more."""
         r, i = int32(lane >> 2), int32(lane & 3)
@@ -169,6 +181,8 @@ def make_decode_kernel(
         v_unit = int32((warp & ((1 << box_shift) - 1)) * units + (lane >> 4))
         low_in, high_in = int32(r < group), int32(r + 8 < group)
         my_weights = int32(smem + weights_at + lane * 16)
+        clean_at = int32(smem + chunk_at + (warp & 1) * 4096 + lane * 16)
+        nothing = int32(group >> 16)
         stage, phase, slot, slot_phase = int32(0), int32(0), int32(0), int32(0)
         working = True
         while working:
@@ -208,11 +222,12 @@ def make_decode_kernel(
                     count = int32(end - begin)
                     seen_from, seen_to = int32(first - tile * TILE), int32(length - tile * TILE)
                     edge = seen_from > 0 or seen_to < TILE
+                    loaded = int32(0)
                     if begin <= my_part and my_part < end:
                         mine, mine_phase = stage_of(stage, phase, int32(my_part - begin))
                         wait_full(int32(smem + full_at + 8 * mine), int32(mine_phase ^ wrong_phase))
                         pause(int32(3))
-                        score(s, query, int32(smem + chunk_at + mine * chunk_bytes + k_rows), k_base)
+                        loaded = score(s, query, int32(smem + chunk_at + mine * chunk_bytes + k_rows), k_base)
                         if edge:
                             key = int32(warp * 32 + 2 * i)
                             for j in range(16):
@@ -229,7 +244,7 @@ def make_decode_kernel(
                         for part in range(2):
                             if part < count:
                                 freed, _ = stage_of(stage, phase, int32(part))
-                                mbarrier_arrive(int32(smem + empty_at + 8 * freed))
+                                mbarrier_arrive(read_by(int32(smem + empty_at + 8 * freed), loaded, nothing))
                     top_low, top_high = group_max(s, 0)
                     top_low, top_high = quad_max(top_low), quad_max(top_high)
                     st_shared_f32_if(int32(i == 0), int32(smem + max_at + r * 16 + warp * 4), top_low)
@@ -255,16 +270,16 @@ def make_decode_kernel(
                         st_shared_v4(int32(my_weights + (2 * warp + step) * 512), words)
                     v_stage, v_phase = stage_of(stage, phase, count)
                     if edge and cleaned:
-                        # Row `thread` of the tile is this thread's to clean.
-                        part = int32(thread >> 6)
-                        if begin <= part and part < end:
-                            mine, mine_phase = stage_of(v_stage, v_phase, int32(part - begin))
+                        # The warp's 32 rows of the tile, four at a time: no two lanes meet in a bank.
+                        if begin <= my_part and my_part < end:
+                            mine, mine_phase = stage_of(v_stage, v_phase, int32(my_part - begin))
                             wait_full(int32(smem + full_at + 8 * mine), mine_phase)
-                            unseen = int32(int32(thread < seen_from) | int32(thread >= seen_to))
-                            to = int32(smem + chunk_at + mine * chunk_bytes + (thread & 63) * 128)
-                            for j in range(head_dim // 8):
-                                place = int32(to + (j >> 3) * BOX_BYTES + (j & 7) * 16)
-                                st_shared_zero_16_if(unseen, place)
+                            for j in range(8):
+                                key = int32(warp * 32 + 4 * j + (lane >> 3))
+                                unseen = int32(int32(key < seen_from) | int32(key >= seen_to))
+                                to = int32(clean_at + mine * chunk_bytes + j * 512)
+                                for box in range(head_dim // 64):
+                                    st_shared_zero_16_if(unseen, int32(to + box * BOX_BYTES))
                             if by_tma:
                                 fence_proxy_async()  # the copy engine will write there next
                     pause(int32(5))
@@ -279,10 +294,12 @@ def make_decode_kernel(
                     while part < end:
                         wait_full(int32(smem + full_at + 8 * v_stage), v_phase)
                         values = int32(smem + chunk_at + v_stage * chunk_bytes + v_box)
-                        accumulate(o, int32(my_weights + part * 2048), values, v_line, v_unit, swizzle)
+                        loaded = accumulate(
+                            o, int32(my_weights + part * 2048), values, v_line, v_unit, swizzle
+                        )
                         cuda.syncwarp()
                         if lane == 0 and handed_back:
-                            mbarrier_arrive(int32(smem + empty_at + 8 * v_stage))
+                            mbarrier_arrive(read_by(int32(smem + empty_at + 8 * v_stage), loaded, nothing))
                         v_stage, v_phase = stage_of(v_stage, v_phase, 1)
                         part = int32(part + 1)
                     stage, phase = v_stage, v_phase
@@ -364,7 +381,7 @@ def make_decode_kernel(
             if warp < CONSUMERS:
                 consume(
                     smem, q, out, lse, partial, partial_ml, heads, group, q_stride, out_stride, capacity,
-                    mul_f32(c, scaled), thread, warp, lane,
+                    mul_f32(c, scaled), warp, lane,
                 )  # fmt: skip
             else:
                 own = int32(thread - (CONSUMERS + 1) * 32)
