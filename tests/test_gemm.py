@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from gpu_capture import captured
 
+from kernels_numba.bench.tune_gemm_few import MANY_DEEP
 from kernels_numba.ops.gemm import hopper
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.gemm.hopper_config import (
@@ -44,7 +45,8 @@ for config in hopper.CONFIGS:
                 if str(config) in {some!r}:
                     kernel = hopper.hopper_kernel(config, dtype, out_dtype, has_bias)
                     report = assemble_kernel(kernel, "sm_90a")
-                    reports.append([asdict(report), report.problems, config.registers, out_dtype])
+                    bounds = [config.registers, config.tile_n, config.sends_rows and out_dtype != "float32"]
+                    reports.append([asdict(report), report.problems, out_dtype, *bounds])
 print(json.dumps(reports))
 """
 SOME = ("64x48", "128x144", "128x256")
@@ -57,13 +59,15 @@ def assembled():
 
 def test_every_epilogue_keeps_its_accumulators_in_registers(assembled):
     assert len(assembled) == 8 * len(SOME)
-    for report, problems, registers, out_dtype in assembled:
+    for report, problems, out_dtype, registers, columns, sent in assembled:
         assert problems == [], report
         assert report["registers"] <= registers, report
         counts = report["instructions"]
         assert report["main_loop"]["HGMMA"] >= 4, report
         assert counts["UTMALDG"] >= 2, report
         assert ("UTMASTG" in counts) == (out_dtype != "float32"), report
+        # Rows of a partial tile: 16 bytes at once out of shared memory, or two neighbours out of registers.
+        assert counts["STG"] == columns // (16 if sent else 4), report
         assert counts["PREEXIT"] == 1, report  # lets the next launch start
         assert counts["ACQBULK"] >= 1, report  # waits for the one before
 
@@ -125,7 +129,7 @@ def test_the_table_names_tiles_that_exist_and_beats_the_model():
         )
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *MANY_DEEP], ids=str)
 def test_shared_memory_holds_what_the_kernel_stages(config):
     plan = smem_plan(config)
     assert plan.bytes <= SMEM_LIMIT
@@ -138,6 +142,14 @@ def test_shared_memory_holds_what_the_kernel_stages(config):
         ends = [box.offset + 128 * box.columns for box in boxes]
         assert [box.offset for box in boxes] == [0, *ends[:-1]]
         assert ends[-1] <= config.staged_bytes
+
+
+def test_deep_tiles_have_more_bytes_on_their_way():
+    assert [(str(c), c.stages) for c in MANY_DEEP] == [("64x32deep", 16), ("64x64deep", 13)]
+    for deep in MANY_DEEP:
+        shallow = HopperConfig(deep.tile_m, deep.tile_n)
+        assert shallow.stages == 8
+        assert smem_plan(shallow).bytes < smem_plan(deep).bytes
 
 
 def test_boxes_are_as_wide_as_they_can_be():

@@ -170,12 +170,12 @@ def test_the_gemm_for_few_tokens_is_held_against_its_targets(monkeypatch, capsys
     monkeypatch.setattr(tune_gemm_few, "Workload", MadeUpFew)
     monkeypatch.setattr(tune_gemm_few, "torch_side", lambda against: None)
     monkeypatch.setattr(tune_gemm_few, "read_gbs", lambda rounds: 3050.0)
-    monkeypatch.setattr(tune_gemm_few, "prebuild", lambda modules: "22 kernels")
+    monkeypatch.setattr(tune_gemm_few, "prebuild", lambda modules: "26 kernels")
     monkeypatch.setattr(hopper, "num_sms", lambda: 132)
     monkeypatch.setattr("sys.argv", ["tune", "--case", "M=16 N=4096 K=14336"])
     tune_gemm_few.main()
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == "22 kernels" == f"{len(list(tune_gemm_few.kernels()))} kernels"
+    assert first == "26 kernels" == f"{len(list(tune_gemm_few.kernels()))} kernels"
     assert lines[0] == "reading alone: 3050 GB/s"
     assert lines[1] == (
         "M=16 N=4096 K=14336: 64x16x2 50.00 us, 2400 GB/s, 1.100x torch, target of its bytes 42.50 us, "
@@ -185,7 +185,8 @@ def test_the_gemm_for_few_tokens_is_held_against_its_targets(monkeypatch, capsys
     assert lines[3].endswith("none")
     assert lines[4].startswith("M <= 64, smaller weights: 0 of 0 over")
     assert lines[5].startswith("the pick against the best tile: geometric mean 0.800")
-    (row,) = json.loads(lines[6])
+    assert lines[6].startswith("use_few()'s GEMM against the better of the two: geometric mean 1.000")
+    (row,) = json.loads(lines[7])
     assert (row["m"], row["n"], row["k"], row["loss"]) == (16, 4096, 14336, 1.25)
     monkeypatch.setattr(MadeUpFew, "refused", {"64x16x2": "3 times the tolerance"})
     tune_gemm_few.main()
@@ -197,8 +198,16 @@ def test_the_gemm_for_few_tokens_is_held_against_its_targets(monkeypatch, capsys
 
 def test_few_tokens_are_swept_over_the_grid_and_the_heads():
     cases = tune_gemm_few.few_cases()
-    assert len(cases) == 16 * 13 + 3 * 4
+    assert len(cases) == 16 * 14 + 3 * 4
     assert tune_gemm_few.sizes_of(*cases["head qwen2.5-7b M=64"]) == (64, 152064, 3584)
     for op, params in cases.values():
         tried = tune_gemm_few.rivals(*tune_gemm_few.sizes_of(op, params), 132)
-        assert len(set(tried)) == len(tried) <= 1 + tune_gemm_few.MOST
+        assert len(set(tried)) == len(tried) <= 6
+    for m, names in (
+        (8, "64x8x2 64x16x2 128x8x2 128x16x2"), (32, "64x32x2 64x64x2 128x32x2 128x64 64x64"),
+        (64, "64x64x2 64x128 128x64 128x128 64x64"), (100, "64x128 64x64x2 128x64 128x128 64x64"),
+        (384, "64x128 128x128 128x256"),
+    ):  # fmt: skip
+        assert " ".join(map(str, tune_gemm_few.rivals(m, 4096, 4096, 132))) == names
+    assert list(tune_gemm_few.many_tiles("gemm", 64)) == ["many", "many 64x32deep", "many 64x64deep"]
+    assert list(tune_gemm_few.many_tiles("gemm", 32)) == list(tune_gemm_few.many_tiles("lm_head", 64))

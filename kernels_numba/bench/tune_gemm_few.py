@@ -1,8 +1,9 @@
 """`just tune gemm_few`: tiles of the GEMM for few tokens beside one another, torch and the many-token GEMM.
 
 For each shape the model's pick and its rivals are checked and timed in turns; the line says how far the pick
-is from the best tile, from torch, and from the time that the bytes take. At the end: means against the
-targets, and all rows as JSON. Changes no file: the rates in ops/gemm_few/config.py are edited by hand.
+is from the best tile, from torch, from the time that the bytes take, and from the many-token GEMM. At the
+end: means against the targets, which of the two GEMMs use_few() should have taken, and all rows as JSON.
+Changes no file: the rules in ops/gemm_few/config.py are edited by hand.
 Knows: what to vary. Refuses to know: how a kernel is timed (contest.py).
 """
 
@@ -15,28 +16,37 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from kernels_numba.bench.cases import GEMM_FEW_M, GEMM_NK, MODELS, Params
+from kernels_numba.bench.cases import GEMM_NK, MODELS, Params
 from kernels_numba.bench.contest import BASELINE, Contender, Workload, torch_side
 from kernels_numba.bench.targets import LARGE, floor_us, sizes_of
 from kernels_numba.bench.tune_decode import read_gbs
 from kernels_numba.launch import Kernel
 from kernels_numba.ops.gemm import hopper as many
-from kernels_numba.ops.gemm_few.config import CONFIGS, FewConfig, model_seconds, pick_few_config
+from kernels_numba.ops.gemm.hopper_config import HopperConfig
+from kernels_numba.ops.gemm_few.config import CONFIGS, FewConfig, pick_few_config, use_few
 from kernels_numba.ops.gemm_few.head import lm_head_few
 from kernels_numba.ops.gemm_few.hopper import few_kernel, gemm_few
 from kernels_numba.ops.warp.lm_head import lm_head_warp
 from kernels_numba.prebuild import prebuild
 
+FEW_M = (1, 2, 4, 8, 16, 32, 48, 64, 65, 100, 128, 200, 256, 384)
 HEAD_M = (1, 8, 64, 256)
-WITHIN, MOST = 1.25, 4  # rivals: what the model finds at most this much dearer than the pick, so many of them
+# Not picked, but tried where they could win. One block an SM, so all its shared memory is stages: for what
+# has fewer tiles than there are SMs.
+UNPICKED = (FewConfig(64, 64),)
+MANY_DEEP = (HopperConfig(64, 32, deep=True), HopperConfig(64, 64, deep=True))
+DEEP_M = (64, 128)  # tokens for which the last are tried
+MANY = "many"  # begins the names of the many-token GEMM's contenders
 Row = dict[str, Any]
 
 
 def kernels() -> Iterator[Kernel]:
     """The tiles that are measured, for compiling them all at once (prebuild.py)."""
     for out_dtype in ("bfloat16", "float32"):
-        for config in CONFIGS:
+        for config in (*CONFIGS, *UNPICKED):
             yield few_kernel(config, "bfloat16", out_dtype, "", False)
+    for deep in MANY_DEEP:
+        yield many.hopper_kernel(deep, "bfloat16", "bfloat16", False)
 
 
 def few_cases(text: str = "") -> dict[str, tuple[str, Params]]:
@@ -44,7 +54,7 @@ def few_cases(text: str = "") -> dict[str, tuple[str, Params]]:
     cases: dict[str, tuple[str, Params]] = {
         f"M={m} N={n} K={k}": ("gemm", {"m": m, "n": n, "k": k, "bias": False})
         for n, k in GEMM_NK
-        for m in GEMM_FEW_M
+        for m in FEW_M
     }
     for name, model in MODELS.items():
         sizes = {key: model[key] for key in ("vocab_size", "hidden_size")}
@@ -54,18 +64,27 @@ def few_cases(text: str = "") -> dict[str, tuple[str, Params]]:
 
 
 def rivals(m: int, n: int, k: int, num_sms: int) -> list[FewConfig]:
-    """The pick, then the MOST cheapest others within WITHIN of it, by the model."""
+    """The pick, then what is as wide, or the next width up to 64 tokens, or the one before beyond."""
     picked = pick_few_config(m, n, k, num_sms)
-    seconds = {config: model_seconds(config, m, n, k, num_sms) for config in CONFIGS}
-    others = sorted((c for c in CONFIGS if c != picked), key=lambda c: seconds[c])
-    return [picked, *[c for c in others if seconds[c] <= WITHIN * seconds[picked]][:MOST]]
+    widths = sorted({c.tile_t for c in CONFIGS})
+    just = next((i for i, width in enumerate(widths) if width >= m), len(widths) - 1)
+    near = (widths[just], widths[just + 1] if m <= 64 else widths[just - 1])
+    return [picked, *(c for c in (*CONFIGS, *UNPICKED) if c.tile_t in near and c != picked)]
+
+
+def many_tiles(op: str, m: int) -> dict[str, Contender]:
+    """The many-token GEMM with its own pick, and with deep pipelines where they could help."""
+    if op != "gemm":
+        return {MANY: partial(lm_head_warp, product="many")}
+    deep = {f"{MANY} {c}": partial(many.gemm_hopper, config=c) for c in MANY_DEEP if m in DEEP_M}
+    return {MANY: many.gemm_hopper, **deep}
 
 
 def row_of(op: str, params: Params, moved: int, times: Mapping[str, float], picked: str) -> Row:
     """One case's figures: us of every contender; floor_us, that of its bytes; ratio: torch's time over the
     pick's; loss: the pick's over the best tile's."""
     m, n, k = sizes_of(op, params)
-    tiles = {name: us for name, us in times.items() if name not in (BASELINE, "many")}
+    tiles = {name: us for name, us in times.items() if name != BASELINE and not name.startswith(MANY)}
     return {
         "op": op, "m": m, "n": n, "k": k, "picked": picked, "us": dict(times), "bytes": moved,
         "best": min(tiles, key=lambda name: tiles[name]),
@@ -80,7 +99,7 @@ def describe(name: str, row: Row) -> str:
     """The printed line of a case."""
     best = "" if row["best"] == row["picked"] else f", best {row['best']} {row['us'][row['best']]:.2f} us"
     torch = f", {row['ratio']:.3f}x torch" if row["ratio"] else ""
-    took, many_us = row["us"][row["picked"]], row["us"].get("many", math.nan)
+    took, many_us = row["us"][row["picked"]], row["us"].get(MANY, math.nan)
     return (
         f"{name}: {row['picked']} {took:.2f} us, {row['gbs']:.0f} GB/s{torch}, target of its bytes "
         f"{row['floor_us']:.2f} us, many-token {many_us:.2f} us{best}"
@@ -94,21 +113,30 @@ def _mean(ratios: list[float]) -> str:
     return f"geometric mean {mean:.3f}, least {min(ratios):.3f}, of {len(ratios)}"
 
 
+def _taken(row: Row) -> float:
+    """The better of the two GEMMs' time over the time of the one that is taken."""
+    few, other = row["us"][row["picked"]], row["us"][MANY]
+    taken = few if use_few(row["m"], row["n"], row["k"], many.num_sms()) else other
+    return float(min(few, other) / taken)
+
+
 def summary(rows: Iterable[Row]) -> list[str]:
-    """Against torch: up to 64 tokens with large weights, and beyond; small weights over their target; the
-    model's loss."""
+    """Against torch: up to 64 tokens with large weights, and beyond; small weights over their target; what
+    the choices of a tile and of a GEMM lose."""
     rows = list(rows)
     timed = [row for row in rows if row["ratio"]]
     large = [r["ratio"] for r in timed if r["m"] <= 64 and 2 * r["n"] * r["k"] >= LARGE]
     beyond = [r["ratio"] for r in timed if r["m"] > 64 and r["op"] == "gemm"]
     late = [r for r in rows if r["m"] <= 64 and 2 * r["n"] * r["k"] < LARGE
             and r["us"][r["picked"]] > r["floor_us"]]  # fmt: skip
+    taken = [_taken(row) for row in rows if MANY in row["us"]]
     small = sum(r["m"] <= 64 and 2 * r["n"] * r["k"] < LARGE for r in rows)
     return [
         f"M <= 64, weights of 30 MB and more, against torch: {_mean(large)}",
         f"M > 64, against torch: {_mean(beyond)}",
         f"M <= 64, smaller weights: {len(late)} of {small} over bytes / 3.0 TB/s + 2.5 us",
         f"the pick against the best tile: {_mean([1 / r['loss'] for r in rows])}",
+        f"use_few()'s GEMM against the better of the two: {_mean(taken)}",
     ]
 
 
@@ -118,7 +146,7 @@ def measure(op: str, params: Params, rounds: int, torch: Any) -> Row:
     picked, *others = rivals(m, n, k, many.num_sms())
     launch: Contender = gemm_few if op == "gemm" else lm_head_few
     contenders: dict[str, Contender] = {str(c): partial(launch, config=c) for c in (picked, *others)}
-    contenders["many"] = many.gemm_hopper if op == "gemm" else partial(lm_head_warp, product="many")
+    contenders |= many_tiles(op, m)
     with Workload(op, params, torch=torch) as workload:
         outcome = workload.compare(contenders, rounds)
         moved = workload.cost.bytes

@@ -172,6 +172,67 @@ def make_store_boxes(rounds: tuple[tuple[Box, ...], ...]) -> Any:
 
 
 @cache
+def make_send_rows(rounds: tuple[tuple[Box, ...], ...]) -> Any:
+    """f(round, base, member, out, row_bytes, rows, columns): the round's boxes, as make_stage left them, to
+    global memory, 16 bytes a thread, where a TMA store would write rows that it must not.
+
+    base: where make_stage put the boxes, complete for all 128 threads; member: thread of the warpgroup; out:
+    int64 address of the tile's first row and column; row_bytes: int32 bytes from one row to the next; rows,
+    columns: int32, how many of the 64 rows and of the tile's columns (a multiple of 8) may be written.
+    Neighbouring threads write a box's row side by side.
+    """
+    if not _asm.USABLE:
+        return _asm.unavailable("make_send_rows")
+    i32, i64 = ir.IntType(32), ir.IntType(64)
+    # Addresses are made here, and their constants are the text's: else the compiler makes them all at once,
+    # and the widest tile has no registers for them.
+    text = (
+        "{{\n.reg .pred p;\n.reg .b32 row, w<4>;\n.reg .b64 to;\nadd.s32 row, $2, {first};\n"
+        "setp.lt.s32 p, row, $4;\nsetp.gt.and.s32 p, $5, {column}, p;\nmad.wide.s32 to, row, $3, $0;\n"
+        "@p ld.shared.v4.b32 {{w0, w1, w2, w3}}, [$1+{source}];\n"
+        "@p st.global.v4.b32 [to+{to}], {{w0, w1, w2, w3}};\n}}"
+    )
+    move_type = ir.FunctionType(ir.VoidType(), [i64, i32, i32, i32, i32, i32])
+    signature, types = _asm.signature, compiler.cuda.types
+
+    @_asm.intrinsic  # type: ignore[untyped-decorator]
+    def send_rows(
+        typingctx: Any, which: Any, base: Any, member: Any, out: Any, row_bytes: Any, rows: Any, columns: Any
+    ) -> Any:
+        def send_box(builder: Any, box: Box, args: Any) -> None:
+            _, base_, member_, out_, row_bytes_, rows_, columns_ = args
+            units = box.columns // 8  # of 16 bytes, in a row
+            at_once = 128 // units  # rows: whole repeats of the swizzle
+            shift, mask = _XOR[box.columns]
+            row = builder.lshr(member_, i32(units.bit_length() - 1))
+            unit = builder.and_(member_, i32(units - 1))
+            moved = builder.xor(unit, builder.and_(builder.lshr(row, i32(shift)), i32(mask)))
+            source = builder.add(base_, builder.mul(row, i32(2 * box.columns)))
+            source = builder.add(source, builder.shl(moved, i32(4)))
+            to = builder.add(out_, builder.zext(builder.shl(unit, i32(4)), i64))
+            left = builder.sub(columns_, builder.shl(unit, i32(3)))
+            for first in range(0, 64, at_once):
+                here = text.format(
+                    first=first, column=box.first, to=2 * box.first,
+                    source=box.offset + 2 * box.columns * first,
+                )  # fmt: skip
+                move = ir.InlineAsm(move_type, here, "l,r,r,r,r,r,~{memory}", side_effect=True)
+                builder.call(move, [to, source, row, row_bytes_, rows_, left])
+
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            for number, boxes in enumerate(rounds):
+                with builder.if_then(builder.icmp_signed("==", args[0], i32(number))):
+                    for box in boxes:
+                        send_box(builder, box, args)
+            return context.get_dummy_value()
+
+        word = types.int32
+        return signature(types.none, word, word, word, types.int64, word, word, word), codegen
+
+    return send_rows
+
+
+@cache
 def make_store_rows(n: int, dtype: str) -> Any:
     """f(acc, out, row_bytes, col, num_cols, low, high): acc to global memory, two neighbouring columns a
     store.

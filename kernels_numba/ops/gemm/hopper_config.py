@@ -18,19 +18,24 @@ ITEM = 2  # bytes of an element of x and weight
 WARP, WARPGROUP = 32, 128
 SMEM_LIMIT = 232_448  # of a block
 REGISTERS_OF_QUARTER = 16_384  # of an SM; every fourth warp of a block is there
-MAX_STAGES = 8
-BARRIER_BYTES = 16 * MAX_STAGES
+MAX_STAGES, DEEP_STAGES = 8, 16
+BARRIER_BYTES = 16 * MAX_STAGES  # up to so many stages; deeper ones need twice that
 
 
 @dataclass(frozen=True)
 class HopperConfig:
-    """A tile of tile_m (64 or 128) x tile_n outputs; each 64 of its rows have a consumer warpgroup."""
+    """A tile of tile_m (64 or 128) x tile_n outputs; each 64 of its rows have a consumer warpgroup.
+
+    deep: narrow tiles have up to 16 stages instead of 8: more bytes on their way, but no room on the SM for a
+    block of the next launch.
+    """
 
     tile_m: int
     tile_n: int
+    deep: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tile_m}x{self.tile_n}"
+        return f"{self.tile_m}x{self.tile_n}" + "deep" * self.deep
 
     @property
     def consumers(self) -> int:
@@ -49,20 +54,31 @@ class HopperConfig:
         return min(255, REGISTERS_OF_QUARTER // (warps * WARP) // 8 * 8)
 
     @property
+    def barrier_bytes(self) -> int:
+        return BARRIER_BYTES * (2 if self.deep else 1)
+
+    @property
+    def sends_rows(self) -> bool:
+        """Whether rows below M of a partial tile leave through shared memory. The widest tiles' accumulators
+        leave no registers for that: 568 bytes were spilled."""
+        return self.consumers == 1 or self.tile_n <= 192
+
+    @property
     def stages(self) -> int:
         """Tiles of K in flight: what fits beside the barriers and one staged box a consumer.
 
         Stages before staging: at 512 x 3584 x 18944 a seventh stage took 4 % off, a second round of staging
         cost nothing that could be seen.
         """
-        room = SMEM_LIMIT - BARRIER_BYTES - self.consumers * 64 * ITEM * min(BOX_COLUMNS[0], self.tile_n)
-        return min(MAX_STAGES, room // ((self.tile_m + self.tile_n) * TILE_K * ITEM))
+        room = SMEM_LIMIT - self.barrier_bytes - self.consumers * 64 * ITEM * min(BOX_COLUMNS[0], self.tile_n)
+        most = DEEP_STAGES if self.deep else MAX_STAGES
+        return min(most, room // ((self.tile_m + self.tile_n) * TILE_K * ITEM))
 
     @property
     def rounds(self) -> tuple[tuple[Box, ...], ...]:
         """The boxes in which a consumer's 64 rows leave, in as few rounds of staging as the stages leave room
         for."""
-        spare = SMEM_LIMIT - BARRIER_BYTES - self.stages * (self.tile_m + self.tile_n) * TILE_K * ITEM
+        spare = SMEM_LIMIT - self.barrier_bytes - self.stages * (self.tile_m + self.tile_n) * TILE_K * ITEM
         return boxes_of(self.tile_n, spare // self.consumers // 1024 * 1024)
 
     @property

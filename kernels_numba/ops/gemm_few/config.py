@@ -1,8 +1,7 @@
 """Tiles of the GEMM for few tokens: what one is made of, what fits into a block, and which suits a shape.
 
-Knows: sizes, counts and a model of time. Refuses to know: the kernel. No choice made here shows in a bit of a
-result. The model's three rates come from measurements of another kernel (see below); none of its own times is
-measured yet.
+Knows: sizes, counts and what was measured. Refuses to know: the kernel. No choice made here shows in a bit
+of a result.
 """
 
 from __future__ import annotations
@@ -132,48 +131,34 @@ CONFIGS = (
     *(FewConfig(128, tile_t) for tile_t in (64, 128, 256)),
 )  # fmt: skip
 
-# Bytes a second on an H100. DRAM: what streaming kernels reach. INGEST: into one SM; another swapped GEMM
-# drew 85 (16 tokens) to 96 GB/s (64) an SM at 4096 x 14336, with 32 blocks of 180 KB in flight. L2: to all
-# SMs together, assumed.
-DRAM, INGEST, L2 = 3.0e12, 90e9, 5.5e12
-LATENCY = (
-    1.0e-6  # seconds from asking for a byte to having it, under load: bytes in flight / LATENCY a second
-)
-START = 2.5e-6  # a launch, the first bytes, the last stores
-TENSOR = 4096 * 1.7e9  # operations a second of an SM in wgmma
-
-
-def model_seconds(config: FewConfig, m: int, n: int, k: int, num_sms: int) -> float:
-    """Time of the whole product: the slowest of DRAM, L2, the way into the busiest SM, its tensor cores."""
-    token_tiles = -(-m // config.tile_t)
-    tiles = -(-n // config.tile_n) * token_tiles
-    resident = min(config.blocks, -(-tiles // num_sms))
-    in_flight = resident * config.stages * config.stage_bytes
-    most = -(-tiles // num_sms)  # tiles of the busiest SM
-    tile_bytes = (config.tile_n + config.tile_t) * k * ITEM
-    dram = (n * k + m * k + m * n) * ITEM / DRAM
-    ingest = most * tile_bytes / min(INGEST, in_flight / LATENCY)
-    tensor = most * 2 * config.tile_n * config.tile_t * k / TENSOR
-    return START + max(dram, tiles * tile_bytes / L2, ingest, tensor)
-
 
 @lru_cache(maxsize=4096)
 def pick_few_config(m: int, n: int, k: int, num_sms: int) -> FewConfig:
-    """The tile that the model finds fastest.
+    """The tile for m tokens: just wide enough, so that one block reads each weight, up to 128 tokens.
 
-    Up to 64 tokens of the tiles that are just wide enough, beyond it of the wide ones. Ties go to two blocks
-    an SM, then to 128 rows, which read x half as often.
+    Rows: 64 draw from more SMs at a time than 128, which read x half as often: that pays with more than 64
+    tokens, if every SM has work without. Fitted to `just tune gemm_few` on an H100 (notebooks/LOG.md): up to
+    64 tokens 0.3 % slower than the best tile in the mean, 6 % at most; that two blocks which share weights
+    take up to half longer than one that has them alone is why narrower tiles are not tried.
     """
-    narrowest = min(c.tile_t for c in CONFIGS if c.tile_t >= min(m, 64))
-    wide = [c for c in CONFIGS if (c.tile_t == narrowest if m <= 64 else c.tile_t >= 64)]
-    return min(
-        wide, key=lambda c: (round(model_seconds(c, m, n, k, num_sms) * 1e7), -c.blocks, -c.tile_n, c.tile_t)
-    )
+    if m <= 64:
+        return next(c for c in CONFIGS if c.tile_n == 64 and c.tile_t >= m)
+    if -(-n // 64) <= num_sms:
+        return FewConfig(64, 128)
+    wider = 128 < m <= 256 and -(-n // 128) * 2 > num_sms  # one block still reads each weight
+    return FewConfig(128, 256 if wider else 128)
 
 
-FEW_TOKENS = 48  # up to which this kernel was ahead of the one for many tokens on an H100
+FEW_TOKENS = 48
 
 
 def use_few(m: int, n: int, k: int, num_sms: int) -> bool:
-    """Whether this kernel or the one for many tokens (gemm/hopper.py) is to multiply up to m tokens."""
+    """Whether this GEMM, and not the many-token one (ops/gemm/hopper.py), should take m tokens, the most that
+    a launch may find; n, k: of the weights. No bit of a result depends on it.
+
+    Measured on an H100, over 16 shapes and 3 heads: up to 32 tokens few takes from 0.4 to 1.02 of the other's
+    time; with 64, few takes 0.93 to 1.12 (mean 1.02), with 256 mostly more: the other's tiles have narrower
+    pieces of weights, and so more SMs read them. The other's times below 64 are those of before it left out
+    rows of x that do not exist (ptx/tma_rows.py); between 32 and 64 nothing was measured.
+    """
     return m <= FEW_TOKENS

@@ -1,0 +1,97 @@
+"""The GEMM for many tokens on numpy arrays: its kernel's text, on simt_gemm.py, with models of the intrinsics
+that move accumulators out of registers (ptx/epilogue.py), which are made of machine code's parts and have no
+text to run."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kernels_numba import simt, simt_warps
+from kernels_numba.ops.gemm.hopper import PRODUCT, X_MAPS
+from kernels_numba.ops.gemm.hopper_config import TILE_K, smem_plan
+from kernels_numba.ptx.epilogue import _XOR, BOX_COLUMNS
+from kernels_numba.ptx.tma_rows import row_boxes
+from kernels_numba.simt_gemm import GemmWarp
+
+MODULES = ("kernels_numba.ptx.tma_rows", "kernels_numba.ops.gemm.hopper")
+MAPS = 1 << 10  # stands for the address of the tensor maps
+
+
+class ManyWarp(GemmWarp):
+    """One warp; results in bfloat16 or float32."""
+
+    def bulk_wait_read(self, pending):
+        pass
+
+    def bulk_commit(self):
+        pass
+
+    def _at(self, base, box, row, unit):
+        """Where a box's row has its 8 columns number `unit`."""
+        shift, mask = _XOR[box.columns]
+        return base + box.offset + row * 2 * box.columns + 16 * (unit ^ ((row >> shift) & mask))
+
+    def make_stage(self, n, rounds, dtype):
+        def stage(acc, which, base, row, half):
+            first = 16 * (self.warp % 4)
+            lane = np.arange(32)
+            assert np.array_equal(row, first + lane % 16)
+            assert np.array_equal(half, lane // 16)
+            for box in rounds[which]:
+                for unit in range(box.columns // 8):
+                    at = 4 * (box.first // 8 + unit)
+                    for below in (0, 1):
+                        eight = acc[at + 2 * below : at + 2 * below + 2].T.reshape(8, 8)  # rows, columns
+                        for i in range(8):
+                            to = self._at(self.one(base), box, first + 8 * below + i, unit)
+                            self.shared(to, 16)[:] = simt.to_bits(eight[i]).view(np.uint8)
+
+        return stage
+
+    def make_store_boxes(self, rounds):
+        def store_boxes(maps, which, base, row, col, num_cols):
+            row, col = self.one(row), self.one(col)
+            for box in rounds[which]:
+                matrix, (height, columns) = self.maps[self.one(maps) + 128 * BOX_COLUMNS.index(box.columns)]
+                assert (height, columns) == (64, box.columns)
+                for i in range(64):
+                    for unit in range(columns // 8):
+                        to = col + box.first + 8 * unit
+                        if row + i < matrix.shape[0] and to < matrix.shape[1]:
+                            words = self.shared(self._at(self.one(base), box, i, unit), 16).view(np.uint16)
+                            matrix[row + i, to : to + 8] = words
+
+        return store_boxes
+
+    def make_send_rows(self, rounds):
+        def send_rows(which, base, member, out, row_bytes, rows, columns):
+            for thread in np.asarray(member).tolist():
+                for box in rounds[which]:
+                    units = box.columns // 8
+                    for row in range(thread // units, 64, 128 // units):
+                        column = box.first + 8 * (thread % units)
+                        if row < rows and column < columns:
+                            words = self.shared(self._at(self.one(base), box, row, thread % units), 16)
+                            at = self.one(out) + row * row_bytes + 2 * column
+                            self.memory.bytes_at(at, 16)[:] = words
+
+        return send_rows
+
+
+def many_in_numpy(config, out, x, weight, bias=None, num_rows=None, *, grid=2, group=1, seed=0, build=PRODUCT,
+                  change=lambda name, text: text):  # fmt: skip
+    """out as gemm_hopper() would leave it; x, weight, bias: bfloat16 bits; out: those, or float32."""
+    memory = simt.Memory()
+    count = np.array([len(x) if num_rows is None else num_rows], np.int32)
+    arrays = [(out, (64, columns)) for columns in BOX_COLUMNS]
+    arrays += [(x, (rows, TILE_K)) for rows in row_boxes(config.tile_m)]
+    assert len(arrays) == X_MAPS + len(row_boxes(config.tile_m))
+    arrays += [(weight, (rows, TILE_K)) for rows in row_boxes(config.tile_n)]
+    maps = {MAPS + 128 * i: pair for i, pair in enumerate(arrays)}
+    out_dtype = "float32" if out.dtype == np.float32 else "bfloat16"
+    simt_warps.run(
+        MODULES, "make_gemm_hopper_kernel", (config, "bfloat16", out_dtype, bias is not None, build),
+        (MAPS, memory.put(out), 0 if bias is None else memory.put(bias), memory.put(count), len(weight),
+         x.shape[1], out.strides[0], group),
+        grid, config.threads, smem_plan(config).bytes, memory, maps, seed, change, ManyWarp,
+    )  # fmt: skip

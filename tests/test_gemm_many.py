@@ -1,0 +1,83 @@
+"""The GEMM for many tokens: its kernel's text in numpy, bit by bit against the order of K."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from few_products import make_product, rounded, same_bits
+from many_products import many_in_numpy
+
+from kernels_numba.ops.gemm.hopper_config import CONFIGS, HopperConfig
+
+
+def product_of(product, config, out_dtype="bfloat16", real=None, **how):
+    """What the kernel leaves below `real`; nothing else may be written."""
+    m, n = len(product.x), len(product.weight)
+    wider = rounded(np.full((m + 2, n + 8), np.nan, np.float32), out_dtype)
+    before = wider.copy()
+    out = wider[1 : m + 1, :n]
+    many_in_numpy(config, out, product.x, product.weight, product.bias, real, **how)
+    written = m if real is None else real
+    got = out[:written].copy()
+    out[:written] = before[1 : written + 1, :n]
+    assert same_bits(wider, before), "wrote outside of [M, N]"
+    return got
+
+
+@pytest.mark.parametrize("config", [*CONFIGS, HopperConfig(64, 32, deep=True)], ids=str)
+def test_bits_are_those_of_the_order_along_k(config):
+    """Whole and partial rows, columns and steps of K. Shared memory that no box fills is NaN."""
+    for m, n, k in ((1, 8, 8), (77, 328, 200), (192, 264, 72)):
+        product = make_product(np.random.default_rng([m, n, k]), m, n, k, bias=m == 77)
+        assert same_bits(product_of(product, config), rounded(product.sums(), "bfloat16")), m
+    assert same_bits(product_of(product, config, "float32", grid=3, group=2), product.sums())
+
+
+@pytest.mark.parametrize(
+    "config", [HopperConfig(64, 48), HopperConfig(128, 112), HopperConfig(128, 256)], ids=str
+)
+def test_the_real_number_of_rows_is_read_by_the_kernel(config):
+    product = make_product(np.random.default_rng(1), 140, 200, 136)
+    want = rounded(product.sums(), "bfloat16")
+    for real in (0, 1, 63, 64, 65, 128, 129, 140):
+        assert same_bits(product_of(product, config, real=real), want[:real]), real
+
+
+MISTAKES = {
+    "rows of x that M needs are not fetched": ("tma_rows", "int32((left + 7) & -8)", "int32(left & -8)"),
+    "fewer bytes are waited for": (
+        "hopper",
+        "int32((columns + rows) * ROW_BYTES)",
+        "int32(rows * ROW_BYTES)",
+    ),
+    "boxes that overlap": ("tma_rows", "at = int32(at + box)", "at = int32(at + 8)"),
+    "rows past the last are written": ("hopper", "int32(m - row), int32(n - col)", "64, int32(n - col)"),
+    "columns past the last are written": (
+        "hopper",
+        "int32(m - row), int32(n - col)",
+        "int32(m - row), 1 << 20",
+    ),
+    "partial rows leave by whole boxes": ("hopper", "int32(row + 64 <= m)", "int32(1)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_noticed_in_numpy(mistake):
+    product = make_product(np.random.default_rng(2), 140, 200, 136)
+    want = rounded(product.sums(), "bfloat16")
+    part, old, new = MISTAKES[mistake]
+
+    def right(seed, **how):
+        try:
+            return same_bits(product_of(product, HopperConfig(128, 80), real=99, seed=seed, **how), want[:99])
+        except (AssertionError, IndexError, RuntimeError):
+            return False
+
+    def change(name, text):
+        if not name.endswith(f".{part}"):
+            return text
+        assert old in text
+        return text.replace(old, new)
+
+    assert all(right(seed) for seed in range(2))
+    assert not all(right(seed, change=change) for seed in range(2))
