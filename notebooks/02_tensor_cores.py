@@ -16,7 +16,7 @@
 # |---|---|---|---|
 # | `naive` | a thread an output | `fma` of one thread | about 1 TFLOP/s |
 # | `plain` | tiles in shared memory, used many times | `fma` of one thread | 10 to 25 |
-# | `mma_sync` | tensor cores, loads in the background | `mma.sync`: a warp, 16 x 8 x 16 | 150 to 350 |
+# | `mma_step` | tensor cores, loads in the background | `mma.sync`: a warp, 16 x 8 x 16 | 150 to 350 |
 # | `wgmma` | operands stay in shared memory, a copy engine | `wgmma`: 4 warps, 64 x 128 x 16 | 400 to 600 |
 # | `hopper` | who loads never multiplies, blocks live on | `wgmma`, always one in flight | 750 to 800 |
 #
@@ -47,17 +47,17 @@ from kernels_numba.layouts import banks_of, mma_layout, unit_offset
 from kernels_numba.ops import OPS
 from kernels_numba.ops.gemm import gemm_cost, gemm_spec, hopper, make_gemm_kernel
 from kernels_numba.ops.gemm.hopper_config import HopperConfig, smem_plan
-from kernels_numba.ops.gemm.ladder import mma_sync, wgmma
+from kernels_numba.ops.gemm.ladder import mma_step, wgmma
 from kernels_numba.ops.gemm.ladder.in_numpy import in_numpy, source_of
 from kernels_numba.ops.gemm.ladder.naive import make_naive_kernel
 from sharp.results import read_rows
 
 ROOT = Path(kernels_numba.__file__).resolve().parent.parent
-RUNGS = ["naive", "plain", "mma_sync", "wgmma", "hopper"]
+RUNGS = ["naive", "plain", "mma_step", "wgmma", "hopper"]
 EXPECTED = {
     "naive": (0.8, 1.3),
     "plain": (10, 25),
-    "mma_sync": (150, 350),
+    "mma_step": (150, 350),
     "wgmma": (400, 600),
     "hopper": (750, 800),
 }
@@ -112,7 +112,7 @@ draw_fragment(axes[2], mma_layout("c")[0], "C [16, 8]: the result", "m", "n")
 # bytes = all the banks, in 8 units of 16 bytes. `ldmatrix` reads 8 x 8 blocks: the same unit of 8 rows.
 # Stored plainly, that is one column of the left picture: 4 banks, asked 8 times. With unit u of row r at
 # place u ^ (r % 8), it is 8 different groups of banks. TMA writes and wgmma reads exactly this pattern (the
-# "128-byte swizzle"); rung `mma_sync` does it by hand.
+# "128-byte swizzle"); rung `mma_step` does it by hand.
 
 # %%
 row, unit = np.mgrid[:8, :8]
@@ -189,8 +189,8 @@ else:
 # `mma`: 16 x 8 x 16 products; a warp makes 32 x 64 outputs, so 6 `ldmatrix` feed 16 `mma`.
 
 # %%
-print(mma_sync.PLAN.picture())
-show(mma_sync.make_mma_sync_kernel, "while k_at < k:", "k_at = k_next")
+print(mma_step.PLAN.picture())
+show(mma_step.make_mma_step_kernel, "while k_at < k:", "k_at = k_next")
 
 # %% [markdown]
 # The simulator has no warps, so this kernel runs in `kernels_numba/simt.py`: all threads of a block in
@@ -211,7 +211,7 @@ def error_in_numpy(step, source=""):
     return np.abs(out - truth) / np.abs(truth).max()
 
 
-print(f"mma_sync in numpy: largest error {error_in_numpy('mma_sync').max():.1e} of the largest output")
+print(f"mma_step in numpy: largest error {error_in_numpy('mma_step').max():.1e} of the largest output")
 
 
 # %% [markdown]
@@ -235,7 +235,7 @@ def machine_code(kernel, arch, op):
     print(*[line for line in loop if line.startswith(op)][:4], "...", sep="\n    ")
 
 
-machine_code(mma_sync.mma_sync_kernel("bfloat16", False), "sm_86", "HMMA")
+machine_code(mma_step.mma_step_kernel("bfloat16", False), "sm_86", "HMMA")
 # %% [markdown]
 # ## Rung 4: wgmma, fed by the copy engine
 # On Hopper four warps multiply together: 64 x 128 x 16 in one instruction, 64 times a `mma.sync`, with both
@@ -391,11 +391,11 @@ figure.tight_layout()
 
 # %%
 BREAK = [
-    ("mma_sync", "(2 * step + x_half) ^ swizzle", "2 * step + x_half"),
-    ("mma_sync", "4, a_bottom, 0, b, 2", "4, a_bottom, 0, b, 0"),
+    ("mma_step", "(2 * step + x_half) ^ swizzle", "2 * step + x_half"),
+    ("mma_step", "4, a_bottom, 0, b, 2", "4, a_bottom, 0, b, 0"),
     ("wgmma", "while k_at < k:", "while k_at < k - TILE_K:"),
     ("wgmma", "+ group_row * ROW", ""),
-    ("mma_sync", "int32(row < rows)", "1"),
+    ("mma_step", "int32(row < rows)", "1"),
     ("wgmma", "int32(phase ^ 1)", "int32(phase)"),
 ]
 wrong = {}

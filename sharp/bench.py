@@ -90,6 +90,7 @@ def bench_kernels(args: argparse.Namespace) -> int:
     ValueError for words that fit nothing, NoGpu."""
     from tqdm.auto import tqdm
 
+    from kernels_numba.bench import targets, tune_decode
     from kernels_numba.bench.contest import torch_side
     from kernels_numba.ops import OP_NAMES
 
@@ -111,17 +112,21 @@ def bench_kernels(args: argparse.Namespace) -> int:
         print(f"{left_out} long cases of plain kernels are left out; --rung plain measures them")
     if not args.against:
         print(f"baseline: {against}" + ("" if against == "torch" else " (torch is not installed)"))
-    side = torch_side(against)
+    side, read = torch_side(against), None
+    if options.cold and any(targets.reads_weights(item.op, item.params) for item in items):
+        read = tune_decode.read_gbs()
+        print(f"reading alone: {read:.0f} GB/s")
     with tqdm(total=sum(len(item.rungs) for item in items), desc=args.op or "bench", unit="case") as bar:
         try:
             failures = bench_ops.run(
-                items, options, gpu, file, side=side, write=bar.write, advance=bar.update
+                items, options, gpu, file, side=side, write=bar.write, advance=bar.update, read_gbs=read
             )
         except KeyboardInterrupt:
             kept = f"; {args.out} holds them, --resume goes on" if args.out else ""
             bar.write(f"interrupted after {len(file.rows)} rows{kept}")
             return 130
-    for line in [*bench_ops.summary(file.rows), *(f"not timed: {failure}" for failure in failures)]:
+    lines = [*bench_ops.summary(file.rows), *targets.summary(file.rows, read)]
+    for line in [*lines, *(f"not timed: {failure}" for failure in failures)]:
         print(line)
     print(json.dumps(file.rows))
     return 1 if failures else 0
@@ -145,7 +150,9 @@ def _kernel_words(words: list[str]) -> argparse.Namespace:
         metavar="R",
         help="kernels to measure (default: all)",
     )
-    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument(
+        "--case", default="", metavar="TEXT", help="only cases whose name contains TEXT, or one of 'A|B'"
+    )
     parser.add_argument(
         "--against", choices=["torch", "none"], help="the baseline (default: torch if it is installed)"
     )

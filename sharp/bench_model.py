@@ -68,7 +68,8 @@ class Opened:
         return with_engine(self.model, self.config, work)
 
     def warm(self) -> None:
-        """Compile, find and touch all that a first step needs, outside of what is timed."""
+        """Compile, capture, find and touch all that a step needs, outside of what is timed."""
+        self.model.capture()
         self.run([[1] * 16, [2] * 70], [3, 3], [0.0, 0.0])
 
     def wrong(self, prompts: Sequence[list[int]], new: Sequence[int], load: Load) -> list[str]:

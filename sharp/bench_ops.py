@@ -90,9 +90,10 @@ def plan(
 ) -> tuple[list[Item], int]:
     """What to measure, and how many cases of plain rungs were left out for their length.
 
-    named: rungs asked for (none: all kernels that run on the GPU, but no steps of a ladder); text: part of
-    the cases' names; gpu None: any. ValueError for a rung or a text that names nothing."""
-    from kernels_numba.bench.cases import bench_cases
+    named: rungs asked for (none: all kernels that run on the GPU, but no steps of a ladder), of which a case
+    takes those that are worth its time (rungs_worth); text: as bench_cases takes it; gpu None: any.
+    ValueError for a rung or a text that names nothing."""
+    from kernels_numba.bench.cases import bench_cases, rungs_worth
     from kernels_numba.bench.ops import BENCH_OPS
 
     ops = list(ops)
@@ -103,8 +104,9 @@ def plan(
         for case, params in bench_cases(op, quick, text).items():
             matching += 1
             long = not named and BENCH_OPS[op].cost(params).flops > PLAIN_FLOPS
-            chosen = tuple(rung for rung in rungs if not (long and rung == "plain"))
-            left_out += len(rungs) - len(chosen)
+            worth = rungs_worth(op, params, rungs, named)
+            chosen = tuple(rung for rung in worth if not (long and rung == "plain"))
+            left_out += len(worth) - len(chosen)
             if chosen:
                 items.append(Item(op, case, params, chosen))
     if not matching:
@@ -221,23 +223,24 @@ def make_rows(
     return rows
 
 
-def describe(row: dict[str, Any], measured: Any, baseline: Any, l2: str, rounds: int) -> str:
-    """The printed line: the row, its spread and the baseline's, and what the caches held."""
+def describe(row: dict[str, Any], measured: Any, baseline: Any, l2: str, rounds: int, note: str = "") -> str:
+    """The printed line: the row, its spread and the baseline's, what the caches held, and the note."""
     spread = f"{measured.low:.1f}..{measured.high:.1f} us, {rounds} rounds of {measured.calls} calls"
     if baseline is not None:
         spread += f"; baseline {baseline.low:.1f}..{baseline.high:.1f} us;"
-    return f"{results.format_row(row)} ({spread} over {measured.sets} sets of operands, {l2})"
+    return f"{results.format_row(row)} ({spread} over {measured.sets} sets of operands, {l2}{note})"
 
 
 def run(
     items: list[Item], options: Options, gpu: Gpu, file: RowFile, *, side: Any = None,
     open_workload: Callable[..., Any] | None = None, write: Callable[[str], None] = print,
-    advance: Callable[[int], Any] = lambda n: None,
+    advance: Callable[[int], Any] = lambda n: None, read_gbs: float | None = None,
 ) -> list[str]:  # fmt: skip
     """Measure each item that the file does not hold; returns what failed. A failure stops nothing else.
 
-    side: the baseline's (contest.torch_side); open_workload: contest.Workload, or what stands in for it."""
-    from kernels_numba.bench import contest
+    side: the baseline's (contest.torch_side); open_workload: contest.Workload, or what stands in for it;
+    read_gbs: what the card reads, for the lines of few tokens."""
+    from kernels_numba.bench import contest, targets
     from kernels_numba.ops import OPS
 
     open_workload = open_workload or contest.Workload
@@ -264,7 +267,8 @@ def run(
                     rows = make_rows(item, rung, outcome, workload.cost, options, gpu)
                     for row, measured in zip(rows, (outcome.measured, outcome.sustained), strict=False):
                         other = measured.get(contest.BASELINE)
-                        write(describe(row, measured[rung], other, outcome.l2, options.rounds))
+                        note = targets.note(item.op, item.params, measured[rung].us, read_gbs)
+                        write(describe(row, measured[rung], other, outcome.l2, options.rounds, note))
                     if rows:
                         file.add(rows)
                     advance(1)

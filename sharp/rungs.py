@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kernels_numba.ops.decode_attention import door as decode_door
+from kernels_numba.ops.gemm import NOT_INVARIANT
 from kernels_numba.ops.gemm import door as gemm_door
 from kernels_numba.ops.gemm_silu_mul import FUSED
 from kernels_numba.ops.prefill_attention import door as prefill_door
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from sharp.config import EngineConfig
     from sharp.device import Device
 
+ATTENTION_OPS = ("decode_attention", "prefill_attention")
+ATTENTION = ("hopper",)  # rungs of both that keep attention_contract.py, fastest first: equal bits
+
 
 def _products(model: ModelConfig) -> tuple[int, ...]:
     """N and K of the products."""
@@ -30,15 +34,13 @@ def _products(model: ModelConfig) -> tuple[int, ...]:
 
 def choose_rungs(model: ModelConfig, config: EngineConfig, device: Device) -> dict[str, str]:
     """op -> rung, of those that are not the device's default or are forced. ValueError as small_op_rungs and
-    sample_rungs.
-
-    Attention's tensor-core rungs are not picked while prefill's is not proven: with one alone, decode would
-    round otherwise than a chunk of the same tokens, and a request's bits would depend on how it was cut.
-    """
+    sample_rungs."""
     default, capability = device.default_rung, device.capability
     gemm = gemm_door.best_rung(default, capability, device.dtype, _products(model))
     small = small_op_rungs(default, capability, device.dtype, model, config.block_size, config.rungs)
-    rungs = {"gemm": gemm, **small, **sample_rungs(default, capability, config.rungs), **config.rungs}
+    attention = attention_rungs(default, capability, device.dtype, model, config.block_size, config.rungs)
+    sample = sample_rungs(default, capability, config.rungs)
+    rungs = {"gemm": gemm, **attention, **small, **sample, **config.rungs}
     return {**fused_rungs(rungs), **rungs}
 
 
@@ -49,6 +51,26 @@ def fused_rungs(rungs: Mapping[str, str]) -> dict[str, str]:
     return {"gemm_silu_mul": rungs["gemm"]} if both else {}
 
 
+def attention_rungs(
+    default: str, capability: tuple[int, int] | None, dtype: str, model: ModelConfig, block_size: int,
+    forced: Mapping[str, str],
+) -> dict[str, str]:  # fmt: skip
+    """{op: rung} of the two attentions: the first of ATTENTION that runs both for this model, or {}.
+
+    Never one alone: beside a plain one (or one that the contract does not bind) a token would round otherwise
+    as a decode than as part of a chunk, and a request's bits would depend on how it was cut. So who forces
+    such a one for either keeps the default of the other; who forces one of ATTENTION gets its partner.
+    """
+    held = {op: forced[op] for op in ATTENTION_OPS if op in forced}
+    if default != "plain" or not set(held.values()) <= set(ATTENTION):
+        return {}
+    where = capability, dtype, model.head_dim, model.num_q_heads // model.num_kv_heads, block_size
+    for rung in ATTENTION:
+        if not decode_door.refusal(rung, *where) and not prefill_door.refusal(*where):
+            return {op: rung for op in ATTENTION_OPS if op not in held}
+    return {}
+
+
 def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineConfig, device: Device) -> None:
     """ValueError, with the reason, for a rung of the other kind of device, or of the products or attention
     that cannot run the model."""
@@ -56,6 +78,9 @@ def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineCon
     for op, rung in config.rungs.items():
         if rung == elsewhere:
             raise ValueError(f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})")
+    if rungs["gemm"] in NOT_INVARIANT:
+        why = "its bits are not those that a token has in company"
+        raise ValueError(f"rung {rungs['gemm']!r} of gemm does not run a model: {why}")
     decode, prefill = rungs.get("decode_attention", ""), rungs.get("prefill_attention", "")
     group = model.num_q_heads // model.num_kv_heads
     where = device.capability, device.dtype, model.head_dim, group, config.block_size

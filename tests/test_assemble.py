@@ -42,7 +42,7 @@ def require_tools(result, request):
 
 
 def test_all_kernels_assemble(request, record_property):
-    result = without_simulator("-m", "kernels_numba.assemble", "--json", timeout=600)
+    result = without_simulator("-m", "kernels_numba.assemble", "--json", timeout=1200)
     require_tools(result, request)
     rows = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     assert rows, result.stderr

@@ -49,8 +49,10 @@ def test_every_op_has_cases_at_real_sizes():
 
 
 def test_the_grid_of_gemm():
-    assert len(cases.bench_cases("gemm")) == 16 * 6
-    assert len(cases.bench_cases("gemm", quick=True)) == 16 * 2
+    assert len(cases.bench_cases("gemm")) == 16 * (6 + 13)
+    assert len(cases.bench_cases("gemm", quick=True)) == 16 * 3
+    assert {p["m"] for p in cases.bench_cases("gemm", text="M=1 |M=16 ").values()} == {1, 16}
+    assert len(cases.bench_cases("lm_head")) == 3 * 9
     assert list(cases.bench_cases("gemm", text="M=1000 N=960 K=576")) == ["M=1000 N=960 K=576"]
     assert cases.bench_cases("gemm", text="M=7 ") == {}
 

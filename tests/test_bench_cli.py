@@ -12,7 +12,7 @@ from bench_fakes import FakeWorkload, Simulated
 from test_house import without_cuda
 from test_import import heavy, modules_after
 
-from kernels_numba.bench import contest
+from kernels_numba.bench import contest, tune_decode
 from kernels_numba.ops import OP_NAMES, OPS
 from sharp import bench, bench_ops, results
 
@@ -38,6 +38,7 @@ def gpu(monkeypatch, workloads):
     monkeypatch.setattr(bench, "torch_is_here", lambda: True)
     monkeypatch.setattr(contest, "torch_side", lambda against: object() if against == "torch" else None)
     monkeypatch.setattr(contest, "Workload", workloads)
+    monkeypatch.setattr(tune_decode, "read_gbs", lambda: 3000.0)
     return workloads
 
 
@@ -53,7 +54,20 @@ def run(capsys, *words):
     return status, capsys.readouterr().out.splitlines()
 
 
-def test_without_a_gpu_and_without_an_op_the_table_is_all(capsys):
+@pytest.fixture
+def recorded(monkeypatch):
+    """A table of two rows, whatever is recorded."""
+    figures = {"value": 1.0, "unit": "TFLOP/s", "us": 2.0, "err": 0.1, "gpu": "G", "date": "2026-01-01"}
+    rows = [
+        results.make_row(
+            op="gemm", case="M=512", rung="hopper", baseline="torch.matmul", ratio=1.0, **figures
+        ),
+        results.make_row(op="engine", case="online", rung="hopper", **figures),
+    ]
+    monkeypatch.setattr(results, "read_rows", lambda: rows)
+
+
+def test_without_a_gpu_and_without_an_op_the_table_is_all(capsys, recorded):
     for words in ([], ["--quick"]):
         status, lines = run(capsys, *words)
         assert status == 0
@@ -62,7 +76,7 @@ def test_without_a_gpu_and_without_an_op_the_table_is_all(capsys):
         assert any(line.startswith("engine") for line in lines)
 
 
-def test_without_a_gpu_an_op_that_was_asked_for_is_a_failure(capsys):
+def test_without_a_gpu_an_op_that_was_asked_for_is_a_failure(capsys, recorded):
     status, lines = run(capsys, "gemm", "--case", "M=512")
     assert status == 1
     assert "nothing was measured" in lines[-1]
@@ -91,13 +105,16 @@ def test_the_bench_imports_nothing_heavy_until_it_must():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gemm", "--case", "M=7 "], "no case contains that, they are called like 'M=512 N=4096 K=4096'"),
+        (["gemm", "--case", "M=7 "], "no case contains that, they are called like 'M=1 N=4096 K=4096'"),
         (
             ["gemm", "--rung", "quick"],
-            "--rung is 'quick'; the kernels of gemm are hopper, mma_sync, naive, plain, wgmma",
+            "'quick'; the kernels of gemm are gemv, hopper, mma_step, mma_sync, naive, plain, wgmma",
         ),
         (["gemm", "--rung", "reference"], "--rung is 'reference'"),
-        (["--rung", "nothing"], "the kernels of any op are hopper, mma_sync, naive, plain, warp, wgmma"),
+        (
+            ["--rung", "nothing"],
+            "the kernels of any op are gemv, hopper, mma_step, mma_sync, naive, plain, warp, wgmma",
+        ),
         (["gemm", "--rounds", "4"], "--rounds is 4; at least 5 are required"),
     ],
 )
@@ -153,7 +170,7 @@ def test_rungs_the_device_lacks(capsys, gpu, monkeypatch):
     assert "--rung is 'hopper', which does not run on compute capability 8.9" in lines[-1]
     status, lines = run(capsys, "gemm", "--case", "M=512", "--commit", COMMIT)
     assert status == 0
-    assert {row["rung"] for row in json.loads(lines[-1])} == {"plain"}
+    assert {row["rung"] for row in json.loads(lines[-1])} == {"plain", "mma_sync"}
 
 
 def test_what_a_plan_holds():
@@ -161,17 +178,26 @@ def test_what_a_plan_holds():
     assert {item.op for item in items} == set(OP_NAMES)
     assert left_out > 0
     gemm = [item for item in items if item.op == "gemm"]
-    assert len(gemm) == 96
+    assert len(gemm) == 96 + 208
     assert all("hopper" in item.rungs and "reference" not in item.rungs for item in gemm)
+    rungs_of = {item.case: item.rungs for item in gemm}
+    assert rungs_of["M=1 N=4096 K=4096"] == ("mma_sync", "hopper", "gemv")
+    assert rungs_of["M=2 N=4096 K=4096"] == ("hopper",)
+    assert rungs_of["M=512 N=4096 K=4096"] == ("plain", "hopper")
+    both, _ = bench_ops.plan(["gemm"], named=["mma_sync"], gpu=GPU)
+    assert all(item.rungs == ("mma_sync",) for item in both)
+    assert len(both) == 304
+    one, _ = bench_ops.plan(["gemm"], named=["gemv"], gpu=GPU)
+    assert {item.params["m"] for item in one} == {1}
     largest = next(item for item in gemm if item.case == "M=16384 N=37888 K=3584")
-    assert largest.rungs == ("hopper",)  # plain would take seconds a call
+    assert largest.rungs == ("mma_sync", "hopper")  # plain would take seconds a call
     steps, _ = bench_ops.plan(["gemm"], named=["naive", "wgmma"], text="M=4096 N=4096 K=4096", gpu=GPU)
     assert [item.rungs for item in steps] == [("naive", "wgmma")]  # a ladder's steps, too
     named, left_out = bench_ops.plan(["gemm"], named=["plain"], gpu=GPU)
-    assert (len(named), left_out) == (96, 0)  # unless it is asked for
+    assert (len(named), left_out) == (304, 0)  # unless it is asked for
     quick, _ = bench_ops.plan(OP_NAMES, named=[], quick=True, gpu=GPU)
     assert {item.op for item in quick} == set(OP_NAMES)
-    assert sum(len(item.rungs) for item in quick) < 100
+    assert sum(len(item.rungs) for item in quick) < 140
     some, _ = bench_ops.plan(OP_NAMES, named=[], text="smollm2-135m T=64", gpu=GPU)
     of_rows = {"embedding", "rms_norm", "rope", "store_kv", "rope_store_kv", "silu_mul"}
     assert {item.op for item in some} == of_rows
@@ -210,7 +236,22 @@ def test_rows_and_lines_of_a_measurement(capsys, gpu, tmp_path):
         "cold L2",
     ):
         assert part in line
-    assert lines[-2] == "gemm hopper: 4 rows, geometric mean 1.500x, least 1.500x"
+    assert lines[-3] == "gemm hopper: 4 rows, geometric mean 1.500x, least 1.500x"
+    assert lines[-2].startswith(
+        "many tokens (512 and more), times torch's speed: geometric mean 1.500 (1.03 w"
+    )
+
+
+def test_few_tokens_are_held_against_what_the_card_reads(capsys, gpu):
+    words = ["gemm", "--rung", "hopper", "--case", "M=1 N=960|M=1 N=28672", "--commit", COMMIT]
+    _, lines = run(capsys, *words)
+    assert lines[0] == "baseline: torch"
+    assert lines[1] == "reading alone: 3000 GB/s"
+    few = [line for line in lines if line.startswith("gemm ") and "cold L2" in line]
+    assert few[0].endswith("cold L2, 392% of what the card reads)")
+    assert few[1].endswith("cold L2, 2% of what the card reads, 2.87 us allowed)")
+    _, lines = run(capsys, *words, "--warm")
+    assert not any("card reads" in line for line in lines)  # what is in a cache is not read
 
 
 def test_warm_rows_say_so_and_peers_are_cited(capsys, gpu):
@@ -231,8 +272,8 @@ def test_failures_are_told_and_nothing_else_stops(capsys, gpu, tmp_path):
     rows = json.loads(lines[-1])
     assert {row["op"] for row in rows} == set(OP_NAMES) - {"rope"}
     assert {(row["op"], row["rung"]) for row in rows if row["rung"] not in ("plain", "warp")} == {
-        ("decode_attention", "mma_sync")
-    }
+        ("decode_attention", "mma_sync"), ("gemm", "mma_sync"),
+    }  # fmt: skip
     told = [line for line in lines if line.startswith("not timed: ")]
     assert any("gemm M=512 N=4096 K=4096 hopper: ArithmeticError: 7.00 times" in line for line in told)
     assert any("rope llama3.2-1b T=64: MemoryError: no room" in line for line in told)
@@ -265,20 +306,20 @@ def test_resuming(capsys, gpu, tmp_path):
     gpu.opened.clear()
     status, lines = run(capsys, *words, "--case", "N=576")
     assert status == 1
-    assert f"--out is {out}, which holds 6 rows: add --resume, or remove it" in lines[-1]
-    assert len(json.loads(out.read_text())) == 6
+    assert f"--out is {out}, which holds 19 rows: add --resume, or remove it" in lines[-1]
+    assert len(json.loads(out.read_text())) == 19
     status, lines = run(capsys, *words, "--case", "N=576", "--resume")
     assert status == 0
-    assert len(gpu.opened) == 6
-    assert len(json.loads(lines[-1])) == len(json.loads(out.read_text())) == 12
+    assert len(gpu.opened) == 19
+    assert len(json.loads(lines[-1])) == len(json.loads(out.read_text())) == 38
     for other in (["--commit", "fedcba9"], ["--against", "none"]):  # rows of something else are not kept
         gpu.opened.clear()
         copy = tmp_path / "copy.json"
         copy.write_text(out.read_text())
         again = [word if word != str(out) else str(copy) for word in words]
         _, lines = run(capsys, *again, "--case", "N=576 K=576", "--resume", *other)
-        assert "12 rows of" in lines[0]
-        assert len(gpu.opened) == 6
+        assert "38 rows of" in lines[0]
+        assert len(gpu.opened) == 19
 
 
 def test_resuming_with_the_sustained_rate_measures_again(capsys, gpu, tmp_path):
@@ -286,10 +327,10 @@ def test_resuming_with_the_sustained_rate_measures_again(capsys, gpu, tmp_path):
     words = ["gemm", "--rung", "hopper", "--case", "N=576 K=1536", "--commit", COMMIT, "--out", str(out)]
     run(capsys, *words)
     _, lines = run(capsys, *words, "--resume", "--sustained")
-    assert len(gpu.opened) == 12
-    assert len(json.loads(lines[-1])) == 12
+    assert len(gpu.opened) == 38
+    assert len(json.loads(lines[-1])) == 38
     run(capsys, *words, "--resume", "--sustained")
-    assert len(gpu.opened) == 12
+    assert len(gpu.opened) == 38
 
 
 def test_the_sustained_rate_of_a_part_leaves_the_other_rows(capsys, gpu, tmp_path):
@@ -297,14 +338,14 @@ def test_the_sustained_rate_of_a_part_leaves_the_other_rows(capsys, gpu, tmp_pat
     words = ["gemm", "--rung", "hopper", "--commit", COMMIT, "--out", str(out)]
     run(capsys, *words, "--case", "N=576 K=1536")
     part = ["--case", "M=512 N=576 K=1536", "--resume", "--sustained"]
-    gpu.interrupt_at = 7  # what is measured again is not lost before it is there again
+    gpu.interrupt_at = 20  # what is measured again is not lost before it is there again
     assert run(capsys, *words, *part)[0] == 130
-    assert len(json.loads(out.read_text())) == 6
+    assert len(json.loads(out.read_text())) == 19
     gpu.interrupt_at = None
     _, lines = run(capsys, *words, *part)
     rows = json.loads(lines[-1])
     names = [row["case"] for row in rows]
-    assert len(names) == len(set(names)) == 7
+    assert len(names) == len(set(names)) == 20
     assert [name for name in names if name.endswith("sustained")] == ["M=512 N=576 K=1536 sustained"]
 
 
@@ -319,7 +360,7 @@ def test_an_interrupt_keeps_what_was_measured(capsys, gpu, tmp_path):
     gpu.interrupt_at = None
     status, lines = run(capsys, *words, "--resume")
     assert status == 0
-    assert len(json.loads(lines[-1])) == 96
+    assert len(json.loads(lines[-1])) == 304
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "no json", '[{"op": "gemm"}]'])

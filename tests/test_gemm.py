@@ -185,7 +185,10 @@ def test_rungs_that_cannot_run_say_why(rung, capability, dtype, sizes, why):
 def test_the_fastest_rung_is_taken_where_it_runs():
     assert best_rung("plain", (9, 0), "bfloat16", (576, 960)) == "hopper"
     assert best_rung("plain", (9, 0), "float32", (576, 960)) == "plain"
-    assert best_rung("plain", (8, 6), "bfloat16", (576, 960)) == "plain"
+    assert best_rung("plain", (8, 6), "bfloat16", (576, 960)) == "mma_sync"
+    assert best_rung("plain", (12, 0), "float16", (576, 960)) == "mma_sync"
+    assert best_rung("plain", (12, 0), "bfloat16", (576, 36)) == "plain"
+    assert best_rung("plain", (7, 5), "bfloat16", (576, 960)) == "plain"
     assert best_rung("reference", None, "bfloat16", (576, 960)) == "reference"
 
 

@@ -149,20 +149,25 @@ def test_rows_past_the_real_count_are_left_alone(cuda, few, rng):
 
 
 def test_logits_are_the_many_token_kernels(cuda, few, rng):
+    from functools import partial
+
     from kernels_numba.ops.gemm_few.head import lm_head_few
     from kernels_numba.ops.warp.lm_head import lm_head_warp
+
+    products = [partial(lm_head_warp, product=name) for name in ("many", "few", "")]
 
     gpu = Gpu(cuda, "bfloat16")
     hidden, weight = gpu.up(rng.standard_normal((300, 576))), gpu.up(rng.standard_normal((49152, 576)))
     for rows in (1, 7, 64, 200, 256):
         ids = cuda.to_device(rng.choice(300, rows, replace=False).astype(np.int32))
-        outs = [blank(gpu, rows, 49152, "float32") for _ in range(2)]
-        for launch, out in zip((lm_head_few, lm_head_warp), outs, strict=True):
+        outs = [blank(gpu, rows, 49152, "float32") for _ in range(4)]
+        for launch, out in zip((lm_head_few, *products), outs, strict=True):
             launch(out, hidden, weight, ids)
         cuda.synchronize()
-        mine, theirs = (out.copy_to_host() for out in outs)
+        mine, *others = (out.copy_to_host() for out in outs)
         assert np.isfinite(mine).all()
-        assert np.array_equal(bits(mine), bits(theirs)), rows
+        for theirs in others:
+            assert np.array_equal(bits(mine), bits(theirs)), rows
 
 
 @pytest.mark.parametrize("config", [FewConfig(64, 16, 2), FewConfig(64, 128), FewConfig(128, 256)], ids=str)

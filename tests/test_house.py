@@ -166,7 +166,11 @@ def test_info_without_cuda(tmp_path: Path) -> None:
     done = without_cuda(tmp_path, "sharp", "info")
     assert done.returncode == 0, done.stderr
     assert "numba-cuda cannot be imported" in done.stdout
-    assert re.search(r"^  gemm +reference, naive, plain, mma_sync, wgmma, hopper$", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^  gemm +reference, naive, plain, mma_step, wgmma, mma_sync, hopper, gemv$",
+        done.stdout,
+        re.MULTILINE,
+    )
 
 
 def test_asking_for_cuda_without_cuda(tmp_path: Path) -> None:

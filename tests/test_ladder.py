@@ -26,7 +26,7 @@ from kernels_numba.layouts import SHAPES as FRAGMENTS
 from kernels_numba.layouts import banks_of, mma_layout, swizzled_image, unit_offset
 from kernels_numba.ops import OPS
 from kernels_numba.ops.gemm import door
-from kernels_numba.ops.gemm.ladder import mma_sync, naive, wgmma
+from kernels_numba.ops.gemm.ladder import mma_step, naive, wgmma
 from kernels_numba.ops.gemm.ladder.in_numpy import STEPS, in_numpy, source_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_ladder_is_reachable_by_name():
     names = list(OPS["gemm"].rungs)
-    assert names[:6] == ["reference", "naive", "plain", "mma_sync", "wgmma", "hopper"]
+    assert names[:8] == ["reference", "naive", "plain", "mma_step", "wgmma", "mma_sync", "hopper", "gemv"]
 
 
 # Naive, in the simulator.
@@ -101,19 +101,19 @@ def test_index_arithmetic(step, m, n, k, out_dtype, has_bias):
 
 
 DROPPED = {  # the last 16 of every 64 of K
-    "mma_sync": ("range(TILE_K // 16)", "range(TILE_K // 16 - 1)"),
+    "mma_step": ("range(TILE_K // 16)", "range(TILE_K // 16 - 1)"),
     "wgmma": ("make_wgmma(TILE_N, TILE_K // 16,", "make_wgmma(TILE_N, TILE_K // 16 - 1,"),
 }
 MUTANTS = {
     **{f"{step}: a step of K is dropped": (step, *texts) for step, texts in DROPPED.items()},
-    "the last tile of K is dropped": ("mma_sync", "while k_at < k:", "while k_at < k - TILE_K:"),
-    "a tile is used before it arrives": ("mma_sync", "cp_async_wait(1)", "cp_async_wait(2)"),
-    "no swizzle where x is read": ("mma_sync", "(2 * step + x_half) ^ swizzle", "2 * step + x_half"),
-    "the stage never changes": ("mma_sync", "stage = int32(stage ^ 1)", "stage = int32(stage)"),
-    "rows past M are read": ("mma_sync", "int32(row < rows)", "1"),
-    "K past its end is read": ("mma_sync", "int32(k_mine < k)", "1"),
-    "lower half rows past M are written": ("mma_sync", "int32(row + 8 < m)", "int32(row < m)"),
-    "two column groups exchanged": ("mma_sync", "b, 2)", "b, 0)"),
+    "the last tile of K is dropped": ("mma_step", "while k_at < k:", "while k_at < k - TILE_K:"),
+    "a tile is used before it arrives": ("mma_step", "cp_async_wait(1)", "cp_async_wait(2)"),
+    "no swizzle where x is read": ("mma_step", "(2 * step + x_half) ^ swizzle", "2 * step + x_half"),
+    "the stage never changes": ("mma_step", "stage = int32(stage ^ 1)", "stage = int32(stage)"),
+    "rows past M are read": ("mma_step", "int32(row < rows)", "1"),
+    "K past its end is read": ("mma_step", "int32(k_mine < k)", "1"),
+    "lower half rows past M are written": ("mma_step", "int32(row + 8 < m)", "int32(row < m)"),
+    "two column groups exchanged": ("mma_step", "b, 2)", "b, 0)"),
     "wgmma: the last tile of K is dropped": ("wgmma", "while k_at < k:", "while k_at < k - TILE_K:"),
     "the phase never changes": ("wgmma", "int32(phase ^ 1)", "int32(phase)"),
     "a stage is not refilled": ("wgmma", "and k_refill < k", "and k_refill < k - TILE_K"),
@@ -139,7 +139,7 @@ def test_in_numpy_names_what_it_cannot_take():
     x, weight = np.zeros((4, 12), np.uint16), np.zeros((8, 12), np.uint16)
     with pytest.raises(ValueError, match="gemm: k is 12; a positive multiple of 8"):
         in_numpy("wgmma", np.zeros((4, 8), np.uint16), x, weight)
-    with pytest.raises(ValueError, match="step is 'hopper'; there are mma_sync, wgmma"):
+    with pytest.raises(ValueError, match="step is 'hopper'; there are mma_step, wgmma"):
         in_numpy("hopper", np.zeros((4, 8), np.uint16), x, weight)
 
 
@@ -216,10 +216,10 @@ def test_right_arguments_become_addresses():
 
 
 @pytest.mark.parametrize(("rung", "have", "message"), [
-    ("mma_sync", (7, 5), r"rung mma_sync was called on compute capability 7.5; 8.0 or newer is required"),
+    ("mma_step", (7, 5), r"rung mma_step was called on compute capability 7.5; 8.0 or newer is required"),
     ("wgmma", (8, 9), r"rung wgmma was called on compute capability 8.9; 9.0 \(instructions of sm_90a\) is"),
     ("wgmma", (12, 0), r"compute capability 12.0; 9.0 "),
-    ("mma_sync", (12, 0), None),
+    ("mma_step", (12, 0), None),
     ("wgmma", (9, 0), None),
 ])  # fmt: skip
 def test_a_card_that_is_too_old_is_named(monkeypatch, rung, have, message):
@@ -256,7 +256,7 @@ try:
         kernel = getattr(STEPS[step], step + "_kernel")(out_dtype, has_bias)
         for arch in archs:
             code = disassemble(kernel, arch)
-            loop = code.loop("HMMA" if step == "mma_sync" else "HGMMA")
+            loop = code.loop("HMMA" if step == "mma_step" else "HGMMA")
             reports.append(dict(
                 step=step, arch=arch, threads=kernel.threads, smem=kernel.smem, registers=code.registers,
                 spilled=code.spill_bytes + code.stack_bytes, count={{op: code.count(op) for op in ops}},
@@ -268,8 +268,8 @@ except assemble.ToolsMissing as error:
 print(json.dumps(reports))
 """
 BUILDS = [
-    ("mma_sync", "bfloat16", False, ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"]),
-    ("mma_sync", "float32", True, ["sm_80", "sm_90a"]),
+    ("mma_step", "bfloat16", False, ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"]),
+    ("mma_step", "float32", True, ["sm_80", "sm_90a"]),
     ("wgmma", "bfloat16", False, ["sm_90a"]),
     ("wgmma", "float32", True, ["sm_90a"]),
 ]
@@ -294,7 +294,7 @@ def test_what_they_become(assembled):
         assert report["spilled"] == count["LDL"] == count["STL"] == 0, report
         blocks = 2 if report["step"] == "wgmma" else 1
         assert report["registers"] * report["threads"] * blocks <= 65_536, report
-        if report["step"] == "mma_sync":
+        if report["step"] == "mma_step":
             assert report["smem"] <= 101_376, report
             steps = loop["HMMA"] // 16  # for sm_120 the assembler keeps the loop over the 4 steps
             assert steps in (1, 4), report
@@ -326,14 +326,14 @@ def test_loops_are_found_in_machine_code():
     assert code.loop("HGMMA") == []
     if SIMULATOR:
         with pytest.raises(ToolsMissing, match="the simulator is on"):
-            disassemble(mma_sync.mma_sync_kernel("bfloat16", False), "sm_80")
+            disassemble(mma_step.mma_step_kernel("bfloat16", False), "sm_80")
 
 
-@pytest.mark.parametrize("module", [mma_sync, wgmma])
+@pytest.mark.parametrize("module", [mma_step, wgmma])
 def test_docstrings_give_the_offsets_of_the_plan(module):
     text = getattr(module, f"make_{module.__name__.rpartition('.')[2]}_kernel").__doc__
     for region in module.PLAN.regions:
-        for piece in {0, region.count - 1} if module is mma_sync else {0}:
+        for piece in {0, region.count - 1} if module is mma_step else {0}:
             assert re.search(rf"\b{module.PLAN.offset(region.name, piece):,}\b", text), (region, piece)
 
 
@@ -355,7 +355,7 @@ def rng():
 
 
 def needs(gpu, rung):
-    if gpu[0] < {"naive": 0, "plain": 0, "mma_sync": 8}.get(rung, 9):
+    if gpu[0] < {"naive": 0, "plain": 0, "mma_step": 8}.get(rung, 9):
         pytest.skip(f"rung {rung} does not run on compute capability {gpu}")
     if rung in ("wgmma", "hopper") and gpu[0] != 9:
         pytest.skip(f"rung {rung} does not run on compute capability {gpu}")
@@ -395,7 +395,7 @@ def check_product(got, x, weight, bias, out_dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n", "k"), [(8, 8), (136, 72), (264, 200), (576, 1536), (1000, 64)])
 @pytest.mark.parametrize("m", [0, 1, 63, 64, 65, 129, 1000])
-@pytest.mark.parametrize("rung", ["naive", "mma_sync", "wgmma"])
+@pytest.mark.parametrize("rung", ["naive", "mma_step", "wgmma"])
 def test_numbers_against_float64(gpu, rng, rung, m, n, k):
     needs(gpu, rung)
     x, weight, bias = normal(rng, m, k), normal(rng, n, k, scale=k**-0.5), normal(rng, n)
@@ -409,7 +409,7 @@ def test_numbers_against_float64(gpu, rng, rung, m, n, k):
 def test_numbers_of_a_large_product(gpu, rng):
     """Many more blocks than fit the GPU at once, so that stages and blocks are used again."""
     x, weight = normal(rng, 2500, 4104), normal(rng, 4000, 4104, scale=4104**-0.5)
-    for rung in ("mma_sync", "wgmma"):
+    for rung in ("mma_step", "wgmma"):
         needs(gpu, rung)
         check_product(product(rung, x, weight, None, "float32"), x, weight, None, "float32")
 
@@ -422,7 +422,7 @@ def test_a_row_has_the_same_bits_in_every_step(gpu, rng, n, k):
     weight, bias = normal(rng, n, k), normal(rng, n)
     rows = simt.to_bits(rng.standard_normal((5, k)) * np.exp(rng.standard_normal((5, 1))))
     alone = [product("hopper", row[None], weight, bias, "float32")[0] for row in rows]
-    for rung in ("mma_sync", "wgmma", "hopper"):
+    for rung in ("mma_step", "wgmma", "hopper"):
         m = int(rng.integers(5, 700))
         x = normal(rng, m, k, scale=100)
         places = rng.choice(m, 5, replace=False)

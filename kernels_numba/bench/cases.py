@@ -6,6 +6,7 @@ which fit here, too. Source of the sizes: the models' config.json on Hugging Fac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ GEMM_NK = (
     (3584, 18944), (3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (960, 576), (576, 576),
     (3072, 576), (576, 1536),
 )  # fmt: skip
-GEMM_M = (512, 1000, 2048, 4096, 8192, 16384)
-QUICK_M = (512, 4096)
+GEMM_FEW_M = (1, 2, 4, 8, 16, 32, 64, 65, 100, 128, 200, 256, 384)
+GEMM_MANY_M = (512, 1000, 2048, 4096, 8192, 16384)
+QUICK_M = (8, 512, 4096)
+MMA_M = (1, 16, 64, 256, *GEMM_MANY_M[2:])  # on which rung mma_sync is measured beside hopper
+HEAD_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GATED_M, QUICK_GATED_M = (1, 32, 64, 256, 1000, 4096, 8192), 4096
 
 MODELS: dict[str, Params] = {
@@ -88,7 +92,7 @@ def _gemm(quick: bool) -> dict[str, Params]:
     return {
         f"M={m} N={n} K={k}": {"m": m, "n": n, "k": k, "bias": False}
         for n, k in GEMM_NK
-        for m in (QUICK_M if quick else GEMM_M)
+        for m in (QUICK_M if quick else GEMM_FEW_M + GEMM_MANY_M)
     }
 
 
@@ -148,7 +152,7 @@ def _lm_head(quick: bool) -> dict[str, Params]:
             "num_rows": rows, "num_tokens": 4 * rows, **_pick(MODELS[model], "vocab_size", "hidden_size"),
         }
         for model in (QUICK_MODELS if quick else MODELS)
-        for rows in ((64,) if quick else (1, 64, 256))
+        for rows in ((64,) if quick else HEAD_ROWS)
     }  # fmt: skip
 
 
@@ -193,5 +197,24 @@ _CASES = {
 
 
 def bench_cases(op: str, quick: bool = False, text: str = "") -> dict[str, Params]:
-    """Parameters by name: the op's grid, its quick part, or what of them contains `text` (maybe nothing)."""
-    return {name: params for name, params in _CASES[op](quick).items() if text in name}
+    """Parameters by name: the op's grid, its quick part, or what of them contains `text` or, of a text like
+    "M=1 |M=2 ", one of its parts (maybe nothing)."""
+    parts = text.split("|")
+    return {name: params for name, params in _CASES[op](quick).items() if any(part in name for part in parts)}
+
+
+def rungs_worth(op: str, params: Params, rungs: Sequence[str], named: Sequence[str] = ()) -> list[str]:
+    """Of the rungs of a gemm case, those whose time it is worth; of other ops all. named: asked for.
+
+    gemv has one token only. Up to 384 tokens plain tells nothing that a larger case does not; beside hopper,
+    mma_sync is measured on the M of MMA_M.
+    """
+    if op != "gemm":
+        return list(rungs)
+    m = params["m"]
+    skipped = {
+        "gemv": m != 1,
+        "plain": m <= GEMM_FEW_M[-1] and "plain" not in named,
+        "mma_sync": m not in MMA_M and "hopper" in rungs,
+    }
+    return [rung for rung in rungs if not skipped.get(rung)]

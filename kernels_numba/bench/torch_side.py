@@ -122,11 +122,11 @@ def _gemm_silu_mul(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
 
 
 def _lm_head(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
-    rows, hidden, weight = t["logits_rows"], t["hidden"], t["weight"]
-    return Bound(
-        "index_select, F.linear, float",
-        lambda: torch.nn.functional.linear(hidden.index_select(0, rows), weight).float(),
-    )
+    """The product alone: the rows are gathered before, and the logits stay bfloat16."""
+    rows, weight = t["hidden"].index_select(0, t["logits_rows"]), t["weight"].T
+    out = torch.empty(rows.shape[0], weight.shape[1], dtype=rows.dtype, device=rows.device)
+    name = "torch.matmul, rows gathered before, bfloat16 logits"
+    return Bound(name, lambda: torch.matmul(rows, weight, out=out))
 
 
 def _sample(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:

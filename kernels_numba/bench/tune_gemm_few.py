@@ -18,6 +18,7 @@ from typing import Any
 
 from kernels_numba.bench.cases import GEMM_NK, MODELS, Params
 from kernels_numba.bench.contest import BASELINE, Contender, Workload, torch_side
+from kernels_numba.bench.targets import LARGE, floor_us, sizes_of
 from kernels_numba.bench.tune_decode import read_gbs
 from kernels_numba.launch import Kernel
 from kernels_numba.ops.gemm import hopper as many
@@ -35,8 +36,6 @@ HEAD_M = (1, 8, 64, 256)
 UNPICKED = (FewConfig(64, 64),)
 MANY_DEEP = (HopperConfig(64, 32, deep=True), HopperConfig(64, 64, deep=True))
 DEEP_M = (64, 128)  # tokens for which the last are tried
-LARGE = 30e6  # bytes of weights from which torch must be beaten
-SPEED, FIXED_US = 3.0e12, 2.5  # bytes a second, microseconds: the target below it
 MANY = "many"  # begins the names of the many-token GEMM's contenders
 Row = dict[str, Any]
 
@@ -64,13 +63,6 @@ def few_cases(text: str = "") -> dict[str, tuple[str, Params]]:
     return {name: case for name, case in cases.items() if text in name}
 
 
-def sizes_of(op: str, params: Params) -> tuple[int, int, int]:
-    """(M, N, K) of a case."""
-    names = ("m", "n", "k") if op == "gemm" else ("num_rows", "vocab_size", "hidden_size")
-    m, n, k = (int(params[name]) for name in names)
-    return m, n, k
-
-
 def rivals(m: int, n: int, k: int, num_sms: int) -> list[FewConfig]:
     """The pick, then what is as wide, or the next width up to 64 tokens, or the one before beyond."""
     picked = pick_few_config(m, n, k, num_sms)
@@ -83,7 +75,7 @@ def rivals(m: int, n: int, k: int, num_sms: int) -> list[FewConfig]:
 def many_tiles(op: str, m: int) -> dict[str, Contender]:
     """The many-token GEMM with its own pick, and with deep pipelines where they could help."""
     if op != "gemm":
-        return {MANY: lm_head_warp}
+        return {MANY: partial(lm_head_warp, product="many")}
     deep = {f"{MANY} {c}": partial(many.gemm_hopper, config=c) for c in MANY_DEEP if m in DEEP_M}
     return {MANY: many.gemm_hopper, **deep}
 
@@ -96,7 +88,7 @@ def row_of(op: str, params: Params, moved: int, times: Mapping[str, float], pick
     return {
         "op": op, "m": m, "n": n, "k": k, "picked": picked, "us": dict(times), "bytes": moved,
         "best": min(tiles, key=lambda name: tiles[name]),
-        "floor_us": round(moved / SPEED * 1e6 + FIXED_US, 2),
+        "floor_us": round(floor_us(moved), 2),
         "gbs": round(moved / times[picked] / 1e3, 1),
         "ratio": round(times[BASELINE] / times[picked], 4) if BASELINE in times else None,
         "loss": round(times[picked] / min(tiles.values()), 4),

@@ -46,7 +46,7 @@ def promising(m: int, n: int, k: int, on: Card) -> list[MmaConfig]:
 
 def contenders(shape: Shape, on: Card, hopper: bool) -> dict[str, Any]:
     """What is timed on a shape, by name."""
-    others = {LADDER: gemm.gemm_mma_sync, **({HOPPER: gemm.gemm_hopper} if hopper else {})}
+    others = {LADDER: gemm.gemm_mma_step, **({HOPPER: gemm.gemm_hopper} if hopper else {})}
     return {str(config): partial(gemm_mma, config=config) for config in promising(*shape, on)} | others
 
 

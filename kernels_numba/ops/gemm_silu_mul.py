@@ -78,15 +78,9 @@ def gemm_silu_mul_hopper(
 ) -> None:
     """Rung "hopper" (sm_90a): gated between the accumulators of gemm's kernel for few tokens or that for
     many, by what out can hold. gate_up is not used. num_rows: device i32[1], the real number of rows."""
-    from kernels_numba.ops.gemm import hopper as many
-    from kernels_numba.ops.gemm_few import hopper as few
-    from kernels_numba.ops.gemm_few.config import use_few
+    from kernels_numba.ops.gemm import on_hopper
 
-    few_enough = False
-    if out.ndim == weight.ndim == 2:  # else either kernel's door says what is wrong
-        few_enough = use_few(out.shape[0], weight.shape[0], weight.shape[1], many.num_sms())
-    launch = few.gemm_few if few_enough else many.gemm_hopper
-    launch(out, x, weight, activation="silu", stream=stream, num_rows=num_rows)
+    on_hopper.gemm_hopper(out, x, weight, activation="silu", stream=stream, num_rows=num_rows)
 
 
 def gemm_silu_mul_mma_sync(

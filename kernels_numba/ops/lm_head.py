@@ -79,7 +79,7 @@ def lm_head_warp(
     x_rows: Any = None,
 ) -> None:  # fmt: skip
     """Rung "warp" (sm_80 and newer): the rows are gathered into x_rows, a workspace T[at least R, H], then
-    multiplied by Hopper's GEMM; see warp/lm_head.py, which is imported when first used. num_rows: device
+    multiplied by a tensor-core GEMM; see warp/lm_head.py, which is imported when first used. num_rows: device
     i32[1], the real number of rows."""
     from kernels_numba.ops.warp.lm_head import lm_head_warp
 

@@ -225,11 +225,21 @@ CASES: dict[str, dict[str, Any]] = {
 def gemm_hopper(
     out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None, num_rows: Any = None
 ) -> None:
-    """Rung "hopper" (sm_90a): tensor cores, TMA, a persistent grid; see hopper.py, which is imported when
-    first used."""
-    from kernels_numba.ops.gemm import hopper
+    """Rung "hopper" (sm_90a): tensor cores and TMA, by the kernel for few tokens or that for many; see
+    on_hopper.py, which is imported when first used."""
+    from kernels_numba.ops.gemm import on_hopper
 
-    hopper.gemm_hopper(out, x, weight, bias, stream=stream, num_rows=num_rows)
+    on_hopper.gemm_hopper(out, x, weight, bias, stream=stream, num_rows=num_rows)
+
+
+def gemm_mma_sync(
+    out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None, num_rows: Any = None
+) -> None:
+    """Rung "mma_sync" (sm_80 and newer): tensor cores a warp at a time, few tokens and many; see
+    ops/gemm_mma, which is imported when first used."""
+    from kernels_numba.ops.gemm_mma import gemm_mma
+
+    gemm_mma(out, x, weight, bias, stream=stream, num_rows=num_rows)
 
 
 def gemm_naive(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
@@ -239,11 +249,11 @@ def gemm_naive(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any =
     gemm_naive(out, x, weight, bias, stream=stream)
 
 
-def gemm_mma_sync(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "mma_sync" (sm_80 and newer): tensor cores a warp at a time; see ladder/mma_sync.py."""
-    from kernels_numba.ops.gemm.ladder.mma_sync import gemm_mma_sync
+def gemm_mma_step(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
+    """Rung "mma_step" (sm_80 and newer): what "mma_sync" is at its simplest; see ladder/mma_step.py."""
+    from kernels_numba.ops.gemm.ladder.mma_step import gemm_mma_step
 
-    gemm_mma_sync(out, x, weight, bias, stream=stream)
+    gemm_mma_step(out, x, weight, bias, stream=stream)
 
 
 def gemm_wgmma(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
@@ -253,9 +263,17 @@ def gemm_wgmma(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any =
     gemm_wgmma(out, x, weight, bias, stream=stream)
 
 
+def gemm_gemv(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
+    """Rung "gemv" (9.0), one token only: bits of its own, so no engine takes it; see gemm_few/gemv.py."""
+    from kernels_numba.ops.gemm_few.gemv import gemv
+
+    gemv(out, x, weight, bias, stream=stream)
+
+
 rungs: dict[str, Rung] = {
-    "reference": gemm_reference, "naive": gemm_naive, "plain": gemm, "mma_sync": gemm_mma_sync,
-    "wgmma": gemm_wgmma, "hopper": gemm_hopper,
+    "reference": gemm_reference, "naive": gemm_naive, "plain": gemm, "mma_step": gemm_mma_step,
+    "wgmma": gemm_wgmma, "mma_sync": gemm_mma_sync, "hopper": gemm_hopper, "gemv": gemm_gemv,
 }  # fmt: skip
-LADDER = ("naive", "mma_sync", "wgmma")  # steps that teach: measured when asked for by name
+LADDER = ("naive", "mma_step", "wgmma")  # steps that teach: measured when asked for by name
+NOT_INVARIANT = ("gemv",)  # a row's bits are not those it has in company: measured, and used by no engine
 register = make_register("gemm", rungs)

@@ -106,10 +106,14 @@ def gated_operands(
 
 
 NEEDS = {  # compute capability, whether only of that major, types of x
-    "mma_sync": ((8, 0), False, ("bfloat16",)),
+    "mma_step": ((8, 0), False, ("bfloat16",)),
+    "mma_sync": ((8, 0), False, ("bfloat16", "float16")),
     "wgmma": ((9, 0), True, ("bfloat16",)),
     "hopper": ((9, 0), True, ("bfloat16", "float16")),
+    "gemv": ((9, 0), True, ("bfloat16", "float16")),
 }
+
+BEST = ("hopper", "mma_sync")  # what an engine takes by itself, the fastest first
 
 
 def _runs_on(rung: str, capability: tuple[int, int]) -> bool:
@@ -137,8 +141,10 @@ def refusal(rung: str, capability: tuple[int, int] | None, dtype: str, sizes: It
 
 
 def best_rung(default: str, capability: tuple[int, int] | None, dtype: str, sizes: Iterable[int]) -> str:
-    """The fastest rung that can run these products: hopper, or else the default."""
-    return default if refusal("hopper", capability, dtype, sizes) else "hopper"
+    """The fastest rung that can run these products: hopper, mma_sync, or else the default."""
+    sizes = tuple(sizes)
+    fits = (rung for rung in BEST if not refusal(rung, capability, dtype, sizes))
+    return next(fits, default)
 
 
 def require_capability(rung: str) -> None:

@@ -4,11 +4,13 @@ With M from 1 to some hundred the time is that of reading the weights: 2 N K byt
 or 128 rows of weights and all tokens, 8 to 256; half or all of an SM's shared memory is stages of weights on
 their way. config.py says which tile, kernel.py how, epilogue.py what is done to the product on its way out
 (bias, residual, SiLU), in_numpy.py runs the kernel's text without a GPU. The order of additions is that of
-gemm's rung "hopper", so its bits are, too: K in steps of 64 upward from 0, then the bias.
+the kernel for many tokens (gemm/hopper.py), so its bits are, too: K in steps of 64 upward from 0, then the
+bias.
 
-Not run on a GPU yet, and not part of any rung: whoever measures it puts it into gemm's rung "hopper", picked
-by M. Until then it is reached through gemm_few() alone. Knows: definitions. Refuses to know: what a token
-belongs to.
+Rung "hopper" of gemm and gemm_silu_mul takes it where config.py's use_few says so (gemm/on_hopper.py), and so
+does rung "warp" of lm_head; a residual is reached through gemm_few() alone. gemv.py is what is faster, or
+not, where one token's bits need not be those it has in company. Knows: definitions. Refuses to know: what a
+token belongs to.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def lm_head_few(
     logits_rows i32[R], T bfloat16 bits or float16; NaN for a row that hidden does not have.
 
     x_rows: workspace T[at least R, H], overwritten; without one lm_head's own serves. num_rows: device i32[1]
-    with the real R. The same bits as rung "warp" of lm_head. Not run on a GPU yet. ValueError for wrong
-    dtypes, shapes, strides or alignment.
+    with the real R. The same bits as rung "warp" of lm_head, which is what an engine runs;
+    config forces a tile (tuning). ValueError for wrong dtypes, shapes, strides or alignment.
     """
     if x_rows is None:
         x_rows = own_workspace(out.shape[0], hidden.shape[1], hidden.dtype)

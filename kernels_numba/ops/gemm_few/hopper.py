@@ -54,11 +54,15 @@ def few_kernel(
 
 
 def used_kernels() -> Iterator[Kernel]:
-    """Every kernel that an engine in bfloat16 could pick. Not called kernels(), because none picks them yet:
-    nobody should wait for their compilation."""
+    """Every kernel that bfloat16 could ask for, fused epilogues too."""
     for out_dtype, epilogue, has_bias in USED:
         for config in CONFIGS:
             yield few_kernel(config, "bfloat16", out_dtype, epilogue, has_bias)
+
+
+def kernels() -> Iterator[Kernel]:
+    """Those of them that an engine can pick, for building them ahead: it adds no residual here."""
+    yield from (kernel for kernel in used_kernels() if kernel.key[3] != "residual")
 
 
 @lru_cache(maxsize=4096)
@@ -84,7 +88,7 @@ def gemm_few(
     stream: Any = None, num_rows: Any = None, config: FewConfig | None = None, build: Build = PRODUCT,
 ) -> None:  # fmt: skip
     """out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) on tensor cores for few tokens, accumulated in
-    float32; compute capability 9.0. Not run on a GPU yet.
+    float32; compute capability 9.0.
 
     x, weight, bias, residual: bfloat16 (bits as uint16) or float16; out: the same, or float32. residual T[M,
     N], which may be out itself: out = residual + the rounded product. activation "silu": out[M, N / 2] of

@@ -3,9 +3,11 @@
     config.py     tiles, and which suits a shape       kernel.py    the kernel
     in_numpy.py   its text and its order without a GPU
 
-Not run on a GPU yet. It is no rung of an op until it has been: what an engine calls "mma_sync" is still the
-ladder's step (ops/gemm/ladder/mma_sync.py), and the session that measures this one puts it in that place.
-Knows: what the launcher checks and launches. Refuses to know: what a row of x belongs to.
+It is rung "mma_sync" of gemm and gemm_silu_mul, which an engine takes on every card from 8.0 on but Hopper,
+and the product of lm_head's rung "warp" there; a residual is reached through gemm_mma() alone. It has run on
+an H100, where its numbers, bits and fused forms are tested; on no other card yet. What it is at its simplest
+is a step of the ladder (ops/gemm/ladder/mma_step.py). Knows: what the launcher checks and launches. Refuses
+to know: what a row of x belongs to.
 """
 
 from __future__ import annotations
@@ -101,8 +103,7 @@ def prepared(
     out: View, x: View, weight: View, bias: View | None, residual: View | None, num_rows: View | None,
     activation: str, config: MmaConfig | None,
 ) -> Launch | None:  # fmt: skip
-    """plan_gemm_mma's launch on the current card, ready to be repeated. ValueError on one that is too old."""
-    require_capability("mma_sync")
+    """plan_gemm_mma's launch on the current card, of 8.0 or newer, ready to be repeated."""
     plan = plan_gemm_mma(out, x, weight, bias, residual, num_rows, activation, config, card())
     return None if plan is None else plan.kernel.prepare(plan.grid, plan.arguments)
 
@@ -120,6 +121,7 @@ def gemm_mma(
     silu(gate) up. Both give the bits of the ops they stand for. config forces a tile; no choice of it shows
     in a bit. ValueError for wrong dtypes, shapes, strides, alignment, or a GPU that is too old.
     """
+    require_capability("mma_sync")
     given = [None if a is None else view(OP, name, a) for name, a in (("bias", bias), ("residual", residual))]
     launch = prepared(
         view(OP, "out", out), view(OP, "x", x), view(OP, "weight", weight), given[0], given[1],
@@ -130,10 +132,15 @@ def gemm_mma(
 
 
 def every_kernel() -> Iterator[Kernel]:
-    """All that an engine in bfloat16 could pick. (Not named kernels(): a start would compile them ahead, and
-    no engine launches them yet.)"""
+    """All that bfloat16 could ask for, fused epilogues too."""
+    yield from kernels()
+    for config in CONFIGS:
+        yield mma_kernel(config, "bfloat16", "bfloat16", False, "residual")
+
+
+def kernels() -> Iterator[Kernel]:
+    """Those of them that an engine can pick, for building them ahead."""
     for config in CONFIGS:
         for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
             yield mma_kernel(config, "bfloat16", out_dtype, has_bias)
-        for epilogue in ("residual", "silu"):
-            yield mma_kernel(config, "bfloat16", "bfloat16", False, epilogue)
+        yield mma_kernel(config, "bfloat16", "bfloat16", False, "silu")

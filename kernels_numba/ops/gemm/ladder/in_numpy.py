@@ -12,9 +12,9 @@ from typing import Any
 from kernels_numba import simt
 from kernels_numba.checks import check, fail
 from kernels_numba.ops.gemm.door import BFLOAT16, FLOAT32, NAMES
-from kernels_numba.ops.gemm.ladder import mma_sync, wgmma
+from kernels_numba.ops.gemm.ladder import mma_step, wgmma
 
-STEPS: dict[str, Any] = {"mma_sync": mma_sync, "wgmma": wgmma}
+STEPS: dict[str, Any] = {"mma_step": mma_step, "wgmma": wgmma}
 
 
 def source_of(step: str) -> str:
@@ -47,7 +47,7 @@ def in_numpy(step: str, out: Any, x: Any, weight: Any, bias: Any = None, *, sour
     bias_at = 0 if bias is None else memory.put(bias)
     maps = {1: (x, (module.TILE_M, module.TILE_K)), 2: (weight, (module.TILE_N, module.TILE_K))}
     arguments = {
-        "mma_sync": (
+        "mma_step": (
             out_at, x_at, weight_at, bias_at, m, n, k, out.strides[0], x.strides[0], weight.strides[0],
         ),
         "wgmma": (1, 2, out_at, bias_at, m, n, k, out.strides[0]),

@@ -1,6 +1,6 @@
 """GEMM, step 4: Hopper's matrix instruction, a warpgroup at a time (wgmma), fed by the copy engine (TMA).
 
-New against step 3 (mma_sync.py): one thread asks for a whole tile and the copy engine fetches and swizzles
+New against step 3 (mma_step.py): one thread asks for a whole tile and the copy engine fetches and swizzles
 it, so nobody computes addresses; and wgmma reads both operands from shared memory itself, so none passes
 through registers. sm_90a. Knows: one tile shape. Refuses to know: what a row belongs to; K is walked upward
 from 0, 16 at a time, so a row's bits depend on itself, the weights and K alone.
@@ -46,7 +46,7 @@ def make_wgmma_kernel(out_dtype: str, has_bias: bool) -> Any:
     Who does what: a block makes one 128 x 128 tile, block b that of row tile b % tiles_m. Thread 0 asks the
     copy engine for tiles; warpgroup g multiplies rows 64 g on: one wgmma m64n128k16 for 16 of K.
     Shared memory: x bf16[3][128, 64] at 0, weight the same at 49,152, barriers full[3] at 98,304. Tiles lie
-    as in mma_sync.py (unit u of row r at u ^ (r % 8)): here the copy engine does it, and wgmma knows it. Past
+    as in mma_step.py (unit u of row r at u ^ (r % 8)): here the copy engine does it, and wgmma knows it. Past
     M, N and K the copy engine delivers zeros.
     Hand-overs: full[s] (one arrival and the bytes): stage s has arrived; the block's barrier: both
     warpgroups have multiplied stage s, thread 0 may refill it.

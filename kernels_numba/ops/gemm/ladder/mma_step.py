@@ -37,7 +37,7 @@ PLAN = SmemPlan.of(
 SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32, int64, int64)"
 
 
-def make_mma_sync_kernel(out_dtype: str, has_bias: bool) -> Any:
+def make_mma_step_kernel(out_dtype: str, has_bias: bool) -> Any:
     """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once.
 
     Arguments: addresses of out O[M, N], x bf16[M, K], weight bf16[N, K], bias bf16[N]; m, n, k; bytes from
@@ -69,7 +69,7 @@ def make_mma_sync_kernel(out_dtype: str, has_bias: bool) -> Any:
             valid = int32(16 * int32(row < rows) * int32(k_mine < k))
             cp_async_16_zfill(int32(to + 32 * ROW * i), matrix + int64(row) * stride + k_mine * 2, valid)
 
-    def mma_sync_kernel(
+    def mma_step_kernel(
         out: Any, x: Any, weight: Any, bias: Any, m: Any, n: Any, k: Any,
         out_stride: Any, x_stride: Any, weight_stride: Any,
     ) -> None:  # fmt: skip
@@ -135,30 +135,30 @@ def make_mma_sync_kernel(out_dtype: str, has_bias: bool) -> Any:
         at = int64(at + int64(16) * out_stride)
         store_rows(bottom, at, out_stride, col, n, int32(row + 16 < m), int32(row + 24 < m))
 
-    return mma_sync_kernel
+    return mma_step_kernel
 
 
 @cache
-def mma_sync_kernel(out_dtype: str, has_bias: bool) -> Kernel:
+def mma_step_kernel(out_dtype: str, has_bias: bool) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
-    name = f"gemm_mma_sync_{out_dtype}" + ("_bias" if has_bias else "")
+    name = f"gemm_mma_step_{out_dtype}" + ("_bias" if has_bias else "")
     return Kernel(
-        name, lambda: make_mma_sync_kernel(out_dtype, has_bias), (out_dtype, has_bias),
+        name, lambda: make_mma_step_kernel(out_dtype, has_bias), (out_dtype, has_bias),
         SIGNATURE, THREADS, PLAN.bytes,
     )  # fmt: skip
 
 
-def gemm_mma_sync(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "mma_sync": out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) on tensor cores, sm_80 and newer.
+def gemm_mma_step(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
+    """Rung "mma_step": out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) on tensor cores, sm_80 and newer.
 
     x, weight, bias: bfloat16 bits as uint16; out: the same, or float32. N and K are multiples of 8.
     ValueError for wrong dtypes, shapes, strides, alignment, or an older GPU.
     """
-    require_capability("mma_sync")
+    require_capability("mma_step")
     given = operands(out, x, weight, bias)
     if given.m == 0:
         return
-    kernel = mma_sync_kernel(given.out_dtype, bias is not None)
+    kernel = mma_step_kernel(given.out_dtype, bias is not None)
     arguments = (
         given.out, given.x, given.weight, given.bias, given.m, given.n, given.k,
         given.out_stride, given.x_stride, given.weight_stride,
