@@ -102,7 +102,7 @@ class LatencyTarget(SchedulingPolicy):
         curves: dict[str, Any] = {}
         if not self.guessing:
             curves = {"prefill": self.predictor.prefill.points, "decode": self.predictor.decode.points}
-            curves["host_s"] = self.predictor.host_s
+            curves |= {"host_s": self.predictor.host_s, "overlap": self.predictor.overlap}
         return {"target_itl_ms": self.target_itl_ms, **curves}
 
 

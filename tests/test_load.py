@@ -21,7 +21,7 @@ from sharp.engine import Engine
 from sharp.host_time import NoModel, measure_host
 from sharp.load import Load, run_load
 from sharp.plan import BatchPlan, SampleOutput
-from sharp.predictor import StepPredictor, StepWork
+from sharp.predictor import HostTime, StepPredictor, StepWork
 from sharp.random_model import SHAPES, IdTokenizer, RandomCheckpoint, RandomSource
 from sharp.workloads import Arrival
 
@@ -121,7 +121,7 @@ def test_the_engines_error_ends_the_run() -> None:
 
 def test_the_simulator_says_what_a_real_engine_does() -> None:
     """Over a model of known step times: the same steps, and times within what a busy machine's sleep adds."""
-    predictor = StepPredictor(*curves_of(slow), host_s=(2e-4, 1e-5))
+    predictor = StepPredictor(*curves_of(slow), host_s=HostTime(2e-4, 1e-5))
     config = engine_config(block_size=64, max_num_batched_tokens=256, max_num_seqs=16, max_model_len=2048)
     found = list(compare_runs(Sleeping(), config, predictor, 1.0))
     assert [one.name for one in found] == list(KINDS)
@@ -147,7 +147,7 @@ def test_workloads_keep_a_device_half_busy() -> None:
 
 def test_the_stall_scenario_and_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     """Blocking stalls, the others do not; all answers are the same; the rows can be recorded."""
-    predictor = StepPredictor(*curves_of(slow), host_s=(2e-4, 1e-5))
+    predictor = StepPredictor(*curves_of(slow), host_s=HostTime(2e-4, 1e-5))
     config = engine_config(block_size=64, max_num_batched_tokens=128, max_num_seqs=16, max_model_len=8192)
     model = Sleeping()
     made = Bench(model, config, predictor, "CPU Test", None, "0123abc")
@@ -294,9 +294,11 @@ def test_random_models() -> None:
 
 
 def test_the_engines_own_time() -> None:
-    step, each = measure_host(model_config(), 8)
-    assert 0 < step < 0.1
-    assert 0 <= each < 0.05
+    found = measure_host(model_config(), 8)
+    assert 0 < found.before < 0.1
+    assert 0 < found.after < 0.1
+    assert 0 <= found.before_each < 0.05
+    assert 0 <= found.after_each < 0.05
 
 
 def test_comparison_names_the_worst() -> None:
