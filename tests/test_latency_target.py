@@ -136,6 +136,7 @@ def test_longer_contexts_make_smaller_chunks() -> None:
     class Reading:
         def __init__(self, computed: int) -> None:
             self.num_computed_tokens, self.num_tokens = computed, computed + 100_000
+            self.request_id = str(computed)
 
     contexts = np.full(16, 64, np.int32)
     sizes = [policy(20).budget(contexts, [Reading(c)], 4096) for c in (0, 4000, 64_000)]  # type: ignore[list-item]

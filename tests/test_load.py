@@ -103,6 +103,28 @@ def test_standing_streams_run_before_the_clock_and_are_ended_with_it() -> None:
     assert load.answer_tokens < sum(map(len, load.answers.values()))  # the first tokens came before the clock
 
 
+def test_streams_that_end_begin_again() -> None:
+    """Three of 12 tokens over and over: the same answer to the same prompt, of which one token alone is
+    computed; the times between two requests of a stream are none between tokens."""
+    one = engine(prefix_caching=True, max_model_len=200)
+    standing = [Arrival(0.0, 129, 12)] * 3
+    load = run_load(one, [Arrival(0.1, 20, 2)], standing=standing, again=True, duration=0.6)
+    assert not one.has_unfinished
+    hits = one.scheduler.pages.hit_tokens
+    one.close()
+    for stream in (-1, -2, -3):
+        places = range(stream, min(load.answers) - 1, -3)
+        rounds = [load.answers[place] for place in places if place in load.answers]
+        assert len(rounds) > 3
+        assert all(len(ids) == 12 for ids in rounds[:-1])
+        assert all(a[: len(b)] == b[: len(a)] for a, b in zip(rounds, rounds[1:], strict=False))
+    again = len(load.answers) - 1 - 3
+    assert 128 * again <= hits <= 128 * (again + 3)  # those that were begun and had no token yet
+    assert load.tokens == pytest.approx(load.answer_tokens + 20, abs=12)
+    assert load.itl.max < 0.1
+    assert load.refused == load.unfinished == 0
+
+
 def test_a_full_queue_is_counted() -> None:
     one = engine(max_num_seqs=1, max_queue_len=1)
     load = run_load(one, [Arrival(0.0, 10, 30)] * 6)
@@ -152,7 +174,7 @@ def test_the_stall_scenario_and_its_rows(capsys: pytest.CaptureFixture[str]) -> 
     model = Sleeping()
     made = Bench(model, config, predictor, "CPU Test", None, "0123abc")
     tiny = stall.Scenario(
-        streams=3, context=20, prompt=500, prompt_s=0.25, long=1500, long_s=0.6, duration=1.0
+        streams=3, context=20, answer=40, prompt=500, prompt_s=0.25, long=1500, long_s=0.6, duration=1.0
     )
     rows = {row["case"]: row for row in made.stall(tiny)}
     out = capsys.readouterr().out
