@@ -28,9 +28,9 @@ class Load:
     """What a run came to, from the first arrival on (standing streams run by then).
 
     itl: of all answers after that moment; ttft: of the workload's requests, by their place in it; answers:
-    token ids by place, standing streams at -1, -2 and so on, those that follow after them; tokens: computed in all, prompts included;
-    times: by place, seconds from a request's arrival to each of its tokens, of those of the workload that
-    finished.
+    token ids by place, standing streams at -1, -2 and so on, those that follow them after that; tokens:
+    computed in all, prompts included; times: by place, seconds from a request's arrival to each of its
+    tokens, of those of the workload that finished.
     """
 
     seconds: float

@@ -5,7 +5,8 @@ Knows what is run and how answers are compared. Refuses to know kernels, and how
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from sharp.plan import StepModel
 from sharp.policies import Blocking
 from sharp.predictor import StepPredictor
 from sharp.random_model import IdTokenizer
+from sharp.trace import StepRecord
 from sharp.workloads import Arrival, every
 
 ANSWER = 32  # tokens of the answer to a long prompt
@@ -104,33 +106,47 @@ def run_stall(
     predictor: StepPredictor,
     *,
     say: Callable[[str], object] = lambda text: None,
-) -> dict[str, Load]:
-    """Decode-only, latency-target, first come first served, and blocking; all with config's step budget."""
+) -> Iterator[tuple[str, Load]]:
+    """Decode-only, latency-target, first come first served, and blocking, each as soon as it has run; all
+    with config's step budget."""
     length = config.max_model_len or model.config.max_position_embeddings
     standing, arrivals = scenario.standing(), scenario.arrivals(length)
     alone = [Arrival(0.0, 16, 2)] * 2  # compiles and touches all that a first step needs
 
     def run(name: str, policy: Any, workload: list[Arrival]) -> Load:
+        records: list[StepRecord] = []
+
         def work(engine: Engine) -> Load:
             run_load(engine, alone, seed=1)
-            return run_load(engine, workload, standing=standing, again=True, duration=scenario.duration)
+            load = run_load(engine, workload, standing=standing, again=True, duration=scenario.duration)
+            records.extend(engine.stats.history)
+            return load
 
         load = with_engine(model, replace(config, scheduling_policy=policy), work)
         ttft = load.ttft_of()
         say(
-            f"{name:<20} ITL {load.itl.ms()}; TTFT p50 {ttft.p50:.2f} s, p95 {ttft.p95:.2f} s, "
+            f"{name:<20} ITL {load.itl.ms()}; TTFT p50 {ttft.p50:.3f} s, p95 {ttft.p95:.3f} s, "
             f"{ttft.count} of {len(workload)} begun; {load.tokens_per_s:,.0f} tokens/s "
-            f"({load.answer_tokens / load.seconds:,.0f} of answers), {load.steps} steps"
+            f"({load.answer_tokens / load.seconds:,.0f} of answers), {load.steps} steps; {_shares(records)}"
         )
         return load
 
-    runs = {"decode-only": run("decode-only", "fcfs", [])}
-    target_ms = AIM * 1e3 * runs["decode-only"].itl.p99
-    latency = LatencyTarget(target_ms, predictor)
-    runs["chunked-latency"] = run(f"latency {target_ms:.1f} ms", latency, arrivals)
-    runs["chunked-throughput"] = run("chunked-throughput", "fcfs", arrivals)
-    runs["blocking"] = run("blocking", Blocking(), arrivals)
-    return runs
+    only = run("decode-only", "fcfs", [])
+    yield "decode-only", only
+    target_ms = AIM * 1e3 * only.itl.p99
+    yield "chunked-latency", run(f"latency {target_ms:.2f} ms", LatencyTarget(target_ms, predictor), arrivals)
+    yield "chunked-throughput", run("chunked-throughput", "fcfs", arrivals)
+    yield "blocking", run("blocking", Blocking(), arrivals)
+
+
+def _shares(records: Iterable[StepRecord]) -> str:
+    """What the latest steps took of host and device, in words."""
+    alone = [record for record in records if record.num_tokens == record.num_decodes]
+    if not alone:
+        return "no step that decodes alone"
+    host = statistics.median(record.host_s for record in alone)
+    device = statistics.median(record.gpu_s or 0.0 for record in alone)
+    return f"a step of decodes: host {1e6 * host:.0f} us, device {1e6 * device:.0f} us"
 
 
 def disagreements(runs: Iterable[Mapping[int, tuple[int, ...]]]) -> int:

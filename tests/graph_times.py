@@ -1,5 +1,6 @@
-"""A made-up GPU: what steps of a model of 1 B parameters take as graphs, in its own time. Its figures are round
-ones near what an H100 was seen to take; nothing here is a measurement.
+"""A made-up GPU: what steps of a model of 1 B parameters take as graphs, in its own time.
+
+Its figures are round ones near what an H100 was seen to take; nothing here is a measurement.
 """
 
 from __future__ import annotations

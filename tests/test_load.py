@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,12 @@ from test_latency_target import curves_of
 
 from sharp import bench, bench_scheduler, results, stall
 from sharp.accuracy import KINDS, Comparison, compare_runs, workload_of
-from sharp.bench_scheduler import Bench, plan_us, verdicts
+from sharp.bench_scheduler import Bench, verdicts
 from sharp.engine import Engine
 from sharp.host_time import NoModel, measure_host
 from sharp.load import Load, run_load
 from sharp.plan import BatchPlan, SampleOutput
+from sharp.plan_times import plan_us
 from sharp.predictor import HostTime, StepPredictor, StepWork
 from sharp.random_model import SHAPES, IdTokenizer, RandomCheckpoint, RandomSource
 from sharp.workloads import Arrival
@@ -117,7 +119,7 @@ def test_streams_that_end_begin_again() -> None:
         rounds = [load.answers[place] for place in places if place in load.answers]
         assert len(rounds) > 3
         assert all(len(ids) == 12 for ids in rounds[:-1])
-        assert all(a[: len(b)] == b[: len(a)] for a, b in zip(rounds, rounds[1:], strict=False))
+        assert all(a[: len(b)] == b[: len(a)] for a, b in pairwise(rounds))
     again = len(load.answers) - 1 - 3
     assert 128 * again <= hits <= 128 * (again + 3)  # those that were begun and had no token yet
     assert load.tokens == pytest.approx(load.answer_tokens + 20, abs=12)
@@ -240,8 +242,9 @@ def test_packed_prefill_reads_the_weights_less_often(
 
 
 def test_plan_is_timed_with_everybody_decoding() -> None:
-    median, best = plan_us(20, 50, steps=30)
-    assert 0 < best <= median < 1e5
+    found = plan_us(20, 50, steps=30)
+    assert 0 < found.best <= found.median < 1e5
+    assert 0 <= found.cpu < 2 * found.median + 1e4
 
 
 def test_the_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: Any) -> None:
@@ -254,27 +257,57 @@ def test_the_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsy
         return made
 
     monkeypatch.setattr(bench_scheduler, "open_bench", opened)
-    monkeypatch.setattr(bench_scheduler, "PLAN_STEPS", 5)
+    monkeypatch.setattr("sharp.plan_times.PLAN_STEPS", 5)
     commit = "012345678"
     monkeypatch.setattr("sharp.bench_ops.check_commit", lambda commit: commit)
     out = tmp_path / "rows.json"
-    words = ["--part", "plan", "--out", str(out), "--commit", commit, "--probe-s", "3"]
+    words = ["--part", "plan", "--out", str(out), "--commit", commit]
     bench.main(["scheduler", *words])
     printed = capsys.readouterr().out.splitlines()
     rows = json.loads(printed[-1])
     assert json.loads(out.read_text()) == rows
     assert [row["case"] for row in rows] == ["plan/256+1000", "plan/1024"]
-    assert seen == [("random:smollm2-135m", "auto", "auto", commit, 3.0)]
-    missed = made.row("plan/1024", 1.0, "us", 1.0, 1.5)
-    monkeypatch.setattr(Bench, "plan", lambda self: [*rows, missed])
+    assert seen == [(None, "auto", "auto", commit)]
+    missed = made.row("plan/9", 1.0, "us", 1.0, 1.5)
+    monkeypatch.setattr(Bench, "plan", lambda self, times: [*rows, missed])
     bench.main(["scheduler", *words])
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == rows == json.loads(out.read_text())
-    assert "missed, no row: plan/1024, 1.5 times its tolerance" in lines
+    assert "missed, no row: plan/9, 1.5 times its tolerance" in lines
     for bad in (["--duration", "0"], ["--streams", "-1"], ["--probe-s", "nan"], ["--part", "x"]):
         with pytest.raises(SystemExit) as caught:
             bench.main(["scheduler", *bad])
         assert caught.value.code == 2
+
+
+def test_rows_are_kept_part_by_part(tmp_path: Any) -> None:
+    """A file grows by what is measured at the same commit; answers that differ take all stalls with them."""
+    config = engine_config(block_size=64)
+    out, said = tmp_path / "rows.json", list[str]()
+
+    def row(case: str, err: float = 0.0, commit: str = "0123abc") -> dict[str, Any]:
+        return Bench(Sleeping(), config, None, "CPU Test", None, commit).row(case, 1.0, "ms", 1.0, err)
+
+    def cases() -> list[str]:
+        return [one["case"] for one in json.loads(out.read_text())]
+
+    def broken() -> Any:
+        yield row("stall/a")
+        yield row("stall/a tokens")
+        raise TimeoutError
+
+    results.RowFile(out, "fff0000").take([row("plan/1", commit="fff0000")], said.append)
+    results.RowFile(out, "0123abc").take([row("prefill/packed")], said.append)
+    assert cases() == ["prefill/packed"]
+    with pytest.raises(TimeoutError):
+        results.RowFile(out, "0123abc").take(broken(), said.append)
+    assert cases() == ["prefill/packed", "stall/a", "stall/a tokens"]
+    results.RowFile(out, "0123abc").take([row("simulate/x", 1.2), row("stall/b", 2.0)], said.append)
+    assert cases() == ["prefill/packed"]
+    assert said == [
+        "missed, no row: simulate/x, 1.2 times its tolerance",
+        "missed, no row: stall/b, 2.0 times its tolerance",
+    ]  # fmt: skip
 
 
 def test_a_model_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from sharp.config import EngineConfig
 from sharp.device import HostDevice
 from sharp.eager import Eager
 from sharp.meter import COPY_BYTES, HostMeter, copy_bandwidth, free_before_context
-from sharp.plan import BatchPlan, Launched, SampleOutput
+from sharp.plan import BatchPlan, SampleOutput
 from sharp.probe import Probe
 from sharp.probe_cache import fingerprint, get_probe, probe_path, read_probe, write_probe
 from sharp.step_times import CHEAP_ROUNDS, ROUNDS, Curves, measure_curves, uniform_step
