@@ -44,7 +44,7 @@ class LatencyTarget(SchedulingPolicy):
     long as one that does. Many small chunks would miss the target in as many steps. So these prompts wait
     while others are read, and once in a while there is a step that all prompts share, as large as can be: the
     target is missed by OVER of the steps, which the 99th percentile does not see. Where decodes alone miss
-    it, prompts get LEAST_CHUNK in each step.
+    it, or a large step brings a prompt less than many small ones, prompts get LEAST_CHUNK in each step.
     One engine an instance: it remembers that engine's steps.
     """
 
@@ -87,11 +87,13 @@ class LatencyTarget(SchedulingPolicy):
         decodes = len(contexts), int(contexts.sum()), int(contexts.max())
         least = min(LEAST_CHUNK, most)
         self._paused.clear()
-        if self._takes(*decodes) <= limit_s:
-            for request in prompts:
-                left = request.num_tokens - request.num_computed_tokens
-                if self._takes(*decodes, (min(least, left), request.num_computed_tokens)) > limit_s:
-                    self._paused.add(request.request_id)
+        alone = self._takes(*decodes)
+        for request in prompts if alone <= limit_s else ():
+            left, context = request.num_tokens - request.num_computed_tokens, request.num_computed_tokens
+            took = self._takes(*decodes, (min(least, left), context))
+            # Waiting is for those that are read sooner by it, in a large step once in a while.
+            if took > limit_s and OVER * most * took > least * alone:
+                self._paused.add(request.request_id)
         if self._paused and self._saved >= 1:
             self._saved -= 1
             self._paused.clear()
