@@ -22,6 +22,9 @@ from sharp.plan import BatchPlan, Launched, StepModel
 
 ROUNDS = 3  # timed steps of a point, at least; the median counts
 CHEAP_S, CHEAP_ROUNDS = 0.2, 9  # so many steps where they fit in so many seconds: short ones are noisier
+CHEAP_AHEAD_S = (
+    0.05  # of those that run beside the host, which disturbs them little; and there are more sizes
+)
 NOISE = 40  # quantiles
 # Keys in the pages before a chunk, and of each sequence before a decode. A GPU reads a thousand keys in the
 # noise of a step, and sequences side by side in pieces of a thousand: only far ones show what a key costs.
@@ -102,6 +105,7 @@ def measure_curves(
     steps = iter(range(1, 1 << 30))
     compiling = 0.0
     ahead = 1 if getattr(model, "overlaps", False) else 0  # steps in flight while one is landed
+    cheap_s = CHEAP_AHEAD_S if ahead else CHEAP_S
 
     def spent() -> float:
         return clock() - compiling
@@ -153,7 +157,7 @@ def measure_curves(
                 first = clock() - before
                 taken = row(num_seqs, tokens, context, ROUNDS)
                 compiling += max(0.0, max(first / (1 + ahead), taken[0]) - min(taken))
-                more = min(CHEAP_ROUNDS - ROUNDS, int((CHEAP_S - sum(taken)) / statistics.median(taken)))
+                more = min(CHEAP_ROUNDS - ROUNDS, int((cheap_s - sum(taken)) / statistics.median(taken)))
                 if more > 0:
                     taken += row(num_seqs, tokens, context, more)
                 line.append((size, statistics.median(taken)))

@@ -9,16 +9,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from graph_times import GAP, HOST, GraphDevice, OnItsClock, graph_like, probed, run_engine
+from graph_times import GAP, HOST, AnyMeter, GraphDevice, OnItsClock, graph_like, probed, run_engine
 
 from sharp.accuracy import KINDS, workload_of
+from sharp.buckets import Buckets
 from sharp.config import EngineConfig
 from sharp.curves import StepCurve
 from sharp.latencies import Spread
+from sharp.plan import BatchPlan, Launched
 from sharp.policies import Blocking, SchedulingPolicy
 from sharp.predictor import StepPredictor, StepWork
 from sharp.simulate import simulate
 from sharp.stall import AIM, GPU
+from sharp.step_times import measure_curves
 from sharp.workloads import Arrival
 
 LENGTH = 33024
@@ -44,6 +47,37 @@ def test_predicted_steps(noise: float) -> None:
         took = graph_like(work) + GAP
         assert predictor.device_seconds(work) == pytest.approx(took, rel=bound), work
         assert predictor.seconds(work) == max(predictor.device_seconds(work), HOST.total(work.num_seqs))
+
+
+def test_a_probe_times_what_the_engine_runs() -> None:
+    """Both edges of every bucket, near and far; a time is from one step's tokens to the next's, the gap
+    between two steps in it and the host's part hidden; a graph's capture, by a size's first step, is not."""
+    device, seen = GraphDevice(), set()
+    launch = device.launch
+
+    def capturing(plan: BatchPlan) -> Launched:
+        launched, bucket = launch(plan), Buckets(2048, 64).of(plan)
+        if bucket not in seen:
+            seen.add(bucket)
+            device.now = device.free = device.free + 0.1
+        return launched
+
+    device.launch = capturing  # type: ignore[method-assign]
+    config = EngineConfig(max_num_batched_tokens=2048, max_num_seqs=64)
+    found = measure_curves(
+        device, config, AnyMeter(), max_model_len=LENGTH, kind="cuda", clock=device.clock, limit_s=6.0
+    )
+    assert seen == set(Buckets(2048, 64).all())
+    assert found.skipped == ()
+    assert {c for _, c, _ in found.prefill} == {0, 8192}
+    sizes = {t for t, c, _ in found.prefill if c == 8192}
+    assert {1, 2, 16, 17, 24, 25, 1024, 1025, 1536, 1537, 2048} <= sizes
+    assert {n for n, c, _ in found.decode if c == 64} >= {1, 2, 3, 4, 5, 32, 33, 48, 49, 64}
+    for tokens, context, seconds in found.prefill[2:]:
+        work = StepWork(0, 0, 0, ((tokens, context),), 1)
+        if tokens > 1:
+            assert seconds == pytest.approx(graph_like(work) + GAP, rel=1e-6), (tokens, context)
+    assert max(found.noise) < 1.001
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
