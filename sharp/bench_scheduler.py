@@ -35,6 +35,7 @@ SOURCES = (
     "sharp/scheduler.py", "sharp/running.py", "sharp/waiting.py", "sharp/pagebook.py", "sharp/batching.py",
     "sharp/blocks.py", "sharp/policies.py", "sharp/latency_target.py", "sharp/predictor.py",
     "sharp/engine.py", "sharp/pipeline.py", "sharp/flights.py", "sharp/simulate.py", "sharp/quiet.py",
+    "sharp/plan_times.py", "sharp/step_times.py", "sharp/host_time.py", "sharp/stall.py", "sharp/load.py",
 )  # fmt: skip
 PROMPTS, SHORTEST, LONGEST = 32, 64, 512  # of the packed prefill
 STEP_TOKENS = {"cuda": 2048, "cpu": 256}  # the step budget of the stall runs

@@ -24,6 +24,7 @@ from sharp.load import Load, run_load
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.plan_times import plan_us
 from sharp.predictor import HostTime, StepPredictor, StepWork
+from sharp.pretend import PretendDevice
 from sharp.random_model import SHAPES, IdTokenizer, RandomCheckpoint, RandomSource
 from sharp.workloads import Arrival
 
@@ -354,6 +355,24 @@ def test_the_engines_own_time() -> None:
     assert 0 < found.after < 0.1
     assert 0 <= found.before_each < 0.05
     assert 0 <= found.after_each < 0.05
+
+
+def test_the_engines_own_time_beside_a_device() -> None:
+    """Waiting for steps of 10 ms is no part of it, launching them for 1 ms is."""
+    config, calls = model_config(4096), list[int]()
+
+    def seconds(plan: BatchPlan) -> float:
+        calls.append(plan.num_seqs)
+        return 10e-3
+
+    device = PretendDevice(config, seconds, launch_s=1e-3)
+    found = measure_host(config, 4, model=device, max_tokens=256)
+    assert 1e-3 < found.before < 6e-3
+    assert 0 < found.after + found.before < 8e-3
+    assert set(calls) == {1, 4}
+    calls.clear()
+    measure_host(config, 4, model=device, max_tokens=255)  # four prompts are no step of it
+    assert not calls
 
 
 def test_comparison_names_the_worst() -> None:
