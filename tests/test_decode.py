@@ -107,13 +107,14 @@ def test_sums_have_places_of_their_own():
 # The kernel's text in numpy.
 
 
-def run_in_numpy(batch, feed, **how):
+def run_in_numpy(batch, feed, tokens=1, **how):
     """(out as float32, log-sum-exp) of the kernel's text; the counters it leaves are all 0."""
     out = np.full(batch.q.shape, np.nan, BF16)
     lse = np.full(batch.q.shape[:2], np.nan, np.float32)
     counters = in_numpy(
         feed, bits(out), bits(np.ascontiguousarray(batch.q)), bits(batch.k_cache), bits(batch.v_cache),
-        batch.context_lens, batch.block_table, softmax_scale=batch.scale, window=batch.window, lse=lse, **how,
+        batch.context_lens[tokens - 1 :: tokens].copy(), batch.block_table[::tokens].copy(),
+        softmax_scale=batch.scale, window=batch.window, lse=lse, tokens=tokens, **how,
     )  # fmt: skip
     assert not counters.any()
     return out.astype(np.float32), lse
@@ -145,6 +146,21 @@ def test_the_kernels_text_keeps_the_order(feed, lens, heads, group, head_dim, wi
     )
     # One rounding, and a little, because the two sum a step's products differently.
     assert apart(batch, run_in_numpy(batch, feed, grid=3)) <= 1.1
+
+
+@pytest.mark.parametrize(("tokens", "lens", "heads", "group", "head_dim", "window"), [
+    (2, [1, 0, 65, 129, 200, -4], 2, 3, 64, None), (8, [1030, 5, 64], 1, 7, 64, None),
+    (5, [1026, 3], 1, 4, 128, None), (3, [1030, 300, 140, 1], 1, 4, 64, 100),
+])  # fmt: skip
+def test_the_text_of_several_tokens_keeps_each_ones_order(tokens, lens, heads, group, head_dim, window):
+    """Every token has the result, and the bits, that it has alone."""
+    rng = np.random.default_rng([tokens, group])
+    reach = None if window is None else window + tokens - 1
+    rows = make_batch(rng, lens, heads, group, head_dim, window=reach, spread=2).by_tokens(rng, tokens)
+    got = run_in_numpy(rows, "tma", tokens=tokens, grid=2)
+    assert apart(rows, got) <= 1.1
+    alone = run_in_numpy(rows, "tma", grid=2)
+    assert all(np.array_equal(mine, other) for mine, other in zip(got, alone, strict=True))
 
 
 def test_any_order_of_warps_gives_the_same_bits():
@@ -281,6 +297,10 @@ def test_the_door_lets_good_arguments_in():
     ({"softmax_scale": float("nan")}, "softmax_scale is nan"),
     ({"window": 0}, "window is 0; None or a whole number of at least 1"),
     ({"window": True}, "window is True"),
+    ({"query_tokens": 0}, "query_tokens is 0; a whole number from 1 to 8"),
+    ({"query_tokens": 9}, "query_tokens is 9; a whole number from 1 to 8"),
+    ({"query_tokens": 3}, "out has 4 rows; a multiple of the 3 query tokens"),
+    ({"query_tokens": 2}, r"context_lens has shape \(4,\); \(2\)"),
     ({"q": np.zeros((4, 6, 64), np.uint16)[:3]}, "q is a ndarray; a device array"),
     ({"q": OnDevice(np.zeros((3, 6, 64), np.uint16))}, r"q has shape \(3, 6, 64\); \(4, 6, 64\)"),
     ({"q": OnDevice(np.zeros((4, 6, 64), np.float16))}, "q has dtype float16; uint16"),
@@ -360,16 +380,21 @@ class OnGpu:
         self.arrays = [cuda.to_device(bits(x)) for x in (batch.k_cache, batch.v_cache)]
         self.arrays += [cuda.to_device(x) for x in (batch.context_lens, batch.block_table)]
 
-    def __call__(self, rung, **how):
-        """(out in the element type, log-sum-exp) by a tensor-core rung."""
+    def __call__(self, rung, query_tokens=1, **how):
+        """(out in the element type, log-sum-exp) by a tensor-core rung; query_tokens: that a sequence has,
+        of a batch by_tokens."""
         from kernels_numba.ops.decode_attention.tensor_core import attend
 
         batch = self.batch
         out = self.cuda.to_device(bits(np.full(batch.q.shape, np.nan, batch.q.dtype)))
         lse = self.cuda.to_device(np.full(batch.q.shape[:2], np.nan, np.float32))
+        lens, table = batch.context_lens[query_tokens - 1 :: query_tokens], batch.block_table[::query_tokens]
+        caches = self.arrays[:2]
+        each = (self.cuda.to_device(np.ascontiguousarray(x)) for x in (lens, table))
         attend(
-            rung, out, self.q, *self.arrays, softmax_scale=batch.scale, window=batch.window, lse=lse, **how
-        )
+            rung, out, self.q, *caches, *each, softmax_scale=batch.scale, window=batch.window, lse=lse,
+            query_tokens=query_tokens, **how,
+        )  # fmt: skip
         self.cuda.synchronize()
         return out.copy_to_host().view(batch.q.dtype), lse.copy_to_host()
 
@@ -424,6 +449,20 @@ def test_decode_with_a_window(cuda, window):
     results = [gpu(rung) for rung in RUNGS]
     assert check(batch, results[0], gpu.plain()) <= 1
     assert same_bits(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [2, 3, 8])
+@pytest.mark.parametrize(("group", "head_dim", "window"), [(7, 128, None), (4, 64, None), (4, 128, 300)])
+def test_decode_of_several_tokens(cuda, tokens, group, head_dim, window):
+    """Each token has the bits that it has alone, and is right."""
+    rng = np.random.default_rng([tokens, group])
+    reach = None if window is None else window + tokens - 1
+    rows = make_batch(rng, LENGTHS, 2, group, head_dim, window=reach, spread=2).by_tokens(rng, tokens)
+    gpu = OnGpu(cuda, rows)
+    alone = gpu("hopper")
+    assert check(rows, alone, gpu.plain()) <= 1
+    assert all(same_bits(gpu(rung, query_tokens=tokens), alone) for rung in RUNGS)
 
 
 @pytest.mark.gpu

@@ -14,7 +14,9 @@ from kernels_numba.smem import SmemPlan
 
 HEAD_DIMS = (64, 128)
 BLOCK_SIZE = 64  # keys of a page: two are a tile
-MAX_GROUP = 16  # query heads of a kv head: the rows of one tensor-core tile
+ROWS = 16  # of one tensor-core tile
+MAX_GROUP = ROWS  # query heads of a kv head
+MAX_TOKENS = 8  # query tokens of a sequence
 ITEM = 2
 WARP, CONSUMERS, FINISHERS = 32, 4, 3
 THREADS = (CONSUMERS + 1 + FINISHERS) * WARP

@@ -16,6 +16,7 @@ from kernels_numba.attention_contract import SPLIT, exponent_scale
 from kernels_numba.ops.decode_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
+    ROWS,
     THREADS,
     Build,
     pick_config,
@@ -27,6 +28,7 @@ MODULES = (
     "kernels_numba.attention_tile",
     f"{PACKAGE}.schedule",
     f"{PACKAGE}.feed",
+    f"{PACKAGE}.fold",
     f"{PACKAGE}.producer",
     f"{PACKAGE}.finisher",
     f"{PACKAGE}.kernel",
@@ -36,14 +38,15 @@ MODULES = (
 def in_numpy(
     feed: Any, out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
     softmax_scale: float, window: int | None = None, lse: Any = None, grid: int = 2, seed: int = 0,
-    mutant: str = "", change: Callable[[str, str], str] = lambda name, text: text,
+    mutant: str = "", tokens: int = 1, change: Callable[[str, str], str] = lambda name, text: text,
 ) -> Any:  # fmt: skip
-    """The counters that the launch leaves; out[B, Hq, D] and lse[B, Hq] are written. bfloat16 bits as uint16.
+    """The counters that the launch leaves; out[B tokens, Hq, D] and lse[B tokens, Hq] are written.
+    bfloat16 bits as uint16.
 
     feed: "tma" or "cp_async"; grid: blocks; seed: of the order in which warps go on; change: see
     simt_warps.link. IndexError where the kernel leaves an array, simt_warps.Stuck where it would hang.
     """
-    num_seqs, num_q_heads, head_dim = out.shape
+    num_seqs, (_, num_q_heads, head_dim) = len(context_lens), out.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     if block_size != BLOCK_SIZE:
         raise ValueError(f"decode_attention: pages have {block_size} keys; {BLOCK_SIZE} are required")
@@ -52,10 +55,10 @@ def in_numpy(
     memory = simt.Memory()
     k_rows, v_rows = k_cache.reshape(-1, head_dim), v_cache.reshape(-1, head_dim)
     k_at, v_at = memory.put(k_rows.reshape(-1)), memory.put(v_rows.reshape(-1))
-    partial = np.full(capacity * num_q_heads * head_dim, np.nan, np.float32)
-    partial_ml = np.full(capacity * num_q_heads * 2, np.nan, np.float32)
-    counters = np.zeros(2 + num_seqs * num_kv_heads, np.int32)
-    q2, out2 = q.reshape(num_seqs, -1), out.reshape(num_seqs, -1)
+    partial = np.full(capacity * num_q_heads * tokens * head_dim, np.nan, np.float32)
+    partial_ml = np.full(capacity * num_q_heads * tokens * 2, np.nan, np.float32)
+    counters = np.zeros(2 + num_seqs * num_kv_heads * -(-group * tokens // ROWS), np.int32)
+    q2, out2 = q.reshape(len(q), -1), out.reshape(len(out), -1)
     lse_at = 0 if lse is None else memory.put(lse.reshape(-1))
     box = (BLOCK_SIZE, BOX_COLUMNS)
     maps = {1 << 10: (k_rows, box), (1 << 10) + 128: (v_rows, box)}
@@ -66,7 +69,7 @@ def in_numpy(
         exponent_scale(softmax_scale),
     )  # fmt: skip
     config = pick_config(head_dim, feed, num_seqs * num_kv_heads, 1)
-    specialised = (config, "bfloat16", window, lse is not None, Build(mutant=mutant))
+    specialised = (config, "bfloat16", window, lse is not None, Build(mutant=mutant), tokens)
     simt_warps.run(
         MODULES, "make_decode_kernel", specialised, arguments, grid, THREADS, smem_plan(config).bytes, memory,
         maps, seed, change,

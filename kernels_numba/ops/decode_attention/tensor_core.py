@@ -46,6 +46,7 @@ def decode_kernel(
     window: int | None = None,
     with_lse: bool = False,
     build: Build = PRODUCT,
+    tokens: int = 1,
 ) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
     words = ["decode", f"{config.feed}{config.blocks}", f"d{config.head_dim}", dtype]
@@ -54,10 +55,11 @@ def decode_kernel(
     words += [name for name in ("debug", "stress") if getattr(build, name)]
     words += [build.mutant] if build.mutant else []
     words += [f"split{build.split}"] if build.split != SPLIT else []
+    words += [f"tokens{tokens}"] if tokens > 1 else []
     return Kernel(
         "_".join(words),
-        lambda: make_decode_kernel(config, dtype, window, with_lse, build),
-        (config, dtype, window, with_lse, build),
+        lambda: make_decode_kernel(config, dtype, window, with_lse, build, tokens),
+        (config, dtype, window, with_lse, build, tokens),
         SIGNATURE, THREADS, smem_plan(config).bytes,
         pdl=build.pdl and config.feed == "tma", archs=ARCHS[config.feed],
     )  # fmt: skip
@@ -77,10 +79,10 @@ def num_sms() -> int:
 
 @lru_cache(maxsize=256)
 def own_workspace(
-    num_seqs: int, num_splits: int, num_q_heads: int, num_kv_heads: int, head_dim: int
+    num_seqs: int, num_splits: int, num_q_heads: int, num_kv_heads: int, head_dim: int, query_tokens: int = 1
 ) -> Workspace:
     """One that belongs to nobody, for callers that bring none; launches that use it must not run at once."""
-    return Workspace.of(num_seqs, num_splits, num_q_heads, num_kv_heads, head_dim)
+    return Workspace.of(num_seqs, num_splits, num_q_heads, num_kv_heads, head_dim, query_tokens)
 
 
 @lru_cache(maxsize=4096)
@@ -105,9 +107,9 @@ def prepared(
         box = (BLOCK_SIZE, BOX_COLUMNS)
         words = [encode_tensor_map(at, o.dtype, shape, stride, box) for at in (o.k_cache, o.v_cache)]
         maps = cuda.to_device(np.stack(words))
-    items = o.num_seqs * o.num_kv_heads * o.max_splits(build.split)
+    items = o.num_seqs * o.num_kv_heads * o.row_tiles * o.max_splits(build.split)
     config = config or pick_config(o.head_dim, feed, items, num_sms())
-    kernel = decode_kernel(config, o.dtype, window, o.lse != 0, build)
+    kernel = decode_kernel(config, o.dtype, window, o.lse != 0, build, o.tokens)
     arguments = (
         0 if maps is None else address(maps), o.k_cache, o.v_cache, o.q, o.out, o.lse, o.context_lens,
         o.block_table,
@@ -120,24 +122,28 @@ def prepared(
 
 def attend(
     rung: str, out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
-    softmax_scale: float, window: int | None = None, lse: Any = None, workspace: Workspace | None = None,
-    stream: Any = None, build: Build = PRODUCT, config: DecodeConfig | None = None,
+    softmax_scale: float, window: int | None = None, query_tokens: int = 1, lse: Any = None,
+    workspace: Workspace | None = None, stream: Any = None, build: Build = PRODUCT,
+    config: DecodeConfig | None = None,
 ) -> None:  # fmt: skip
-    """Rungs "hopper" and "mma_sync": out[B, Hq, D] as decode_attention_spec says, in the order of
+    """Rungs "hopper" and "mma_sync": out[B T, Hq, D] as decode_attention_spec says, in the order of
     attention_contract.py; what they take: door.operands.
 
-    lse: f32[B, Hq], gets the log-sum-exp of each row's scaled scores, or None. workspace: Workspace.of(...),
-    the caller's; launches that share one must follow each other. context_lens and block_table must not be
-    written by a launch right before this one, nor may keys but the newest (make_decode_kernel). build,
-    config: another kind of kernel than pick_config's (tests, tuning). ValueError for what is wrong at the
-    door.
+    query_tokens: T, 1 to 8 of a sequence, its last ones: q, out[B T, Hq, D], row b T + i sees all but the
+    last T - 1 - i of context_lens[b] keys. lse: f32[B T, Hq], gets the log-sum-exp of each row's scaled
+    scores, or None. workspace: Workspace.of(...), the caller's; launches that share one must follow each
+    other. context_lens and block_table must not be written by a launch right before this one, nor may keys
+    but each sequence's T newest (make_decode_kernel). build, config: another kind of kernel than
+    pick_config's (tests, tuning). ValueError for what is wrong at the door.
     """
-    o = operands(out, q, k_cache, v_cache, context_lens, block_table, softmax_scale, window, lse)
+    o = operands(
+        out, q, k_cache, v_cache, context_lens, block_table, softmax_scale, window, lse, query_tokens
+    )
     if o.num_seqs == 0:
         return
     if workspace is None:
         heads = o.num_kv_heads * o.group
         splits = o.num_seqs * o.max_splits(build.split)
-        workspace = own_workspace(o.num_seqs, splits, heads, o.num_kv_heads, o.head_dim)
+        workspace = own_workspace(o.num_seqs, splits, heads, o.num_kv_heads, o.head_dim, o.tokens)
     workspace.check(o)
     prepared(rung, o, workspace, window, build, config)[0](stream)
