@@ -16,9 +16,13 @@ from kernels_numba.attention_contract import SPLIT, exponent_scale
 from kernels_numba.ops.decode_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
+    CLUSTER_COLUMNS,
+    CLUSTER_THREADS,
     ROWS,
     THREADS,
     Build,
+    ClusterConfig,
+    cluster_plan,
     pick_config,
     smem_plan,
 )
@@ -31,8 +35,10 @@ MODULES = (
     f"{PACKAGE}.fold",
     f"{PACKAGE}.producer",
     f"{PACKAGE}.finisher",
+    f"{PACKAGE}.products",
     f"{PACKAGE}.kernel",
 )
+CLUSTER_MODULES = (*MODULES[:-1], f"{PACKAGE}.cluster")
 
 
 def in_numpy(
@@ -43,8 +49,9 @@ def in_numpy(
     """The counters that the launch leaves; out[B tokens, Hq, D] and lse[B tokens, Hq] are written.
     bfloat16 bits as uint16.
 
-    feed: "tma" or "cp_async"; grid: blocks; seed: of the order in which warps go on; change: see
-    simt_warps.link. IndexError where the kernel leaves an array, simt_warps.Stuck where it would hang.
+    feed: "tma", "cp_async" or "cluster"; grid: blocks, or clusters; seed: of the order in which warps go on;
+    change: see simt_warps.link. IndexError where the kernel leaves an array, simt_warps.Stuck where it would
+    hang.
     """
     num_seqs, (_, num_q_heads, head_dim) = len(context_lens), out.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
@@ -68,6 +75,15 @@ def in_numpy(
         num_kv_heads, group, q2.strides[0], out2.strides[0], block_table.strides[0] // 4, capacity,
         exponent_scale(softmax_scale),
     )  # fmt: skip
+    if feed == "cluster":
+        one = ClusterConfig(head_dim)
+        maps[(1 << 10) + 128] = v_rows, (BLOCK_SIZE, CLUSTER_COLUMNS)
+        simt_warps.run(
+            CLUSTER_MODULES, "make_cluster_kernel", (one, "bfloat16", lse is not None, Build()), arguments,
+            grid * one.blocks, CLUSTER_THREADS, cluster_plan(one).bytes, memory, maps, seed, change,
+            cluster=one.blocks,
+        )  # fmt: skip
+        return counters
     config = pick_config(head_dim, feed, num_seqs * num_kv_heads, 1)
     specialised = (config, "bfloat16", window, lse is not None, Build(mutant=mutant), tokens)
     simt_warps.run(

@@ -27,6 +27,7 @@ from kernels_numba.ops.decode_attention.feed import make_feed, make_read_record,
 from kernels_numba.ops.decode_attention.finisher import make_finish
 from kernels_numba.ops.decode_attention.fold import make_row_of
 from kernels_numba.ops.decode_attention.producer import make_produce
+from kernels_numba.ops.decode_attention.products import make_score
 from kernels_numba.ops.decode_attention.schedule import make_ranges, make_schedule
 from kernels_numba.ptx.arith import (
     add_f32,
@@ -43,7 +44,7 @@ from kernels_numba.ptx.control import dynamic_shared, griddep_launch, griddep_wa
 from kernels_numba.ptx.debug import make_stress
 from kernels_numba.ptx.fences import fence_proxy_async
 from kernels_numba.ptx.ldst import ld_global_i32
-from kernels_numba.ptx.matrix import ldmatrix_x4, ldmatrix_x4_trans
+from kernels_numba.ptx.matrix import ldmatrix_x4_trans
 from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_init
 from kernels_numba.ptx.mma import mma_m16n8k16_at, mma_m16n8k16_f16_at, pack_bf16, pack_f16
 from kernels_numba.ptx.named_barrier import named_barrier_sync
@@ -120,25 +121,12 @@ def make_decode_kernel(
     pack = pack_bf16 if dtype == "bfloat16" else pack_f16
     quad_max, quad_sum = make_quad()
     group_max, group_weights = make_group_max(), make_group_weights(dtype)
-    negated = make_negated()
+    negated, score = make_negated(), make_score(head_dim, dtype)
     wrong_phase, handed_back = int(build.mutant == "wrong_phase"), build.mutant != "lost_arrival"
     cleaned, too_many = build.mutant != "stale_tail", int(build.mutant == "mask")
     scaled = np.float32(1.25 if build.mutant == "scale" else 1)
     lowest, zero, one, ln2 = np.float32(LOWEST), np.float32(0), np.float32(1), np.float32(LN2)
     int32, int64 = cuda.types.int32, cuda.types.int64
-
-    @jit(device=True, forceinline=True)
-    def score(s: Any, query: Any, keys: Any, base: Any) -> None:
-        """s[16 rows, 32 keys] = Q K^T; keys: address of the keys' first row, base: the lane's place in it."""
-        b = cuda.local.array(4, np.int32)
-        for i in range(16):
-            s[i] = zero
-        for k in range(k_steps):
-            for pair in range(2):
-                row = int32(keys + (k >> 2) * BOX_BYTES + pair * 2048)
-                ldmatrix_x4(b, int32((row + base) ^ ((k & 3) << 5)))
-                multiply(s, 8 * pair, query, 4 * k, b, 0)
-                multiply(s, 8 * pair + 4, query, 4 * k, b, 2)
 
     @jit(device=True, forceinline=True)
     def accumulate(o: Any, weights: Any, values: Any, line: Any, unit: Any, swizzle: Any) -> None:
@@ -167,9 +155,8 @@ def make_decode_kernel(
         p = cuda.local.array(8, np.int32)
         words = cuda.local.array(4, np.int32)
         four = cuda.local.array(4, np.float32)
-        # The lane's places: as ldmatrix wants K's rows and halves, V's keys and columns.
+        # The lane's places: as ldmatrix wants V's keys and columns.
         swizzle = int32(lane & 7)
-        k_base = int32(((lane & 7) + ((lane >> 4) << 3)) * 128 + ((((lane >> 3) & 1) ^ swizzle) << 4))
         my_part = int32(warp >> 1)
         k_rows = int32((warp & 1) * 4096)
         v_line = int32(((lane & 7) + (((lane >> 3) & 1) << 3)) * 128)
@@ -228,7 +215,8 @@ def make_decode_kernel(
                         mine, mine_phase = stage_of(stage, phase, int32(my_part - begin))
                         wait_full(int32(smem + full_at + 8 * mine), int32(mine_phase ^ wrong_phase))
                         pause(int32(3))
-                        score(s, query, int32(smem + chunk_at + mine * chunk_bytes + k_rows), k_base)
+                        keys = int32(smem + chunk_at + mine * chunk_bytes + k_rows)
+                        score(s, 0, query, keys, lane)
                         if edge:
                             key = int32(tile * TILE + warp * 32 + 2 * i)
                             low_first, high_first = first_of(low_length), first_of(high_length)
