@@ -23,7 +23,6 @@ from kernels_numba.simt import SMEM_START, Array, Block, Memory, lanes, to_bits
 from kernels_numba.simt_turns import Barrier, Turns
 
 WARP = 32
-CLUSTER_STEP = 1 << 24  # from a shared address to the same one of the cluster's next block
 
 
 class Shared:
@@ -34,20 +33,6 @@ class Shared:
         self.smem = np.full(smem, 0xFF, np.uint8)
         self.barriers: dict[int, Barrier] = {}
         self.named: dict[int, list[int]] = {}
-        self.rank, self.peers, self.together = 0, [self], [0, 0]
-
-    @staticmethod
-    def cluster(blocks: int, warps: int, smem: int, rng: np.random.Generator) -> list[Shared]:
-        """The blocks of a cluster, whose warps take turns with one another."""
-        peers = [Shared(warps, smem, rng) for _ in range(blocks)]
-        for rank, one in enumerate(peers):
-            one.turns, one.rank, one.peers, one.together = (
-                Turns(warps * blocks, rng) if rank == 0 else peers[0].turns,
-                rank,
-                peers,
-                peers[0].together,
-            )
-        return peers
 
 
 class Warp(Block):
@@ -73,7 +58,7 @@ class Warp(Block):
         return int(values[0])
 
     def wait_for(self, over: Callable[[], bool], what: str) -> None:
-        self.both.turns.wait(self.both.rank * self.both.warps + self.warp, over, what)
+        self.both.turns.wait(self.warp, over, what)
 
     # arith.py, atomics.py, shuffle.py
 
@@ -179,10 +164,6 @@ class Warp(Block):
     def ld_shared_b32(self, address: Any) -> int:
         return int(self.words_at(self.one(address), 1)[0])
 
-    def ld_shared_f32(self, address: Any) -> Array:
-        words = [self.words_at(at, 1)[0] for at in self.per_thread(address).tolist()]
-        return np.array(words, np.int32).view(np.float32)
-
     def st_shared_b32(self, address: Any, value: Any) -> None:
         self.words_at(self.one(address), 1)[0] = self.one(value)
 
@@ -247,60 +228,6 @@ class Warp(Block):
             arrived[:] = [0, mine + 1]
         self.wait_for(lambda: arrived[1] != mine, f"named barrier {name}")
 
-    # cluster.py
-
-    def cluster_rank(self) -> int:
-        return self.both.rank
-
-    def cluster_address(self, address: Any, rank: Any) -> Any:
-        return address + lanes((self.per_thread(rank) + 1) * CLUSTER_STEP)
-
-    def _store_async(self, address: Any, words: Sequence[Array], bar: Any) -> None:
-        """Each lane's words to a block of the cluster; they land at once, or when somebody there waits for
-        them: the earliest and the latest that there is, by chance."""
-        values = np.ascontiguousarray(np.stack([self.per_thread(word) for word in words], axis=1))
-        size, at_once = 4 * values.shape[1], bool(self.both.turns.rng.integers(2))
-        for lane, (at, on) in enumerate(
-            zip(self.per_thread(address).tolist(), self.per_thread(bar).tolist(), strict=True)
-        ):
-            rank, offset = divmod(int(at), CLUSTER_STEP)
-            other, bar_at = divmod(int(on), CLUSTER_STEP)
-            first, peer = offset - SMEM_START, self.both.peers[rank - 1]
-            if rank != other or first < 0 or first + size > peer.smem.size or first % size:
-                raise IndexError(
-                    f"{size} bytes at shared offset {first} of block {rank - 1}, for {other - 1}"
-                )
-            to, mine = peer.smem[first : first + size], values[lane].view(np.uint8)
-
-            if at_once:
-                to[:] = mine
-
-            def land(to: Array = to, mine: Array = mine, done: bool = at_once) -> int:
-                if not done:
-                    to[:] = mine
-                return int(mine.size)
-
-            peer.barriers[bar_at].flying.append(land)
-
-    def st_async_f32(self, address: Any, value: Any, bar: Any) -> None:
-        self._store_async(address, [self.f32(value)], bar)
-
-    def st_async_v2_f32(self, address: Any, first: Any, second: Any, bar: Any) -> None:
-        self._store_async(address, [self.f32(first), self.f32(second)], bar)
-
-    def st_async_v4(self, address: Any, values: Array, bar: Any) -> None:
-        self._store_async(address, list(values[:4]), bar)
-
-    def cluster_arrive_relaxed(self) -> None:
-        arrived = self.both.together
-        self.generation = arrived[1]
-        arrived[0] += 1
-        if arrived[0] == self.both.warps * len(self.both.peers):
-            arrived[:] = [0, arrived[1] + 1]
-
-    def cluster_wait(self) -> None:
-        self.wait_for(lambda: self.both.together[1] != self.generation, "the cluster's barrier")
-
     def policy_evict_first(self) -> int:
         return 0
 
@@ -309,15 +236,11 @@ class Warp(Block):
         at, y, x = self.one(dst), self.one(y), self.one(x)
 
         def land() -> int:
-            box = np.ascontiguousarray(matrix[y : y + rows, x : x + cols])
-            image = swizzled_image(box) if box[0].nbytes == 128 else box.view(np.uint8).reshape(-1)
+            image = swizzled_image(matrix[y : y + rows, x : x + cols])
             self.shared(at, image.size)[:] = image
             return int(image.size)
 
         self.both.barriers[self.one(bar)].flying.append(land)
-
-    def tma_load_2d(self, dst: Any, tensor_map: int, bar: Any, x: Any, y: Any) -> None:
-        self.tma_load_2d_hint(dst, tensor_map, bar, x, y, 0)
 
     def cp_async_mbarrier_arrive(self, bar: Any) -> None:
         copies, self.open = self.open, []
@@ -368,19 +291,18 @@ def link(block: Any, names: Sequence[str], change: Callable[[str, str], str]) ->
 def run(
     names: Sequence[str], factory: str, specialised: Sequence[Any], arguments: Sequence[Any], grid: int,
     threads: int, smem: int, memory: Memory, maps: Mapping[int, Any], seed: int = 0,
-    change: Callable[[str, str], str] = lambda name, text: text, kind: type[Warp] = Warp, cluster: int = 1,
+    change: Callable[[str, str], str] = lambda name, text: text, kind: type[Warp] = Warp,
 ) -> None:  # fmt: skip
-    """Run all blocks of a kernel, one cluster of blocks after another, each warp in a thread.
+    """Run all blocks of a kernel, one after another, each warp in a thread.
 
     names: modules, the kernel's own last; kind: the warps' instructions; the rest as in simt.run. Raises
     IndexError for an access outside an array, Stuck where all warps wait."""
     rng = np.random.default_rng(seed)
-    for first in range(0, grid, cluster):
-        peers = Shared.cluster(cluster, threads // WARP, smem, rng)
+    for index in range(grid):
+        shared = Shared(threads // WARP, smem, rng)
         bodies = []
-        for shared in peers:
-            for warp in range(shared.warps):
-                one = kind(shared, memory, maps, first + shared.rank, grid, warp)
-                kernel = link(one, names, change)[factory](*specialised)
-                bodies.append(lambda kernel=kernel: kernel(*arguments))
-        peers[0].turns.run(bodies)
+        for warp in range(shared.warps):
+            one = kind(shared, memory, maps, index, grid, warp)
+            kernel = link(one, names, change)[factory](*specialised)
+            bodies.append(lambda kernel=kernel: kernel(*arguments))
+        shared.turns.run(bodies)

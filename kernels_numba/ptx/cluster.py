@@ -1,5 +1,5 @@
 """A cluster: its blocks' numbers, its barrier, whole or in two halves, and its shared memory (PTX ISA,
-"barrier.cluster", "mapa", "%cluster_ctarank", "st.async").
+"barrier.cluster", "mapa", "%cluster_ctarank").
 
 The barrier is .aligned: whole warps come to it together. No block may end while another still reaches into
 its shared memory or multicasts to it.
@@ -7,7 +7,6 @@ its shared memory or multicasts to it.
 
 from __future__ import annotations
 
-from kernels_numba.ptx.arrays import array_instruction
 from kernels_numba.ptx.asm import instruction
 
 cluster_rank = instruction(
@@ -29,18 +28,4 @@ cluster_wait = instruction(
 cluster_address = instruction(
     "cluster_address", "mapa.shared::cluster.u32 $0, $1, $2;", "rr", "r", memory=False, volatile=False,
     doc="The cluster address of shared address `address` in block `rank` (mapa).",
-)  # fmt: skip
-# Asynchronous stores carry their own signal: no barrier of the cluster, whose release is a device-wide fence.
-_ASYNC = "st.async.shared::cluster.mbarrier::complete_tx::bytes"
-st_async_f32 = instruction(
-    "st_async_f32", f"{_ASYNC}.f32 [$0], $1, [$2];", "rfr",
-    doc="A float32 to a cluster address, bytes counted on `bar` there: (address, value, bar) (st.async).",
-)  # fmt: skip
-st_async_v2_f32 = instruction(
-    "st_async_v2_f32", f"{_ASYNC}.v2.f32 [$0], {{$1, $2}}, [$3];", "rffr",
-    doc="Two float32 to a cluster address: (address, first, second, bar) (st.async).",
-)  # fmt: skip
-st_async_v4 = array_instruction(
-    "st_async_v4", f"{_ASYNC}.v4.b32 [<address>], <values>, [<bar>];", "address:r values:r4 bar:r",
-    doc="16 bytes, values[0..3], to a cluster address: (address, values, bar) (st.async).",
 )  # fmt: skip

@@ -52,14 +52,12 @@ from kernels_numba.ptx.cluster import (
     cluster_arrive_relaxed,
     cluster_rank,
     cluster_wait,
-    st_async_f32,
-    st_async_v2_f32,
-    st_async_v4,
 )
 from kernels_numba.ptx.control import dynamic_shared, griddep_launch, griddep_wait, trap, warp_uniform
 from kernels_numba.ptx.debug import make_mbarrier_wait, make_stress
+from kernels_numba.ptx.distributed import ld_shared_f32, st_async_f32, st_async_v2_f32, st_async_v4
 from kernels_numba.ptx.fences import fence_proxy_async
-from kernels_numba.ptx.ldst import ld_global_i32, ld_shared_b32, ld_shared_f32, st_global_b32, st_shared_b32
+from kernels_numba.ptx.ldst import ld_global_i32, ld_shared_b32, st_global_b32, st_shared_b32
 from kernels_numba.ptx.mbarrier import (
     fence_mbarrier_init,
     mbarrier_arrive,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba import simt, simt_warps
+from kernels_numba import simt, simt_clusters, simt_warps
 from kernels_numba.attention_contract import SPLIT, exponent_scale
 from kernels_numba.ops.decode_attention.config import (
     BLOCK_SIZE,
@@ -78,10 +78,10 @@ def in_numpy(
     if feed == "cluster":
         one = ClusterConfig(head_dim)
         maps[(1 << 10) + 128] = v_rows, (BLOCK_SIZE, CLUSTER_COLUMNS)
-        simt_warps.run(
+        simt_clusters.run(
             CLUSTER_MODULES, "make_cluster_kernel", (one, "bfloat16", lse is not None, Build()), arguments,
-            grid * one.blocks, CLUSTER_THREADS, cluster_plan(one).bytes, memory, maps, seed, change,
-            cluster=one.blocks,
+            grid * one.blocks, CLUSTER_THREADS, cluster_plan(one).bytes, memory, maps, one.blocks,
+            seed, change,
         )  # fmt: skip
         return counters
     config = pick_config(head_dim, feed, num_seqs * num_kv_heads, 1)
