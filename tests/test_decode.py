@@ -17,6 +17,7 @@ from tolerance import error_ratio
 
 from kernels_numba import attention_contract as contract
 from kernels_numba.compiler import KernelsUnavailable
+from kernels_numba.ops.decode_attention import decode_attention_spec
 from kernels_numba.ops.decode_attention.config import (
     CONFIGS,
     HEAD_DIMS,
@@ -108,6 +109,16 @@ def test_sums_have_places_of_their_own():
     places = np.arange(16, dtype=np.float32).reshape(1, 4, 4) + np.float32(2.0**24)
     quads = [np.float32(np.float32(g[0] + g[1]) + np.float32(g[2] + g[3])) for g in places[0]]
     assert contract.sum_places(places)[0] == (quads[0] + quads[1]) + (quads[2] + quads[3])
+
+
+def test_the_definition_of_several_tokens_is_each_ones():
+    rng = np.random.default_rng(3)
+    k, v = (rng.standard_normal((3, 2, 4, 8)).astype(np.float32) for _ in range(2))
+    q, table = rng.standard_normal((6, 4, 8)).astype(np.float32), np.array([[2, 0], [1, -1]])
+    together = decode_attention_spec(q, k, v, np.array([7, 2]), table, softmax_scale=0.3, query_tokens=3)
+    lens, tables = np.array([5, 6, 7, 0, 1, 2]), np.repeat(table, 3, axis=0)
+    assert np.array_equal(together, decode_attention_spec(q, k, v, lens, tables, softmax_scale=0.3))
+    assert not together[3].any()
 
 
 # The kernel's text in numpy.
