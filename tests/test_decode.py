@@ -555,9 +555,11 @@ def test_decode_of_one_sequence_by_a_cluster(cuda):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [2, 3, 8])
-@pytest.mark.parametrize(("group", "head_dim", "window"), [(7, 128, None), (4, 64, None), (4, 128, 300)])
-def test_decode_of_several_tokens(cuda, tokens, group, head_dim, window):
+@pytest.mark.parametrize(("tokens", "group", "head_dim", "window", "rungs"), [
+    (2, 7, 128, None, RUNGS), (8, 7, 128, None, RUNGS[:1]), (8, 4, 64, None, RUNGS[:1]),
+    (3, 4, 128, 300, RUNGS[:1]),
+])  # fmt: skip
+def test_decode_of_several_tokens(cuda, tokens, group, head_dim, window, rungs):
     """Each token has the bits that it has alone, and is right."""
     rng = np.random.default_rng([tokens, group])
     reach = None if window is None else window + tokens - 1
@@ -565,7 +567,7 @@ def test_decode_of_several_tokens(cuda, tokens, group, head_dim, window):
     gpu = OnGpu(cuda, rows)
     alone = gpu("hopper")
     assert check(rows, alone, gpu.plain()) <= 1
-    assert all(same_bits(gpu(rung, query_tokens=tokens), alone) for rung in RUNGS)
+    assert all(same_bits(gpu(rung, query_tokens=tokens), alone) for rung in rungs)
 
 
 @pytest.mark.gpu
