@@ -131,6 +131,8 @@ def prepared(
     items = o.num_seqs * o.num_kv_heads * o.row_tiles * o.max_splits(build.split)
     if config is None and feed == "tma" and fits_cluster(window, o.tokens, build):
         config = pick_cluster(o.head_dim, o.num_seqs * o.num_kv_heads, o.max_splits(), num_sms())
+    if config is None and o.tokens > 1:  # with rows of different lengths, two blocks want too many registers
+        config = DecodeConfig(o.head_dim, feed)
     config = config or pick_config(o.head_dim, feed, items, num_sms())
     maps = None
     if feed == "tma":
