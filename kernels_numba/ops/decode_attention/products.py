@@ -20,8 +20,8 @@ from kernels_numba.ptx.vector import ld_shared_v4
 @cache
 def make_score(head_dim: int, dtype: str) -> Any:
     """f(s, at, query, keys, lane): s[at : at + 16] = Q K^T of 16 rows and 32 keys; query: A fragments of all
-    k-steps; keys: shared address of the first key's row, as the 128-byte swizzle lays a page. Returns the word
-    that was loaded last."""
+    k-steps; keys: shared address of the first key's row, as the 128-byte swizzle lays a page. Returns the
+    word that was loaded last."""
     k_steps = head_dim // 16
     multiply = mma_m16n8k16_at if dtype == "bfloat16" else mma_m16n8k16_f16_at
     zero = np.float32(0)
