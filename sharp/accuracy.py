@@ -102,11 +102,10 @@ def step_drift(model: Any, config: EngineConfig, predictor: StepPredictor) -> fl
     taken = []
     for _ in range(DRIFT_ROUNDS):
         start = time.perf_counter()
-        batch = model.stage(plan)
-        model.sample(model.forward(batch), batch)
-        taken.append(time.perf_counter() - start)
-    step, each = predictor.host_s
-    return statistics.median(taken) / (predictor.seconds(work) - step - DRIFT_SEQS * each)
+        launched = model.launch(plan)
+        model.land(launched)
+        taken.append(launched.gpu_s or time.perf_counter() - start)
+    return statistics.median(taken) / predictor.device_seconds(work)
 
 
 def compare_runs(

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,56 +24,25 @@ from sharp.config import EngineConfig
 from sharp.curves import StepCurve
 from sharp.host_time import measure_host
 from sharp.load import Load, run_load
-from sharp.plan import SampleOutput
+from sharp.plan_times import PlanTime, plan_times
 from sharp.predictor import StepPredictor
 from sharp.random_model import SHAPES, RandomCheckpoint
-from sharp.request import Request, SamplingParams
-from sharp.scheduler import Scheduler
 from sharp.stall import CPU, GPU, Scenario, disagreements, run_stall, with_engine
 from sharp.workloads import Arrival
 
-PARTS = ("plan", "stall", "prefill", "simulate")
+PARTS = ("plan", "prefill", "stall", "simulate")  # in this order: plan before there is a device
 SOURCES = (
     "sharp/scheduler.py", "sharp/running.py", "sharp/waiting.py", "sharp/pagebook.py", "sharp/batching.py",
     "sharp/blocks.py", "sharp/policies.py", "sharp/latency_target.py", "sharp/predictor.py",
     "sharp/engine.py", "sharp/pipeline.py", "sharp/flights.py", "sharp/simulate.py", "sharp/quiet.py",
+    "sharp/plan_times.py", "sharp/step_times.py", "sharp/host_time.py", "sharp/stall.py", "sharp/load.py",
 )  # fmt: skip
-PLAN_STEPS, PLAN_CONTEXT = 400, 1024
 PROMPTS, SHORTEST, LONGEST = 32, 64, 512  # of the packed prefill
 STEP_TOKENS = {"cuda": 2048, "cpu": 256}  # the step budget of the stall runs
 PACKED_TOKENS = {"cuda": 8192, "cpu": 1024}
+MODELS = {"cuda": "random:llama-3.2-1b", "cpu": "random:smollm2-135m"}
+LENGTH = 32768 + 256  # tokens of the longest request: a prompt of 32k, and its answer
 PROBE_S = 14.0
-
-
-def plan_us(running: int, waiting: int, steps: int = PLAN_STEPS) -> tuple[float, float]:
-    """Median and best microseconds of plan() with so many decoding behind PLAN_CONTEXT tokens, and so many in
-    the queue for which there are no pages."""
-    answer = steps + 10
-    pages = -(-(PLAN_CONTEXT + answer - 1) // 64)
-    config = EngineConfig(
-        max_num_seqs=running + waiting, max_num_batched_tokens=running * PLAN_CONTEXT + waiting,
-        max_queue_len=max(running, waiting),
-    )  # fmt: skip
-    scheduler = Scheduler(config, running * pages + pages - 1, PLAN_CONTEXT + answer)
-    params = SamplingParams(max_tokens=answer, temperature=0.0, ignore_eos=True)
-
-    def step() -> tuple[float, int]:
-        start = time.perf_counter()
-        plan = scheduler.plan()
-        taken = time.perf_counter() - start
-        assert plan is not None
-        rows = len(plan.logits_rows)
-        scheduler.commit(plan, SampleOutput(np.ones(rows, np.int32), (None,) * rows))
-        return taken, plan.num_decodes
-
-    for first, stop in ((0, running), (running, running + waiting)):
-        for i in range(first, stop):  # prompts with nothing in common
-            scheduler.add(Request(str(i), None, [i] * PLAN_CONTEXT, params, 0))
-        step()  # the first one reads all prompts that run
-    taken, decodes = zip(*(step() for _ in range(steps)), strict=True)
-    assert set(decodes) == {running}
-    assert len(scheduler.waiting) == waiting
-    return statistics.median(taken) * 1e6, min(taken) * 1e6
 
 
 @dataclass(frozen=True)
@@ -82,7 +51,7 @@ class Bench:
 
     model: Any
     config: EngineConfig
-    predictor: StepPredictor
+    predictor: StepPredictor | None  # None: step times are measured when a part asks for them
     gpu: str
     driver: str | None
     commit: str
@@ -97,37 +66,26 @@ class Bench:
             driver=self.driver, **more,
         )  # fmt: skip
 
-    def stall(self, scenario: Scenario) -> list[dict[str, Any]]:
-        """p99 ITL of each policy, with throughput and TTFT in rows of their own, and the two points."""
-        runs = run_stall(scenario, self.model, self.config, self.predictor, say=self.say)
-        mixed = {name: load for name, load in runs.items() if name != "decode-only"}
-        wrong = disagreements(load.answers for load in runs.values())
-        self.say(f"answers that differ between policies: {wrong}")
-        alone, rows = runs["decode-only"], []
-        for name, load in runs.items():
-            ratio = alone.itl.p99 / load.itl.p99
-            rows.append(
-                self.row(
-                    f"stall/{name}",
-                    load.itl.p99 * 1e3,
-                    "ms",
-                    load.itl.p99 * 1e6,
-                    2.0 * (wrong > 0),
-                    baseline="decode-only",
-                    baseline_us=round(alone.itl.p99 * 1e6, 2),
-                    ratio=round(ratio, 3),
-                )
-            )
+    def stall(self, scenario: Scenario) -> Iterator[dict[str, Any]]:
+        """p99 ITL of each policy as soon as it has run, with throughput and TTFT in rows of their own; then
+        the two points. Answers are compared with those of the policies before."""
+        assert self.predictor is not None
+        runs: dict[str, Load] = {}
+        for name, load in run_stall(scenario, self.model, self.config, self.predictor, say=self.say):
+            runs[name] = load
+            wrong = disagreements(one.answers for one in runs.values())
+            self.say(f"answers that differ between policies: {wrong}")
+            alone, err = runs["decode-only"].itl.p99, 2.0 * (wrong > 0)
+            against = {"baseline": f"decode-only; {scenario}", "baseline_us": round(alone * 1e6, 2)}
+            p99, ratio = load.itl.p99, round(alone / load.itl.p99, 3)
+            yield self.row(f"stall/{name}", p99 * 1e3, "ms", p99 * 1e6, err, **against, ratio=ratio)
             step_us = load.seconds / load.steps * 1e6
-            rows.append(
-                self.row(f"stall/{name} tokens", load.tokens_per_s, "token/s", step_us, 2.0 * (wrong > 0))
-            )
+            yield self.row(f"stall/{name} tokens", load.tokens_per_s, "token/s", step_us, err)
             if load.ttft:
                 p95 = load.ttft_of().p95
-                rows.append(self.row(f"stall/{name} ttft-p95", p95 * 1e3, "ms", p95 * 1e6, 2.0 * (wrong > 0)))
-        for line in verdicts(alone, mixed):
+                yield self.row(f"stall/{name} ttft-p95", p95 * 1e3, "ms", p95 * 1e6, err)
+        for line in verdicts(runs.pop("decode-only"), runs):
             self.say(line)
-        return rows
 
     def prefill(self) -> list[dict[str, Any]]:
         """32 prompts at once, packed under the step budget and one prompt a pass."""
@@ -170,25 +128,45 @@ class Bench:
             rows.append(self.row(f"prefill/{name} ttft-p95", p95 * 1e3, "ms", p95 * 1e6, 2.0 * (wrong > 0)))
         return rows
 
-    def simulate(self, seconds: float) -> list[dict[str, Any]]:
+    def simulate(self, seconds: float) -> Iterator[dict[str, Any]]:
         """The simulator beside real runs; err 1 is an error of 10 %."""
-        rows = []
+        assert self.predictor is not None
         for found in compare_runs(self.model, self.config, self.predictor, seconds, self.noise):
             self.say(found.text())
-            worst = found.worst
-            rows.append(
-                self.row(f"simulate/{found.name}", 100 * worst, "%", found.real.seconds * 1e6, worst / 0.1)
-            )
-        return rows
+            worst, us = found.worst, found.real.seconds * 1e6
+            yield self.row(f"simulate/{found.name}", 100 * worst, "%", us, worst / 0.1)
 
-    def plan(self) -> list[dict[str, Any]]:
-        """plan() alone; the device plays no part, its host does."""
-        rows = []
-        for case, running, waiting in (("plan/256+1000", 256, 1000), ("plan/1024", 1024, 0)):
-            median, best = plan_us(running, waiting)
-            self.say(f"{case:<16} median {median:.0f} us, best {best:.0f} us over {PLAN_STEPS} steps")
-            rows.append(self.row(case, median, "us", median, 0.0))
-        return rows
+    def plan(self, times: dict[str, PlanTime]) -> list[dict[str, Any]]:
+        """Of what plan_times() has measured on this device's host."""
+        return [self.row(case, time.median, "us", time.median, 0.0) for case, time in times.items()]
+
+    def with_step_times(self, limit_s: float) -> Bench:
+        """The same, with measured step times of this model and the engine's own."""
+        from sharp.meter import open_meter
+        from sharp.step_times import measure_curves
+
+        start, model, kind = time.perf_counter(), self.model, self.model.device.kind
+        length = model.max_model_len  # half of it at most is a step, so that another half can be its context
+        probed = replace(self.config, max_num_batched_tokens=min(STEP_TOKENS[kind], length // 2))
+        meter = open_meter(model.device)
+        curves = measure_curves(model, probed, meter, max_model_len=length, limit_s=limit_s, kind=kind)
+        tokens, real = PACKED_TOKENS[kind], model if model.overlaps else None
+        host = measure_host(model.config, model=real, max_tokens=tokens)
+        prefill, decode = StepCurve(curves.prefill), StepCurve(curves.decode)
+        predictor = StepPredictor(prefill, decode, host, overlap=model.overlaps)
+        self.say(f"curves in {time.perf_counter() - start:.1f} s")
+        for what, points in (("prefill", curves.prefill), ("decode", curves.decode)):
+            self.say(" ".join((what, *(f"{t}@{c}: {s * 1e3:.2f}" for t, c, s in sorted(points)), "ms")))
+        for line in curves.skipped:
+            self.say(f"left out: {line}")
+        noise = curves.noise
+        self.say(f"single steps over their median: p5 {noise[2]:.2f}, p95 {noise[-3]:.2f}")
+        before, before_each, after, after_each = (1e6 * seconds for seconds in host)
+        self.say(
+            f"the engine itself: {before:.0f} us and {before_each:.1f} a sequence before a step, {after:.0f} "
+            f"and {after_each:.1f} after it"
+        )
+        return replace(self, predictor=predictor, noise=noise)
 
 
 def verdicts(alone: Load, mixed: dict[str, Load]) -> list[str]:
@@ -208,60 +186,51 @@ def verdicts(alone: Load, mixed: dict[str, Load]) -> list[str]:
     ]
 
 
-def open_bench(model: str, device_name: str, dtype: str, commit: str, probe_s: float) -> Bench:
-    """Load the model, measure its curves and the engine's own time. `random:SHAPE` needs no file."""
+def open_bench(model: str | None, device_name: str, dtype: str, commit: str) -> Bench:
+    """Load the model (None: MODELS) with all its graphs. `random:SHAPE` needs no file."""
     from sharp import bench, bench_engine
     from sharp.device import open_device
-    from sharp.meter import open_meter
     from sharp.model import Model
-    from sharp.step_times import measure_curves
     from sharp.weights import open_checkpoint
 
-    kind, _, shape = model.partition(":")
-    checkpoint = RandomCheckpoint(shape) if kind == "random" else open_checkpoint(model)
+    def say(text: str) -> None:
+        print(text, flush=True)
+
+    start = time.perf_counter()
     device = open_device(device_name, dtype)
-    tokens = PACKED_TOKENS[device.kind]
+    name = model or MODELS[device.kind]
+    kind, _, shape = name.partition(":")
+    checkpoint = RandomCheckpoint(shape) if kind == "random" else open_checkpoint(name)
     config = EngineConfig(
-        device=device.kind, dtype=device.dtype, max_num_batched_tokens=tokens, max_num_seqs=64,
-        max_model_len=min(checkpoint.config.max_position_embeddings, 32768),
+        device=device.kind, dtype=device.dtype, max_num_batched_tokens=PACKED_TOKENS[device.kind],
+        max_num_seqs=64, max_model_len=min(checkpoint.config.max_position_embeddings, LENGTH),
     )  # fmt: skip
-    start = time.perf_counter()
     loaded = Model(checkpoint, config, device)
-    print(f"loaded in {time.perf_counter() - start:.1f} s: {loaded.device_name}", flush=True)
+    say(f"{name} loaded in {time.perf_counter() - start:.1f} s: {loaded.device_name}")
     start = time.perf_counter()
-    length = loaded.max_model_len  # half of it at most is a step, so that another half can be its context
-    probed = replace(config, max_num_batched_tokens=min(STEP_TOKENS[device.kind], length // 2))
-    curves = measure_curves(loaded, probed, open_meter(device), max_model_len=length, limit_s=probe_s)
-    host = measure_host(checkpoint.config)
-    predictor = StepPredictor(StepCurve(curves.prefill), StepCurve(curves.decode), host)
-    print(f"curves in {time.perf_counter() - start:.1f} s", flush=True)
-    for what, points in (("prefill", curves.prefill), ("decode", curves.decode)):
-        print(what, *(f"{t}@{c}: {s * 1e3:.2f}" for t, c, s in sorted(points)), "ms", flush=True)
-    for line in curves.skipped:
-        print("left out:", line)
-    print(f"single steps over their median: p5 {curves.noise[2]:.2f}, p95 {curves.noise[-3]:.2f}")
-    print(f"the engine itself: {host[0] * 1e6:.0f} us a step, {host[1] * 1e6:.1f} us a sequence", flush=True)
+    loaded.capture()
+    say(f"graphs in {time.perf_counter() - start:.1f} s")
     gpu = bench.gpu_here() if device.kind == "cuda" else None
-    name, driver = (gpu.name, gpu.driver) if gpu else (bench_engine.cpu_name(), None)
+    where, driver = (gpu.name, gpu.driver) if gpu else (bench_engine.cpu_name(), None)
     config = replace(config, max_num_batched_tokens=STEP_TOKENS[device.kind])
-    return Bench(
-        loaded, config, predictor, name, driver, commit, lambda text: print(text, flush=True), curves.noise
-    )
+    return Bench(loaded, config, None, where, driver, commit, say)
 
 
 def main(words: list[str]) -> int:
     """`python -m sharp.bench scheduler`. The rows as JSON are the last line; with --out they are written
-    after each part."""
+    after each of them."""
     from sharp.bench import head_commit
     from sharp.bench_ops import check_commit
 
     parser = argparse.ArgumentParser(
         prog="sharp.bench scheduler",
-        description="plan(), stalls, packed prefill, the simulator; on a GPU where there is one.",
+        description="plan(), packed prefill, stalls, the simulator; on a GPU where there is one.",
     )
     parser.add_argument("--part", action="append", choices=PARTS, help="only this; may repeat")
     parser.add_argument(
-        "--model", default="random:smollm2-135m", help=f"as for sharp, or random:SHAPE ({', '.join(SHAPES)})"
+        "--model",
+        help=f"as for sharp, or random:SHAPE ({', '.join(SHAPES)}); default {MODELS['cuda']} on a GPU, "
+        f"{MODELS['cpu']} on a CPU",
     )
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
@@ -271,7 +240,7 @@ def main(words: list[str]) -> int:
             help=f"of the stall scenario (GPU: {getattr(GPU, field.name)}, CPU: {getattr(CPU, field.name)})",
         )  # fmt: skip
     parser.add_argument("--simulate-s", type=float, default=20.0, help="seconds of each simulated workload")
-    parser.add_argument("--probe-s", type=float, default=PROBE_S, help="seconds for the step times")
+    parser.add_argument("--probe-s", type=float, default=PROBE_S, help="seconds for the step times at most")
     parser.add_argument("--commit", help="the commit being measured (default: HEAD of a clean checkout)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the rows here, for `import`")
     args = parser.parse_args(words)
@@ -280,34 +249,30 @@ def main(words: list[str]) -> int:
     for name, value in {**chosen, "simulate_s": args.simulate_s, "probe_s": args.probe_s}.items():
         if not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} is {value}; it must be over 0")
+    wanted = args.part or PARTS
     try:
         commit = check_commit(args.commit) if args.commit else head_commit(args.out is not None)
-        bench = open_bench(args.model, args.device, args.dtype, commit, args.probe_s)
-    except (ValueError, RuntimeError, MemoryError) as error:
+        rows = results.RowFile(args.out, commit)
+        planned = plan_times(partial(print, flush=True)) if "plan" in wanted else {}
+        bench = open_bench(args.model, args.device, args.dtype, commit)
+    except (ValueError, RuntimeError, MemoryError, OSError) as error:
         print(f"not measured: {error}")
         return 1
+    if bench.predictor is None and {"stall", "simulate"} & set(wanted):
+        bench = bench.with_step_times(args.probe_s)
     scenario = replace(GPU if bench.model.device.kind == "cuda" else CPU, **chosen)
-    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "plan": bench.plan,
+    parts: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
+        "plan": lambda: bench.plan(planned),
         "prefill": bench.prefill,
         "stall": lambda: bench.stall(scenario),
         "simulate": lambda: bench.simulate(args.simulate_s),
     }
-    rows: list[dict[str, Any]] = []
-    for name, part in parts.items():
-        if args.part and name not in args.part:
-            continue
+    for name in (name for name in PARTS if name in wanted):
         start = time.perf_counter()
-        for row in part():
-            if row["err"] <= 1:
-                rows.append(row)
-            else:  # an import would refuse the whole file for it
-                bench.say(f"missed, no row: {row['case']}, {row['err']} times its tolerance")
+        rows.take(parts[name](), bench.say)
         bench.say(f"{name}: {time.perf_counter() - start:.1f} s")
-        if args.out:
-            args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     bench.model.close()
-    for row in rows:
+    for row in rows.all:
         print(results.format_row(row))
-    print(json.dumps(rows))
+    print(json.dumps(rows.all))
     return 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sharp.curves import StepCurve
 from sharp.policies import SchedulingPolicy
-from sharp.predictor import StepPredictor, StepWork
+from sharp.predictor import Chunk, StepPredictor, StepWork
 from sharp.request import Request
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 LEAST_CHUNK = 16  # prompt tokens that a step has whatever it takes: a prompt is read in the end
 HEADROOM = 0.95  # of the target: noise of single steps is not in a prediction
 WINDOW = 32  # measured steps of a kind that the correction looks back on
+OVER = 1 / 150  # of the steps with decodes may miss the target where a prompt cannot be read within it
+SAVED = 16  # such steps that may come in a row, saved while none was needed
 QUANTILE = 0.9  # of measured over predicted: steps are longer than a median in half of all cases
 BOUND = 8.0  # a correction is no larger, and no smaller than 1 / BOUND
 # Without a probe: a laptop's CPU, slower than most. Measured steps then may correct it as far down as a GPU.
@@ -36,7 +38,13 @@ class LatencyTarget(SchedulingPolicy):
     """First come, first served, with chunks that follow the predicted step time.
 
     While anything decodes, prompts get the most tokens with which the step is predicted to take at most
-    target_itl_ms, corrected by measured steps, and at least LEAST_CHUNK. When nothing decodes they get all.
+    target_itl_ms, corrected by measured steps. When nothing decodes they get all.
+
+    Behind many keys even LEAST_CHUNK tokens may take too long: a chunk too small to fill the device takes as
+    long as one that does. Many small chunks would miss the target in as many steps. So these prompts wait
+    while others are read, and once in a while there is a step that all prompts share, as large as can be: the
+    target is missed by OVER of the steps, which the 99th percentile does not see. Where decodes alone miss
+    it, or a large step brings a prompt less than many small ones, prompts get LEAST_CHUNK in each step.
     One engine an instance: it remembers that engine's steps.
     """
 
@@ -60,6 +68,8 @@ class LatencyTarget(SchedulingPolicy):
             )
         bound = GUESS_BOUND if self.guessing else BOUND
         self._low, self._high = 1 / bound, BOUND
+        self._saved = 1.0  # steps that may miss the target now
+        self._paused: set[str] = set()  # ids of prompts that this step cannot read within the target
         # Steps with and without prompts apart: the curves may be wrong about one of them alone.
         self._ratios = {kind: deque[float](maxlen=WINDOW) for kind in ("decode", "mixed")}
         self._factors = {"decode": 1.0, "mixed": 1.0}
@@ -71,23 +81,49 @@ class LatencyTarget(SchedulingPolicy):
 
     def budget(self, contexts: Int32, prompts: Sequence[Request], most: int) -> int:
         if not len(contexts):
+            self._paused.clear()
             return most
-        left = [(r.num_tokens - r.num_computed_tokens, r.num_computed_tokens) for r in prompts]
-        chunk = self.predictor.largest_chunk(
-            HEADROOM * self.target_itl_ms / 1e3 / self.factor,
-            len(contexts),
-            int(contexts.sum()),
-            int(contexts.max()),
-            left,
-            most,
-        )
-        return max(chunk, min(LEAST_CHUNK, most))
+        limit_s = HEADROOM * self.target_itl_ms / 1e3 / self.factor
+        decodes = len(contexts), int(contexts.sum()), int(contexts.max())
+        least = min(LEAST_CHUNK, most)
+        self._paused.clear()
+        alone = self._takes(*decodes)
+        for request in prompts if alone <= limit_s else ():
+            left, context = request.num_tokens - request.num_computed_tokens, request.num_computed_tokens
+            took = self._takes(*decodes, (min(least, left), context))
+            # Waiting is for those that are read sooner by it, in a large step once in a while.
+            if took > limit_s and OVER * most * took > least * alone:
+                self._paused.add(request.request_id)
+        if self._paused and self._saved >= 1:
+            self._saved -= 1
+            self._paused.clear()
+            return most
+        left_of = [
+            (r.num_tokens - r.num_computed_tokens, r.num_computed_tokens)
+            for r in prompts
+            if r.request_id not in self._paused
+        ]
+        return max(self.predictor.largest_chunk(limit_s, *decodes, left_of, most), least)
+
+    def _takes(self, decodes: int, keys: int, longest: int, *chunks: Chunk) -> float:
+        """Predicted seconds, not corrected."""
+        return self.predictor.seconds(StepWork(decodes, keys, longest, chunks, decodes))
+
+    def share(self, prompts: Sequence[tuple[Request, int]], budget: int) -> list[int]:
+        served = [place for place, (r, _) in enumerate(prompts) if r.request_id not in self._paused]
+        counts = [0] * len(prompts)
+        if served:
+            given = super().share([prompts[place] for place in served], budget)
+            for place, count in zip(served, given, strict=True):
+                counts[place] = count
+        return counts
 
     def observe(self, plan: BatchPlan, seconds: float) -> None:
         work = StepWork.of(plan)
         kind = "mixed" if work.chunks else "decode"
         if not work.decodes:
             return  # nobody waited for a token in this step, and its size is not what is asked for
+        self._saved = min(self._saved + OVER, SAVED)
         ratio = seconds / self.predictor.seconds(work)
         ratios = self._ratios[kind]
         ratios.append(min(max(ratio, self._low), self._high))
@@ -102,7 +138,7 @@ class LatencyTarget(SchedulingPolicy):
         curves: dict[str, Any] = {}
         if not self.guessing:
             curves = {"prefill": self.predictor.prefill.points, "decode": self.predictor.decode.points}
-            curves["host_s"] = self.predictor.host_s
+            curves |= {"host_s": self.predictor.host_s, "overlap": self.predictor.overlap}
         return {"target_itl_ms": self.target_itl_ms, **curves}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -28,9 +28,9 @@ class Load:
     """What a run came to, from the first arrival on (standing streams run by then).
 
     itl: of all answers after that moment; ttft: of the workload's requests, by their place in it; answers:
-    token ids by place, standing streams at -1, -2 and so on; tokens: computed in all, prompts included;
-    times: by place, seconds from a request's arrival to each of its tokens, of those of the workload that
-    finished.
+    token ids by place, standing streams at -1, -2 and so on, those that follow them after that; tokens:
+    computed in all, prompts included; times: by place, seconds from a request's arrival to each of its
+    tokens, of those of the workload that finished.
     """
 
     seconds: float
@@ -66,6 +66,9 @@ class _Listener:
         self.arrived: dict[int, float] = {}
         self.times: dict[int, array[float]] = {}  # 8 bytes a token
         self.error: BaseException | None = None
+        self.standing = 0  # streams that begin again when all have ended,
+        self.over: set[int] = set()  # those that have
+        self.again: Callable[[], None] | None = None  # and what begins them
 
     def arrive(self, place: int, now: float) -> None:
         with self.changed:
@@ -87,24 +90,33 @@ class _Listener:
             if output.finished:
                 self.finished.add(place)
                 self.clock.end(place)
+                if place < 0:
+                    self.over.add(place)
             if output.finished or place not in self.started:  # not at every token: it wakes a thread
                 self.started.add(place)
                 self.changed.notify_all()
 
     def wait_for(self, places: set[int], among: str, until: float | None = None) -> bool:
         """Wait until all `places` are among the started or finished ones; False if `until` comes first.
-        Raises the engine's error, and TimeoutError if nothing moves for STALL_LIMIT_S."""
-        with self.changed:
-            while not places <= getattr(self, among):
+        Meanwhile `again` is called when all standing streams have ended. Raises the engine's error, and
+        TimeoutError if nothing moves for STALL_LIMIT_S."""
+        while True:
+            with self.changed:
                 if self.error is not None:
                     raise self.error
-                left = STALL_LIMIT_S if until is None else until - time.perf_counter()
-                if left <= 0 or not self.changed.wait(left):
-                    if until is not None and time.perf_counter() >= until:
+                if places <= getattr(self, among):
+                    return True
+                over = 0 < self.standing == len(self.over)
+                if over:
+                    self.over.clear()
+                else:
+                    left = STALL_LIMIT_S if until is None else until - time.perf_counter()
+                    if left <= 0:
                         return False
-                    if until is None:
+                    if not self.changed.wait(left) and until is None:
                         raise TimeoutError(f"no token in {STALL_LIMIT_S:.0f} s")
-        return True
+            if over and self.again is not None:
+                self.again()  # not under the lock, which the engine's thread takes under its own
 
 
 def run_load(
@@ -112,6 +124,7 @@ def run_load(
     workload: Sequence[Arrival],
     *,
     standing: Sequence[Arrival] = (),
+    again: bool = False,
     prompts: Sequence[list[int]] | None = None,
     duration: float | None = None,
     seed: int = 0,
@@ -120,6 +133,8 @@ def run_load(
 
     prompts: token ids of the workload's requests, by place; None: random ids, the same for a seed.
     standing: requests that are started first; the workload's time begins when each of them has a token.
+    again: whether they begin anew, with the same prompts, whenever all of them have ended: all at once, so
+    that their one-token prompts (the prefix cache has the rest) are in few steps.
     duration: seconds after which all that is unfinished is aborted; None: run to the end.
     Raises the engine's error if it dies.
     """
@@ -130,7 +145,8 @@ def run_load(
         if prompts is not None and place >= 0:
             ids = prompts[place]
         else:
-            rng = np.random.default_rng([seed, place + 2**20])
+            stream = place if place >= 0 else -1 - (-1 - place) % len(standing)
+            rng = np.random.default_rng([seed, stream + 2**20])
             ids = rng.integers(0, vocab_size, arrival.prompt_tokens).tolist()
         params = SamplingParams(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True)
         return engine.make_request(ids, params, str(place), arrival.priority)
@@ -148,6 +164,26 @@ def run_load(
         listener.arrive(place, time.perf_counter())
         engine.submit(one, cast(Sink, listener))
     listener.wait_for(set(background), "started")
+
+    streams = len(standing)
+    ready: list[tuple[int, Request]] = []  # the streams' next requests, made ahead
+
+    def make_ready() -> None:
+        first = min(background) - 1
+        ready.extend((first - i, request(first - i, arrival)) for i, arrival in enumerate(standing))
+
+    def begin_again() -> None:
+        for place, one in ready:
+            background[place] = one
+            listener.arrive(place, time.perf_counter())
+            engine.submit(one, cast(Sink, listener))
+        ready.clear()
+        make_ready()
+
+    if again and standing:
+        make_ready()
+        with listener.changed:
+            listener.standing, listener.again = streams, begin_again
     with listener.changed:
         before = listener.clock.tokens
         listener.clock.forget_gaps()
@@ -168,6 +204,8 @@ def run_load(
         except QueueFull:
             refused += 1
     waited_for = sent if end is None else sent | set(background) | {len(workload)}
+    if again:
+        waited_for = waited_for | {len(workload)}  # nobody has this place: wait until the end
     listener.wait_for(waited_for, "finished", end)
     seconds = time.perf_counter() - start
     tokens, steps = engine.stats.tokens - tokens, engine.stats.steps - steps

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,25 @@ if TYPE_CHECKING:
     from sharp.plan import BatchPlan
 
 FULL = 64  # tokens of a chunk from which on attention keeps a device busy, whatever the chunk
+FAR = 4096  # keys: a context so far off tells what a key costs each size of chunk, a nearer one only a mean
 Chunk = tuple[int, int]  # new tokens, keys in the pages before them
+
+
+class HostTime(NamedTuple):
+    """Seconds of the engine itself: before a step can start (planning, launching) and after it has ended
+    (landing, committing, handing over), each for a step and for each of its sequences."""
+
+    before: float = 0.0
+    before_each: float = 0.0
+    after: float = 0.0
+    after_each: float = 0.0
+
+    def of(self, num_seqs: int) -> tuple[float, float]:
+        """Seconds before and after a step of so many sequences."""
+        return self.before + self.before_each * num_seqs, self.after + self.after_each * num_seqs
+
+    def total(self, num_seqs: int) -> float:
+        return sum(self.of(num_seqs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +50,10 @@ class StepWork:
     longest: int  # keys of the longest decode
     chunks: tuple[Chunk, ...]
     rows: int
+
+    @property
+    def num_seqs(self) -> int:
+        return self.decodes + len(self.chunks)
 
     @classmethod
     def of(cls, plan: BatchPlan) -> StepWork:
@@ -69,6 +91,9 @@ class Line:
         return y[left] + (y[right] - y[left]) * (value - x[left]) / (x[right] - x[left])
 
 
+NO_HOST = HostTime()
+
+
 class StepPredictor:
     """Seconds of mixed steps.
 
@@ -81,14 +106,14 @@ class StepPredictor:
     Each part is read off the curves: what a step gains from context 0 to the longest one measured is
     attention, the rest is tokens, and what a decode step takes beyond a chunk of as many tokens is rows. A
     sequence alone cannot use a whole GPU, so the longest one bounds a step from below. Pure steps are
-    predicted as their curve says. host_s: seconds of the engine itself for a step and for each of its
-    sequences, which the curves do not hold.
+    predicted as their curve says. host_s: the engine's own, which the curves do not hold. overlap: steps run
+    beside the host, so the longer of both counts; else one comes after the other.
     """
 
     def __init__(
-        self, prefill: StepCurve, decode: StepCurve, host_s: tuple[float, float] = (0.0, 0.0)
+        self, prefill: StepCurve, decode: StepCurve, host_s: HostTime = NO_HOST, *, overlap: bool = False
     ) -> None:
-        self.prefill, self.decode, self.host_s = prefill, decode, host_s
+        self.prefill, self.decode, self.host_s, self.overlap = prefill, decode, host_s, overlap
         near, counts = prefill.contexts[0], _sizes(prefill)
         sizes, growth = np.array(counts, float), _chunk_growth(prefill)
         seconds = np.array([prefill.predict(t, near) for t in counts])
@@ -102,31 +127,50 @@ class StepPredictor:
         batches, growth = np.array(counts, float), _growth(decode)
         self.decode_growth = Line(batches, growth)
         without = np.array([decode.predict(n, near) for n in counts]) - growth * near
+        self.batches = Line(batches, without)  # steps that decode and do nothing else, without keys
         beyond = without - np.array([self.tokens.at(n) for n in batches])
-        self.rows = Line(batches, np.maximum.accumulate(np.maximum(beyond - max(beyond[0], 0.0), 0.0)))
-        self.first_row = max(
-            0.0, float(beyond[0])
-        )  # what a step of one decode takes beyond one token's chunk
+        # Graphs of steps without chunks leave launches out that all others have: a step of both has both.
+        both = max(0.0, -float(beyond.min())) if overlap else 0.0
+        self.first_row = max(0.0, float(beyond[0]))  # a step of one decode beyond one token's chunk
+        self.rows = Line(batches, np.maximum.accumulate(np.maximum(beyond + both - self.first_row, 0.0)))
         self.per_key_alone = self.decode_growth.at(1)
 
     def seconds(self, work: StepWork) -> float:
-        """Predicted seconds of a step; 0 for one without tokens."""
-        chunk_tokens = sum(count for count, _ in work.chunks)
-        tokens = work.decodes + chunk_tokens
-        if not tokens:
-            return 0.0
-        total = self._fixed(work.decodes, work.keys, work.longest, work.rows)
-        total += self.tokens.at(tokens)
-        if chunk_tokens:
-            total += self._chunks(work.chunks, chunk_tokens)
-        return total + self.host_s[1] * len(work.chunks)
+        """Predicted seconds from the tokens of the step before to this one's, in an engine that has always
+        another step; 0 for one without tokens."""
+        return self._with_host(self.device_seconds(work), work.num_seqs)
 
-    def _fixed(self, decodes: int, keys: int, longest: int, rows: int) -> float:
-        """What does not depend on the chunks."""
-        total = self.rows.at(rows) + self.host_s[0] + self.host_s[1] * decodes
+    def parts(self, work: StepWork) -> tuple[float, float, float]:
+        """Seconds of the host before a step, of the device, and of the host after it."""
+        before, after = self.host_s.of(work.num_seqs)
+        return before, self.device_seconds(work), after
+
+    def _with_host(self, device_s: float, num_seqs: int) -> float:
+        host_s = self.host_s.total(num_seqs)
+        if not device_s:
+            return 0.0
+        return max(device_s, host_s) if self.overlap else device_s + host_s
+
+    def device_seconds(self, work: StepWork) -> float:
+        """What a step takes where it is computed."""
+        chunk_tokens = sum(count for count, _ in work.chunks)
+        if not chunk_tokens:
+            return self._decodes(work.decodes, work.keys, work.longest) if work.decodes else 0.0
+        total = self._beside_chunks(work.decodes, work.keys, work.longest, work.rows)
+        return total + self.tokens.at(work.decodes + chunk_tokens) + self._chunks(work.chunks, chunk_tokens)
+
+    def _decodes(self, decodes: int, keys: int, longest: int) -> float:
+        """A step that has no chunk."""
+        return self.batches.at(decodes) + self._keys(decodes, keys, longest)
+
+    def _keys(self, decodes: int, keys: int, longest: int) -> float:
+        return max(keys * self.decode_growth.at(decodes) / decodes, longest * self.per_key_alone)
+
+    def _beside_chunks(self, decodes: int, keys: int, longest: int, rows: int) -> float:
+        """What a step with chunks has beside their tokens."""
+        total = self.rows.at(rows)
         if decodes:
-            total += self.first_row
-            total += max(keys * self.decode_growth.at(decodes) / decodes, longest * self.per_key_alone)
+            total += self.first_row + self._keys(decodes, keys, longest)
         return total
 
     def _chunks(self, chunks: Sequence[Chunk], tokens: int) -> float:
@@ -147,7 +191,7 @@ class StepPredictor:
         prompts: (tokens left, keys before them) of those that are being read; the dearest first, so that
         however the tokens are shared the step takes no longer. Tokens beyond theirs are new prompts'.
         """
-        fixed = self._fixed(decodes, keys, longest, decodes)
+        fixed = self._beside_chunks(decodes, keys, longest, decodes)
         dearest = sorted(prompts, key=lambda prompt: -prompt[1])
         low, high = 0, most
         while low < high:
@@ -161,7 +205,7 @@ class StepPredictor:
             if left:
                 chunks.append((left, 0))
             took = fixed + self.tokens.at(decodes + middle) + self._chunks(chunks, middle)
-            if took + self.host_s[1] * len(chunks) <= limit_s:
+            if self._with_host(took, decodes + len(chunks)) <= limit_s:
                 low = middle
             else:
                 high = middle - 1
@@ -188,14 +232,18 @@ def _growth(curve: StepCurve) -> np.ndarray:
 
 
 def _chunk_growth(curve: StepCurve) -> np.ndarray:
-    """The same for chunks. From FULL tokens on each pair of a token and a key costs the same.
+    """The same for chunks. Where contexts are near, from FULL tokens on each pair of a token and a key costs
+    the same.
 
     Its cost is a mean over those sizes, each weighted by how well its two times tell a difference: of large
-    steps both times are long, and noise is a part of either.
+    steps both times are long, and noise is a part of either. A FAR context needs no mean, and shows what a
+    mean hides: how long a chunk takes that is too small to fill a device.
     """
     sizes, both, rise = _rises(curve)
     if not len(both):
         return np.zeros(len(sizes))
+    if curve.contexts[-1] - curve.contexts[0] >= FAR:
+        return _growth(curve)
     far, near = curve.contexts[-1], curve.contexts[0]
     full = both >= min(FULL, both[-1])
     noise = [curve.predict(int(t), far) ** 2 + curve.predict(int(t), near) ** 2 for t in both[full]]

@@ -19,7 +19,7 @@ from sharp.config import EngineConfig
 from sharp.curves import StepCurve
 from sharp.host_time import measure_host
 from sharp.meter import copy_bandwidth, open_meter
-from sharp.predictor import StepPredictor
+from sharp.predictor import NO_HOST, HostTime, StepPredictor
 from sharp.step_times import SECONDS, Curves, measure_curves
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ class Probe:
     date: str
     fingerprint: dict[str, str]
     from_cache: bool = False
-    host_s: tuple[float, float] = (0.0, 0.0)  # the engine's own seconds for a step and for each sequence
+    host_s: HostTime = NO_HOST  # the engine's own
+    overlap: bool = False  # steps run beside the host
 
     def __post_init__(self) -> None:
         _ = self.prefill, self.decode  # ValueError for points that no step can have
@@ -80,7 +81,7 @@ class Probe:
     @property
     def predictor(self) -> StepPredictor:
         """Seconds of any step: what sharp/simulate.py and latency-target ask."""
-        return StepPredictor(self.prefill, self.decode, self.host_s)
+        return StepPredictor(self.prefill, self.decode, self.host_s, overlap=self.overlap)
 
     @property
     def budget(self) -> BudgetReport:
@@ -164,7 +165,8 @@ def run_probe(
         touch(model)
         readings.append(("buffers", meter.used()))
         meter.start_peak()
-        curves = measure_curves(model, config, meter, max_model_len=model.max_model_len, limit_s=limit_s)
+        length, kind = model.max_model_len, device.kind
+        curves = measure_curves(model, config, meter, max_model_len=length, limit_s=limit_s, kind=kind)
         at = dict(readings)
         measured = {"reserve": meter.peak()}
         if model.arena is not None:  # by its own books, and as the device sees it
@@ -192,7 +194,12 @@ def run_probe(
             seconds=time.perf_counter() - start,
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             fingerprint=fingerprint,
-            host_s=measure_host(model.config),
+            host_s=measure_host(
+                model.config,
+                model=model if model.overlaps else None,
+                max_tokens=config.max_num_batched_tokens,
+            ),
+            overlap=model.overlaps,
         )
     finally:
         model.close()

@@ -27,7 +27,7 @@ from sharp.pull import resolve
 from sharp.weights import Checkpoint, open_checkpoint
 
 FREE_TOLERANCE = 0.1  # of all memory: by more than this the free bytes may not have moved
-FORM = "1"  # of the file; a new one makes old files misses
+FORM = "2"  # of the file; a new one makes old files misses
 PACKAGES = ("ml-dtypes", "numba-cuda", "cuda-bindings")
 
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")

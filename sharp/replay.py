@@ -20,7 +20,7 @@ from sharp.event_log import TIMES, VERSION, planned
 from sharp.latency_target import LatencyTarget
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.policies import POLICIES, SchedulingPolicy, ShortestPromptFirst, make_policy
-from sharp.predictor import StepPredictor
+from sharp.predictor import HostTime, StepPredictor
 from sharp.request import Request, SamplingParams, Status
 from sharp.scheduler import Scheduler
 
@@ -145,9 +145,10 @@ def rebuild_policy(described: dict[str, Any]) -> SchedulingPolicy:
     if name == LatencyTarget.name:
         predictor = None
         if "prefill" in options:
-            step, each = options["host_s"]
             prefill, decode = (StepCurve.of(tuple(p) for p in options[k]) for k in ("prefill", "decode"))
-            predictor = StepPredictor(prefill, decode, (step, each))
+            predictor = StepPredictor(
+                prefill, decode, HostTime(*options["host_s"]), overlap=options["overlap"]
+            )
         return LatencyTarget(options["target_itl_ms"], predictor)
     if name == ShortestPromptFirst.name:
         return ShortestPromptFirst(**options)

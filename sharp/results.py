@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,37 @@ def read_rows(results: Path = RESULTS) -> list[dict[str, Any]]:
     for path in sorted(results.glob("*.json")):
         rows.extend(json.loads(path.read_text(encoding="utf-8")))
     return rows
+
+
+class RowFile:
+    """The rows so far, in a file (None: nowhere) after each of them. Those that the file holds of this commit
+    are kept until they are measured anew: parts may be measured one by one."""
+
+    def __init__(self, path: Path | None, commit: str) -> None:
+        self._path = path
+        old = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
+        self._rows = {row["case"]: row for row in old if row["commit"] == commit}
+
+    def take(self, part: Iterable[dict[str, Any]], say: Callable[[str], object]) -> None:
+        """The rows of a part as they come. One that misses its tolerance is told; an import would refuse the
+        whole file for it. If it is a stall's, whose answers are compared with each other, all of them go."""
+        for row in part:
+            case = row["case"]
+            if row["err"] <= 1:
+                self._rows[case] = row
+            else:
+                say(f"missed, no row: {case}, {row['err']} times its tolerance")
+                kind = "stall/" if case.startswith("stall/") else case
+                self._rows = {name: kept for name, kept in self._rows.items() if not name.startswith(kind)}
+            self._write()
+
+    def _write(self) -> None:
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.all, indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def all(self) -> list[dict[str, Any]]:
+        return list(self._rows.values())
 
 
 def format_row(row: dict[str, Any]) -> str:

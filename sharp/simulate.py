@@ -1,8 +1,9 @@
 """The simulator: the engine's own scheduler over predicted step times, in virtual time.
 
 Every decision is the real one: Scheduler, policy, pages, queue, and when each is taken: with overlap a step
-is planned when the one before it starts. Only the model is absent: a step takes what StepPredictor says, and
-an answer is as long as the workload says. Refuses to know tokens' values, files and devices.
+is planned while the one before it runs. Only the model is absent: a step takes what StepPredictor says, on
+the device and on the host before and after it, and an answer is as long as the workload says. Refuses to know
+tokens' values, files and devices.
 """
 
 from __future__ import annotations
@@ -30,9 +31,19 @@ from sharp.workloads import Arrival
 
 
 class Predictor(Protocol):
-    """Gives a step its seconds: StepPredictor, or a device that a test makes up."""
+    """Gives a step its seconds: StepPredictor, or a device that a test makes up. One that knows the host's
+    too has StepPredictor's parts()."""
 
     def seconds(self, work: StepWork) -> float: ...
+
+
+Parts = tuple[float, float, float]  # seconds of the host before a step, of the device, of the host after it
+
+
+def parts_of(predictor: Predictor) -> Callable[[StepWork], Parts]:
+    """A predictor's parts(); where it has none, steps take the host no time."""
+    known: Callable[[StepWork], Parts] | None = getattr(predictor, "parts", None)
+    return known or (lambda work: (0.0, predictor.seconds(work), 0.0))
 
 
 class Noisy:
@@ -41,13 +52,21 @@ class Noisy:
 
     def __init__(self, predictor: Predictor, noise: Sequence[float], seed: int = 0) -> None:
         self._predictor, self._noise = predictor, np.array(noise or (1.0,))
+        self._parts = parts_of(predictor)
         self._rng = np.random.default_rng(seed)
         self._drawn: list[float] = []
 
-    def seconds(self, work: StepWork) -> float:
+    def _draw(self) -> float:
         if not self._drawn:
             self._drawn = self._noise[self._rng.integers(0, len(self._noise), 4096)].tolist()
-        return self._predictor.seconds(work) * self._drawn.pop()
+        return self._drawn.pop()
+
+    def seconds(self, work: StepWork) -> float:
+        return self._predictor.seconds(work) * self._draw()
+
+    def parts(self, work: StepWork) -> Parts:
+        before, device, after = self._parts(work)
+        return before, device * self._draw(), after
 
 
 @dataclass(frozen=True)
@@ -78,26 +97,53 @@ class Simulated:
 
 @dataclass(frozen=True)
 class _Flight:
-    """A step on the device: what it computes, seconds that it takes, when it ends, and who waits
-    meanwhile."""
+    """A step on its way: what it computes, when its planning began, when the device has done it, seconds of
+    the host after that, and who waits meanwhile."""
 
     plan: BatchPlan
     work: StepWork
-    seconds: float
+    began: float
     end: float
+    after: float
     waiting: int
 
 
-def _quiet_times(work: StepWork, steps: int, now: float, until: float, predictor: Predictor) -> list[float]:
-    """When each of the next `steps` steps ends, if each begins before `until` and has the decodes of `work`
-    with one more key each than the step before it."""
-    times: list[float] = []
-    while len(times) < steps and now < until:
-        done = len(times) + 1
-        keys = work.keys + done * work.decodes
-        now += predictor.seconds(StepWork(work.decodes, keys, work.longest + done, (), work.rows))
-        times.append(now)
-    return times
+class _Quiet:
+    """When steps end that decode what the step before them does, with a key more for each, where nobody comes
+    or goes. parts: of a step's work."""
+
+    def __init__(self, work: StepWork, parts: Callable[[StepWork], Parts]) -> None:
+        self._work, self._parts, self._done = work, parts, 0
+
+    def _next(self) -> Parts:
+        self._done += 1
+        work, more = self._work, self._done
+        keys = work.keys + more * work.decodes
+        return self._parts(StepWork(work.decodes, keys, work.longest + more, (), work.rows))
+
+    def one_by_one(self, steps: int, now: float, until: float) -> list[float]:
+        """When the tokens of the next `steps` steps are there, of those that begin before `until`."""
+        times: list[float] = []
+        while len(times) < steps and now < until:
+            now += sum(self._next())
+            times.append(now)
+        return times
+
+    def overlapped(
+        self, steps: int, now: float, until: float, behind: _Flight
+    ) -> tuple[list[float], float, float]:
+        """The same for `behind`, in flight, and the steps after it; and when the step after all of these was
+        planned, and the device had done what came before it."""
+        times: list[float] = []
+        end, after = behind.end, behind.after
+        while True:
+            began, free = now, end
+            host, device, its_after = self._next()
+            now = max(began + host, end) + after
+            times.append(now)
+            end, after = max(began + host, free) + device, its_after
+            if len(times) > steps or now >= until:
+                return times, began, free
 
 
 @cache
@@ -136,19 +182,21 @@ def simulate(
     ids = np.ones(config.max_num_batched_tokens, np.int32)
     flying: deque[_Flight] = deque()
     most, free = 2 if config.overlap else 1, 0.0  # steps in flight; when the device has done all it has
+    parts, landed = parts_of(predictor), 0.0  # when the latest step's tokens were there
 
-    def launch(at: float) -> bool:
-        """Plan a step at a time, to start when the device has done what it has; False if there is none."""
+    def launch(at: float) -> float | None:
+        """Plan a step at a time, to start when the device has done what it has; when the host has done with
+        it, None if there is none."""
         nonlocal free
         plan = scheduler.plan()
         if plan is None:
-            return False
+            return None
         look(scheduler, at)
         work = StepWork.of(plan)
-        seconds = predictor.seconds(work)
-        free = max(at, free) + seconds
-        flying.append(_Flight(plan, work, seconds, free, len(scheduler.waiting)))
-        return True
+        before, device, after = parts(work)
+        free = max(at + before, free) + device
+        flying.append(_Flight(plan, work, at, free, after, len(scheduler.waiting)))
+        return at + before
 
     while True:
         while coming < len(workload) and workload[coming].arrival_s <= now:
@@ -168,7 +216,9 @@ def simulate(
                 clock.arrive(request.request_id, arrival.arrival_s)
             except (QueueFull, RequestTooLarge) as error:
                 refused[type(error).__name__] += 1
-        if launch(now):
+        launched = launch(now)
+        if launched is not None:
+            now = launched
             if len(flying) < most:
                 continue
         elif not flying:
@@ -177,8 +227,9 @@ def simulate(
             now = max(now, workload[coming].arrival_s)
             continue
         flight = flying.popleft()
-        plan, now = flight.plan, flight.end
-        queue_area += flight.waiting * flight.seconds
+        plan, now = flight.plan, max(now, flight.end) + flight.after
+        took, landed = now - max(flight.began, landed), now
+        queue_area += flight.waiting * took
         queue_max = max(queue_max, flight.waiting)
         steps += 1
         rows = len(plan.logits_rows)
@@ -193,27 +244,30 @@ def simulate(
                 prompt_tokens += len(request.prompt_token_ids)
         completed += ended
         running_max = max(running_max, plan.num_seqs)
-        policy.observe(plan, flight.seconds)
+        policy.observe(plan, took)
         if ended or not steps_alike or plan.num_decodes < len(scheduler.table):
             continue
         # All that runs has decoded, and will again until somebody ends or comes: no plan is needed to know.
         next_arrival = workload[coming].arrival_s if coming < len(workload) else math.inf
-        quiet, times = quiet_steps(scheduler), [now]
+        quiet = quiet_steps(scheduler)
         if not quiet or now >= next_arrival:
             continue
         behind = flying.pop() if flying else None
-        if behind is not None:  # is one of them; the one that is in flight after them is planned anew
+        ahead = _Quiet((behind or flight).work, parts)
+        again = 0.0
+        if behind is None:
+            times = ahead.one_by_one(quiet, now, next_arrival)
+        else:  # is one of them; the one that is in flight after them is planned anew
             scheduler.rollback(behind.plan)
-            times.append(behind.end)
+            times, again, free = ahead.overlapped(quiet, now, next_arrival, behind)
             flight = behind
-        times += _quiet_times(flight.work, quiet, times[-1], next_arrival, predictor)
-        skip(scheduler, len(times) - 1, 1)
-        clock.tokens_of_all(plan.request_ids, times[1:])
-        steps += len(times) - 1
+        skip(scheduler, len(times), 1)
+        clock.tokens_of_all(plan.request_ids, times)
+        steps += len(times)
         queue_area += flight.waiting * (times[-1] - now)
-        now = free = times[-1]
+        now = landed = times[-1]
         if behind is not None:
-            launch(times[-2])
+            launch(again)
     return Simulated(
         policy=policy.name,
         requests=len(workload),

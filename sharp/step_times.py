@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
+from sharp.buckets import Buckets
 from sharp.config import EngineConfig
 from sharp.curves import Point, StepCurve
 from sharp.meter import Meter
-from sharp.plan import BatchPlan, StepModel
+from sharp.plan import BatchPlan, Launched, StepModel
 
 ROUNDS = 3  # timed steps of a point, at least; the median counts
 CHEAP_S, CHEAP_ROUNDS = 0.2, 9  # so many steps where they fit in so many seconds: short ones are noisier
+CHEAP_AHEAD_S = (
+    0.05  # of those that run beside the host, which disturbs them little; and there are more sizes
+)
 NOISE = 40  # quantiles
-CONTEXTS = (0, 1024)  # keys in the pages before a chunk
-DECODE_CONTEXTS = (64, 1024)  # and of each sequence before a decode
+# Keys in the pages before a chunk, and of each sequence before a decode. A GPU reads a thousand keys in the
+# noise of a step, and sequences side by side in pieces of a thousand: only far ones show what a key costs.
+CONTEXTS = {"cpu": (0, 1024), "cuda": (0, 8192)}
+DECODE_CONTEXTS = {"cpu": (64, 1024), "cuda": (64, 8192)}
 FIRST_JUMP = 4  # times: the most that a second point is guessed to take, as all tokens share reading weights
 WARMUP_BELOW = 0.25  # seconds: a slower step needs no round that does not count, the median drops the first
 SECONDS = 14.0  # for the curves: with loading and copies this stays under 20 s for a model of 1 B parameters
@@ -81,31 +89,53 @@ def measure_curves(
     *,
     max_model_len: int,
     limit_s: float = SECONDS,
+    kind: str = "cpu",
     clock: Callable[[], float] = time.perf_counter,
 ) -> Curves:
-    """Time steps of doubling size, through the model, until the time or the pages are used up.
+    """Time steps as the engine runs them, launch and land, until the time or the pages are used up. Where
+    steps run beside the host, the next one is launched before one is landed, so a time is that from one
+    step's tokens to the next's, whatever the device does in between.
 
-    limit_s: seconds for all of it, each line (prefill or decode, one context) a share. A point is
-    left out where its rounds, guessed from others, would not end in time: fewer points, never fewer rounds.
-    The smallest step of a line is always timed. What a first step of a size takes beyond later ones (kernels
-    are compiled, or found on disk) counts for neither.
+    limit_s: seconds for all of it, each line (prefill or decode, one context) a share. kind: of device, whose
+    CONTEXTS are taken. A point is left out where its rounds, guessed from others, would not end in time:
+    fewer points, never fewer rounds. The smallest step of a line is always timed. What a first step of a size
+    takes beyond later ones (kernels are compiled, or found on disk, and a graph is captured) counts for
+    neither.
     """
     steps = iter(range(1, 1 << 30))
     compiling = 0.0
+    ahead = 1 if getattr(model, "overlaps", False) else 0  # steps in flight while one is landed
+    cheap_s = CHEAP_AHEAD_S if ahead else CHEAP_S
 
     def spent() -> float:
         return clock() - compiling
 
-    def once(num_seqs: int, tokens: int, context: int) -> float:
-        plan = uniform_step(
-            num_seqs, tokens, context, config.block_size, model.config.vocab_size, step=next(steps)
-        )
-        start = clock()
-        batch = model.stage(plan)
-        logits = model.forward(batch)
-        meter.look()
-        model.sample(logits, batch)  # waits for the step, as the engine does
-        return clock() - start
+    def row(num_seqs: int, tokens: int, context: int, count: int) -> list[float]:
+        """Seconds of each of `count` equal steps in a row."""
+        plans = [
+            uniform_step(num_seqs, tokens, context, config.block_size, model.config.vocab_size, next(steps))
+            for _ in range(count + ahead)
+        ]
+        flying: deque[Launched] = deque()
+        taken, last = [], clock()
+
+        def land() -> None:
+            nonlocal last
+            # Pages before a chunk hold what their memory held, NaN perhaps: times are all that is asked for.
+            with suppress(FloatingPointError):
+                model.land(flying.popleft())
+            now = clock()
+            taken.append(now - last)
+            last = now
+
+        for plan in plans:
+            flying.append(model.launch(plan))
+            meter.look()
+            if len(flying) > ahead:
+                land()
+        while flying:
+            land()
+        return taken[ahead:]  # the first of several had its own launch in its time
 
     def sweep(what: str, sizes: list[int], context: int, deadline: float) -> None:
         nonlocal compiling
@@ -121,11 +151,15 @@ def measure_curves(
             elif line and spent() + ROUNDS * guess > deadline:
                 why = f"{ROUNDS} rounds would take too long"
             else:
-                first = once(num_seqs, tokens, context) if guess < WARMUP_BELOW else 0.0
-                taken = [once(num_seqs, tokens, context) for _ in range(ROUNDS)]
-                compiling += max(0.0, max(first, taken[0]) - min(taken))
-                while len(taken) < CHEAP_ROUNDS and sum(taken) < CHEAP_S:
-                    taken.append(once(num_seqs, tokens, context))
+                before = clock()
+                if guess < WARMUP_BELOW:
+                    row(num_seqs, tokens, context, 1)
+                first = clock() - before
+                taken = row(num_seqs, tokens, context, ROUNDS)
+                compiling += max(0.0, max(first / (1 + ahead), taken[0]) - min(taken))
+                more = min(CHEAP_ROUNDS - ROUNDS, int((cheap_s - sum(taken)) / statistics.median(taken)))
+                if more > 0:
+                    taken += row(num_seqs, tokens, context, more)
                 line.append((size, statistics.median(taken)))
                 ratios.extend(seconds / line[-1][1] for seconds in taken)
                 points[what].append((size, context, line[-1][1]))
@@ -138,11 +172,13 @@ def measure_curves(
     ratios: list[float] = []
     points: dict[str, list[Point]] = {"prefill": [], "decode": []}
     chunks, batches = _sizes(config.max_num_batched_tokens), _sizes(config.max_num_seqs)
+    if ahead:
+        chunks, batches = _bucket_edges(config.max_num_batched_tokens, config.max_num_seqs)
     start, room = spent(), max_model_len - config.max_num_batched_tokens
-    contexts = sorted({min(context, room) for context in CONTEXTS})
+    contexts = sorted({min(context, room) for context in CONTEXTS[kind]})
     # Keys that every sequence of the largest batch can have in these pages.
     room = min(model.num_blocks // config.max_num_seqs * config.block_size, max_model_len) - 1
-    decode_contexts = sorted({max(0, min(context, room)) for context in DECODE_CONTEXTS})
+    decode_contexts = sorted({max(0, min(context, room)) for context in DECODE_CONTEXTS[kind]})
     lines = [("prefill", chunks, c) for c in contexts] + [("decode", batches, c) for c in decode_contexts]
     shares = (0.4, 0.28, 0.16, 0.16) if len(lines) == 4 else (1 / len(lines),) * len(lines)
     deadline = start
@@ -159,6 +195,19 @@ def _sizes(limit: int) -> list[int]:
     powers = range(limit.bit_length())
     coarse = [1 << i for i in powers if i % 3 == 0]
     return list(dict.fromkeys([*coarse, limit, *(1 << i for i in powers)]))
+
+
+def _bucket_edges(max_tokens: int, max_seqs: int) -> tuple[list[int], list[int]]:
+    """Tokens of chunks, sequences of decodes: the first and the last size of each bucket that steps are
+    launched for (a time may jump from one to the next), the last ones first. A step of one token decodes."""
+    buckets = Buckets(max_tokens, max_seqs)
+    found = []
+    for ladder, most in ((buckets.mixed, max_tokens), (buckets.decode, max_seqs)):
+        ends = [bucket.tokens for bucket in ladder]
+        firsts = [end + 1 for end in ends if end < most]
+        least = [1, 2] if ladder is buckets.mixed else [1]
+        found.append([size for size in dict.fromkeys([*least, *ends, *firsts]) if size <= most])
+    return found[0], found[1]
 
 
 def _guess(line: list[tuple[int, float]], size: int) -> float:

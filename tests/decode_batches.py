@@ -85,6 +85,16 @@ class Batch(Heads):
                     out[seq, mine], lse[seq, mine] = attend(self.q[seq, mine], k, v, self.scale)
         return out, lse
 
+    def by_tokens(self, rng: np.random.Generator, tokens: int) -> Batch:
+        """A batch of one row for each of a sequence's last `tokens` tokens: row b tokens + i sees all but the
+        tokens - 1 - i newest keys of sequence b. Made with a window of tokens - 1 keys more than rows get."""
+        lens = np.repeat(self.context_lens, tokens) - np.tile(np.arange(tokens)[::-1], len(self.q))
+        q = np.repeat(self.q, tokens, axis=0)
+        q = rng.permuted(q.astype(np.float32), axis=2).astype(q.dtype)
+        window = None if self.window is None else self.window - tokens + 1
+        table = np.repeat(self.block_table, tokens, axis=0)
+        return Batch(q, self.k_cache, self.v_cache, lens.astype(np.int32), table, window)
+
     def only(self, seq: int) -> Batch:
         """One sequence alone, over the same pages."""
         rows = slice(seq, seq + 1)

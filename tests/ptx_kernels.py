@@ -16,6 +16,7 @@ from kernels_numba.ptx import (
     control,
     cp_async,
     debug,
+    distributed,
     fences,
     griddep,
     halves,
@@ -415,6 +416,40 @@ def make_multicast(half_bytes, rows, rank=2, hint=False):
         cluster.cluster_wait()
 
     return multicast
+
+
+def make_st_async():
+    """(words f32[threads, 8], out f32[threads, 8]), clusters of 2 blocks of 32 threads: a thread sends its
+    words 0 to 3, 4 and 5, and 6 to its place in the other block; out: what its own place then holds, 7: 0."""
+
+    def st_async(words, out):
+        smem = dynamic_shared()
+        bar = smem + 1024
+        thread = cuda.threadIdx.x
+        at = words + 32 * (cuda.blockIdx.x * 32 + thread)
+        held = cuda.local.array(4, np.int32)
+        rest = cuda.local.array(4, np.float32)
+        if thread == 0:
+            mbarrier.mbarrier_init(bar, 1)
+            mbarrier.fence_mbarrier_init()
+        ldst.st_shared_b32(smem + 32 * thread + 28, 0)
+        cluster.cluster_sync()
+        if thread == 0:
+            mbarrier.mbarrier_expect_tx(bar, 28 * 32)
+        there = cluster.cluster_address(smem, cluster.cluster_rank() ^ 1)
+        full, to = there + 1024, there + 32 * thread
+        vector.ld_global_v4(held, at)
+        vector.ld_global_v4(rest, at + 16)
+        distributed.st_async_v4(to, held, full)
+        distributed.st_async_v2_f32(to + 16, rest[0], rest[1], full)
+        distributed.st_async_f32(to + 24, rest[2], full)
+        mbarrier.mbarrier_wait(bar, 0)
+        for i in range(8):
+            value = distributed.ld_shared_f32(smem + 32 * thread + 4 * i)
+            ldst.st_global_f32(out + 32 * (cuda.blockIdx.x * 32 + thread) + 4 * i, value)
+        cluster.cluster_sync()
+
+    return st_async
 
 
 def make_ldmatrix(count, trans):

@@ -17,18 +17,25 @@ from tolerance import error_ratio
 
 from kernels_numba import attention_contract as contract
 from kernels_numba.compiler import KernelsUnavailable
+from kernels_numba.ops.decode_attention import decode_attention_spec
 from kernels_numba.ops.decode_attention.config import (
     CONFIGS,
     HEAD_DIMS,
     MUTANTS,
     SMEM_LIMITS,
     Build,
+    ClusterConfig,
     DecodeConfig,
+    cluster_plan,
+    fits_cluster,
+    pick_cluster,
     pick_config,
+    resident_clusters,
     smem_plan,
 )
 from kernels_numba.ops.decode_attention.door import Operands, Workspace, operands, refusal
 from kernels_numba.ops.decode_attention.in_numpy import in_numpy
+from kernels_numba.ops.decode_attention.tensor_core import decode_kernel
 from kernels_numba.simt_turns import Stuck
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,16 +111,27 @@ def test_sums_have_places_of_their_own():
     assert contract.sum_places(places)[0] == (quads[0] + quads[1]) + (quads[2] + quads[3])
 
 
+def test_the_definition_of_several_tokens_is_each_ones():
+    rng = np.random.default_rng(3)
+    k, v = (rng.standard_normal((3, 2, 4, 8)).astype(np.float32) for _ in range(2))
+    q, table = rng.standard_normal((6, 4, 8)).astype(np.float32), np.array([[2, 0], [1, -1]])
+    together = decode_attention_spec(q, k, v, np.array([7, 2]), table, softmax_scale=0.3, query_tokens=3)
+    lens, tables = np.array([5, 6, 7, 0, 1, 2]), np.repeat(table, 3, axis=0)
+    assert np.array_equal(together, decode_attention_spec(q, k, v, lens, tables, softmax_scale=0.3))
+    assert not together[3].any()
+
+
 # The kernel's text in numpy.
 
 
-def run_in_numpy(batch, feed, **how):
+def run_in_numpy(batch, feed, tokens=1, **how):
     """(out as float32, log-sum-exp) of the kernel's text; the counters it leaves are all 0."""
     out = np.full(batch.q.shape, np.nan, BF16)
     lse = np.full(batch.q.shape[:2], np.nan, np.float32)
     counters = in_numpy(
         feed, bits(out), bits(np.ascontiguousarray(batch.q)), bits(batch.k_cache), bits(batch.v_cache),
-        batch.context_lens, batch.block_table, softmax_scale=batch.scale, window=batch.window, lse=lse, **how,
+        batch.context_lens[tokens - 1 :: tokens].copy(), batch.block_table[::tokens].copy(),
+        softmax_scale=batch.scale, window=batch.window, lse=lse, tokens=tokens, **how,
     )  # fmt: skip
     assert not counters.any()
     return out.astype(np.float32), lse
@@ -145,6 +163,43 @@ def test_the_kernels_text_keeps_the_order(feed, lens, heads, group, head_dim, wi
     )
     # One rounding, and a little, because the two sum a step's products differently.
     assert apart(batch, run_in_numpy(batch, feed, grid=3)) <= 1.1
+
+
+@pytest.mark.parametrize(("tokens", "lens", "heads", "group", "head_dim", "window"), [
+    (2, [1, 0, 65, 129, 200, -4], 2, 3, 64, None), (8, [1030, 5, 64], 1, 7, 64, None),
+    (5, [1026, 3], 1, 4, 128, None), (3, [1030, 300, 140, 1], 1, 4, 64, 100),
+])  # fmt: skip
+def test_the_text_of_several_tokens_keeps_each_ones_order(tokens, lens, heads, group, head_dim, window):
+    """Every token has the result, and the bits, that it has alone."""
+    rng = np.random.default_rng([tokens, group])
+    reach = None if window is None else window + tokens - 1
+    rows = make_batch(rng, lens, heads, group, head_dim, window=reach, spread=2).by_tokens(rng, tokens)
+    got = run_in_numpy(rows, "tma", tokens=tokens, grid=2)
+    assert apart(rows, got) <= 1.1
+    alone = run_in_numpy(rows, "tma", grid=2)
+    assert all(np.array_equal(mine, other) for mine, other in zip(got, alone, strict=True))
+
+
+@pytest.mark.parametrize(("lens", "heads", "group", "head_dim"), [
+    ([1, 0, 65, 128, 200, -4], 2, 3, 64), ([63, 64, 129], 1, 9, 128), ([1023, 2500, 1], 1, 16, 64),
+    ([1500], 1, 7, 128),
+])  # fmt: skip
+@pytest.mark.parametrize("clusters", [1, 2])
+def test_a_cluster_that_shares_a_split_keeps_every_bit(lens, heads, group, head_dim, clusters):
+    batch = make_batch(np.random.default_rng(len(lens)), lens, heads, group, head_dim, spread=2)
+    got = run_in_numpy(batch, "cluster", grid=clusters)
+    assert apart(batch, got) <= 1.1
+    alone = run_in_numpy(batch, "tma", grid=2)
+    assert all(np.array_equal(mine, other) for mine, other in zip(got, alone, strict=True))
+
+
+def test_any_order_of_a_clusters_warps_gives_the_same_bits():
+    """More items than clusters, some without tiles for all blocks: nothing is overwritten too soon."""
+    batch = make_batch(np.random.default_rng(2), [1100, 0, 130, 1, 1024], 1, 3, 64)
+    results = [run_in_numpy(batch, "cluster", grid=1, seed=seed) for seed in range(5)]
+    assert all(
+        np.array_equal(got, want) for result in results for got, want in zip(result, results[0], strict=True)
+    )
 
 
 def test_any_order_of_warps_gives_the_same_bits():
@@ -191,7 +246,7 @@ import json, sys
 sys.path.insert(0, {root!r})
 from dataclasses import asdict
 from kernels_numba.assemble import assemble_kernel
-from kernels_numba.ops.decode_attention.config import Build, DecodeConfig
+from kernels_numba.ops.decode_attention.config import Build, ClusterConfig, DecodeConfig
 from kernels_numba.ops.decode_attention.tensor_core import decode_kernel
 reports = []
 for feed, blocks, arch, head_dim, dtype, window, lse in (
@@ -201,6 +256,9 @@ for feed, blocks, arch, head_dim, dtype, window, lse in (
 ):
     report = assemble_kernel(decode_kernel(DecodeConfig(head_dim, feed, blocks), dtype, window, lse), arch)
     reports.append([asdict(report), report.problems, feed, head_dim])
+for head_dim, dtype, lse in ((128, "bfloat16", True), (64, "float16", False)):
+    report = assemble_kernel(decode_kernel(ClusterConfig(head_dim), dtype, None, lse), "sm_90a")
+    reports.append([asdict(report), report.problems, "cluster", head_dim])
 print(json.dumps(reports))
 """
 
@@ -211,8 +269,8 @@ def assembled():
 
 
 def test_tiles_stay_in_registers(assembled):
-    assert len(assembled) == 4
-    for report, problems, feed, head_dim in assembled:
+    assert len(assembled) == 6
+    for report, problems, feed, head_dim in assembled[:4]:
         assert problems == [], report
         assert report["registers"] <= (128 if feed == "tma" else 255), report  # 2 x 256 threads an SM, or 1
         # 16 rows x 128 keys x head_dim: four warps share 8 x head_dim / 16 products of each kind, P V in
@@ -223,6 +281,40 @@ def test_tiles_stay_in_registers(assembled):
         assert ("UTMALDG" in counts) == (feed == "tma"), report
         assert ("LDGSTS" in counts) == (feed == "cp_async"), report
         assert ("ACQBULK" in counts) == (feed == "tma"), report
+
+
+def test_a_clusters_stores_are_asynchronous(assembled):
+    for report, problems, _, head_dim in assembled[4:]:
+        assert problems == [], report
+        assert report["registers"] <= 255, report  # 2 x 128 threads an SM
+        counts = report["instructions"]
+        assert counts["STAS"] >= 3 * head_dim // 16, report
+        assert counts["HMMA"] >= 4 * 8 + 2 * 8, report  # scores of the own tiles, a tile's values
+        # Fences: where barriers are made, and of the counter. The cluster's barrier is waited for once.
+        assert counts["MEMBAR"] <= 3, report
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_two_blocks_of_a_cluster_share_an_sm(head_dim):
+    config = ClusterConfig(head_dim)
+    assert config.blocks * config.own_tiles == 8
+    assert 2 * (cluster_plan(config).bytes + 1024) <= 233_472
+
+
+def test_few_items_get_clusters():
+    """Who has SMs for all of them: 1 x 8000 keys of 4 heads, and of 8 heads of 64; longer contexts count as
+    8 splits."""
+    assert pick_cluster(128, 4, 8, 132) == pick_cluster(128, 4, 98, 132) == ClusterConfig(128)
+    assert pick_cluster(64, 8, 8, 132) == ClusterConfig(64)
+    assert pick_cluster(128, 32, 1, 132) == ClusterConfig(128)
+    assert pick_cluster(128, 8, 8, 132) is None
+    assert resident_clusters(ClusterConfig(128), 132) == 32
+    assert not fits_cluster(100, 1, Build())
+    assert not fits_cluster(None, 2, Build())
+    with pytest.raises(ValueError, match="head_dim is 96; 64 or 128 is required"):
+        ClusterConfig(96)
+    with pytest.raises(ValueError, match="a cluster's kernel with window 5, 1 query tokens"):
+        decode_kernel(ClusterConfig(64), "bfloat16", 5)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
@@ -281,6 +373,10 @@ def test_the_door_lets_good_arguments_in():
     ({"softmax_scale": float("nan")}, "softmax_scale is nan"),
     ({"window": 0}, "window is 0; None or a whole number of at least 1"),
     ({"window": True}, "window is True"),
+    ({"query_tokens": 0}, "query_tokens is 0; a whole number from 1 to 8"),
+    ({"query_tokens": 9}, "query_tokens is 9; a whole number from 1 to 8"),
+    ({"query_tokens": 3}, "out has 4 rows; a multiple of the 3 query tokens"),
+    ({"query_tokens": 2}, r"context_lens has shape \(4,\); \(2\)"),
     ({"q": np.zeros((4, 6, 64), np.uint16)[:3]}, "q is a ndarray; a device array"),
     ({"q": OnDevice(np.zeros((3, 6, 64), np.uint16))}, r"q has shape \(3, 6, 64\); \(4, 6, 64\)"),
     ({"q": OnDevice(np.zeros((4, 6, 64), np.float16))}, "q has dtype float16; uint16"),
@@ -360,16 +456,21 @@ class OnGpu:
         self.arrays = [cuda.to_device(bits(x)) for x in (batch.k_cache, batch.v_cache)]
         self.arrays += [cuda.to_device(x) for x in (batch.context_lens, batch.block_table)]
 
-    def __call__(self, rung, **how):
-        """(out in the element type, log-sum-exp) by a tensor-core rung."""
+    def __call__(self, rung, query_tokens=1, **how):
+        """(out in the element type, log-sum-exp) by a tensor-core rung; query_tokens: that a sequence has,
+        of a batch by_tokens."""
         from kernels_numba.ops.decode_attention.tensor_core import attend
 
         batch = self.batch
         out = self.cuda.to_device(bits(np.full(batch.q.shape, np.nan, batch.q.dtype)))
         lse = self.cuda.to_device(np.full(batch.q.shape[:2], np.nan, np.float32))
+        lens, table = batch.context_lens[query_tokens - 1 :: query_tokens], batch.block_table[::query_tokens]
+        caches = self.arrays[:2]
+        each = (self.cuda.to_device(np.ascontiguousarray(x)) for x in (lens, table))
         attend(
-            rung, out, self.q, *self.arrays, softmax_scale=batch.scale, window=batch.window, lse=lse, **how
-        )
+            rung, out, self.q, *caches, *each, softmax_scale=batch.scale, window=batch.window, lse=lse,
+            query_tokens=query_tokens, **how,
+        )  # fmt: skip
         self.cuda.synchronize()
         return out.copy_to_host().view(batch.q.dtype), lse.copy_to_host()
 
@@ -424,6 +525,49 @@ def test_decode_with_a_window(cuda, window):
     results = [gpu(rung) for rung in RUNGS]
     assert check(batch, results[0], gpu.plain()) <= 1
     assert same_bits(*results)
+
+
+RING = {dim: DecodeConfig(dim, "tma") for dim in HEAD_DIMS}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_kv_heads", "group", "head_dim"), HEADS)
+def test_decode_by_clusters_has_the_same_bits(cuda, num_kv_heads, group, head_dim):
+    """Far more items than clusters, contexts of every kind; and launches that wait for random pauses."""
+    rng = np.random.default_rng([num_kv_heads, group, head_dim])
+    batch = make_batch(rng, [*LENGTHS, 9000], num_kv_heads, group, head_dim, spread=2)
+    gpu = OnGpu(cuda, batch)
+    want = gpu("hopper", config=RING[head_dim])
+    for build in (Build(), Build(debug=True, stress=True), Build()):
+        assert same_bits(gpu("hopper", config=ClusterConfig(head_dim), build=build), want)
+
+
+@pytest.mark.gpu
+def test_decode_of_one_sequence_by_a_cluster(cuda):
+    """What is picked for one sequence, against float64 and against blocks alone, length by length."""
+    rng = np.random.default_rng(5)
+    for length in (1, 64, 127, 128, 129, 1000, 1023, 1024, 1025, 4096, 8000, 20_011):
+        batch = make_batch(rng, [length], 4, 7, 128, spread=2)
+        gpu = OnGpu(cuda, batch)
+        results = [gpu("hopper"), gpu("hopper", config=RING[128]), gpu("hopper", config=ClusterConfig(128))]
+        assert check(batch, results[0], gpu.plain()) <= 1
+        assert all(same_bits(one, results[0]) for one in results), length
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "group", "head_dim", "window", "rungs"), [
+    (2, 7, 128, None, RUNGS), (8, 7, 128, None, RUNGS[:1]), (8, 4, 64, None, RUNGS[:1]),
+    (3, 4, 128, 300, RUNGS[:1]),
+])  # fmt: skip
+def test_decode_of_several_tokens(cuda, tokens, group, head_dim, window, rungs):
+    """Each token has the bits that it has alone, and is right."""
+    rng = np.random.default_rng([tokens, group])
+    reach = None if window is None else window + tokens - 1
+    rows = make_batch(rng, LENGTHS, 2, group, head_dim, window=reach, spread=2).by_tokens(rng, tokens)
+    gpu = OnGpu(cuda, rows)
+    alone = gpu("hopper")
+    assert check(rows, alone, gpu.plain()) <= 1
+    assert all(same_bits(gpu(rung, query_tokens=tokens), alone) for rung in rungs)
 
 
 @pytest.mark.gpu

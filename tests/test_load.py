@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,14 @@ from test_latency_target import curves_of
 
 from sharp import bench, bench_scheduler, results, stall
 from sharp.accuracy import KINDS, Comparison, compare_runs, workload_of
-from sharp.bench_scheduler import Bench, plan_us, verdicts
+from sharp.bench_scheduler import Bench, verdicts
 from sharp.engine import Engine
 from sharp.host_time import NoModel, measure_host
 from sharp.load import Load, run_load
 from sharp.plan import BatchPlan, SampleOutput
-from sharp.predictor import StepPredictor, StepWork
+from sharp.plan_times import plan_us
+from sharp.predictor import HostTime, StepPredictor, StepWork
+from sharp.pretend import PretendDevice
 from sharp.random_model import SHAPES, IdTokenizer, RandomCheckpoint, RandomSource
 from sharp.workloads import Arrival
 
@@ -103,6 +106,28 @@ def test_standing_streams_run_before_the_clock_and_are_ended_with_it() -> None:
     assert load.answer_tokens < sum(map(len, load.answers.values()))  # the first tokens came before the clock
 
 
+def test_streams_that_end_begin_again() -> None:
+    """Three of 12 tokens over and over: the same answer to the same prompt, of which one token alone is
+    computed; the times between two requests of a stream are none between tokens."""
+    one = engine(prefix_caching=True, max_model_len=200)
+    standing = [Arrival(0.0, 129, 12)] * 3
+    load = run_load(one, [Arrival(0.1, 20, 2)], standing=standing, again=True, duration=0.6)
+    assert not one.has_unfinished
+    hits = one.scheduler.pages.hit_tokens
+    one.close()
+    for stream in (-1, -2, -3):
+        places = range(stream, min(load.answers) - 1, -3)
+        rounds = [load.answers[place] for place in places if place in load.answers]
+        assert len(rounds) > 3
+        assert all(len(ids) == 12 for ids in rounds[:-1])
+        assert all(a[: len(b)] == b[: len(a)] for a, b in pairwise(rounds))
+    again = len(load.answers) - 1 - 3
+    assert 128 * again <= hits <= 128 * (again + 3)  # those that were begun and had no token yet
+    assert load.tokens == pytest.approx(load.answer_tokens + 20, abs=12)
+    assert load.itl.max < 0.1
+    assert load.refused == load.unfinished == 0
+
+
 def test_a_full_queue_is_counted() -> None:
     one = engine(max_num_seqs=1, max_queue_len=1)
     load = run_load(one, [Arrival(0.0, 10, 30)] * 6)
@@ -121,7 +146,7 @@ def test_the_engines_error_ends_the_run() -> None:
 
 def test_the_simulator_says_what_a_real_engine_does() -> None:
     """Over a model of known step times: the same steps, and times within what a busy machine's sleep adds."""
-    predictor = StepPredictor(*curves_of(slow), host_s=(2e-4, 1e-5))
+    predictor = StepPredictor(*curves_of(slow), host_s=HostTime(2e-4, 1e-5))
     config = engine_config(block_size=64, max_num_batched_tokens=256, max_num_seqs=16, max_model_len=2048)
     found = list(compare_runs(Sleeping(), config, predictor, 1.0))
     assert [one.name for one in found] == list(KINDS)
@@ -147,12 +172,12 @@ def test_workloads_keep_a_device_half_busy() -> None:
 
 def test_the_stall_scenario_and_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     """Blocking stalls, the others do not; all answers are the same; the rows can be recorded."""
-    predictor = StepPredictor(*curves_of(slow), host_s=(2e-4, 1e-5))
+    predictor = StepPredictor(*curves_of(slow), host_s=HostTime(2e-4, 1e-5))
     config = engine_config(block_size=64, max_num_batched_tokens=128, max_num_seqs=16, max_model_len=8192)
     model = Sleeping()
     made = Bench(model, config, predictor, "CPU Test", None, "0123abc")
     tiny = stall.Scenario(
-        streams=3, context=20, prompt=500, prompt_s=0.25, long=1500, long_s=0.6, duration=1.0
+        streams=3, context=20, answer=40, prompt=500, prompt_s=0.25, long=1500, long_s=0.6, duration=1.0
     )
     rows = {row["case"]: row for row in made.stall(tiny)}
     out = capsys.readouterr().out
@@ -218,8 +243,9 @@ def test_packed_prefill_reads_the_weights_less_often(
 
 
 def test_plan_is_timed_with_everybody_decoding() -> None:
-    median, best = plan_us(20, 50, steps=30)
-    assert 0 < best <= median < 1e5
+    found = plan_us(20, 50, steps=30)
+    assert 0 < found.best <= found.median < 1e5
+    assert 0 <= found.cpu < 2 * found.median + 1e4
 
 
 def test_the_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: Any) -> None:
@@ -232,27 +258,57 @@ def test_the_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsy
         return made
 
     monkeypatch.setattr(bench_scheduler, "open_bench", opened)
-    monkeypatch.setattr(bench_scheduler, "PLAN_STEPS", 5)
+    monkeypatch.setattr("sharp.plan_times.PLAN_STEPS", 5)
     commit = "012345678"
     monkeypatch.setattr("sharp.bench_ops.check_commit", lambda commit: commit)
     out = tmp_path / "rows.json"
-    words = ["--part", "plan", "--out", str(out), "--commit", commit, "--probe-s", "3"]
+    words = ["--part", "plan", "--out", str(out), "--commit", commit]
     bench.main(["scheduler", *words])
     printed = capsys.readouterr().out.splitlines()
     rows = json.loads(printed[-1])
     assert json.loads(out.read_text()) == rows
     assert [row["case"] for row in rows] == ["plan/256+1000", "plan/1024"]
-    assert seen == [("random:smollm2-135m", "auto", "auto", commit, 3.0)]
-    missed = made.row("plan/1024", 1.0, "us", 1.0, 1.5)
-    monkeypatch.setattr(Bench, "plan", lambda self: [*rows, missed])
+    assert seen == [(None, "auto", "auto", commit)]
+    missed = made.row("plan/9", 1.0, "us", 1.0, 1.5)
+    monkeypatch.setattr(Bench, "plan", lambda self, times: [*rows, missed])
     bench.main(["scheduler", *words])
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1]) == rows == json.loads(out.read_text())
-    assert "missed, no row: plan/1024, 1.5 times its tolerance" in lines
+    assert "missed, no row: plan/9, 1.5 times its tolerance" in lines
     for bad in (["--duration", "0"], ["--streams", "-1"], ["--probe-s", "nan"], ["--part", "x"]):
         with pytest.raises(SystemExit) as caught:
             bench.main(["scheduler", *bad])
         assert caught.value.code == 2
+
+
+def test_rows_are_kept_part_by_part(tmp_path: Any) -> None:
+    """A file grows by what is measured at the same commit; answers that differ take all stalls with them."""
+    config = engine_config(block_size=64)
+    out, said = tmp_path / "rows.json", list[str]()
+
+    def row(case: str, err: float = 0.0, commit: str = "0123abc") -> dict[str, Any]:
+        return Bench(Sleeping(), config, None, "CPU Test", None, commit).row(case, 1.0, "ms", 1.0, err)
+
+    def cases() -> list[str]:
+        return [one["case"] for one in json.loads(out.read_text())]
+
+    def broken() -> Any:
+        yield row("stall/a")
+        yield row("stall/a tokens")
+        raise TimeoutError
+
+    results.RowFile(out, "fff0000").take([row("plan/1", commit="fff0000")], said.append)
+    results.RowFile(out, "0123abc").take([row("prefill/packed")], said.append)
+    assert cases() == ["prefill/packed"]
+    with pytest.raises(TimeoutError):
+        results.RowFile(out, "0123abc").take(broken(), said.append)
+    assert cases() == ["prefill/packed", "stall/a", "stall/a tokens"]
+    results.RowFile(out, "0123abc").take([row("simulate/x", 1.2), row("stall/b", 2.0)], said.append)
+    assert cases() == ["prefill/packed"]
+    assert said == [
+        "missed, no row: simulate/x, 1.2 times its tolerance",
+        "missed, no row: stall/b, 2.0 times its tolerance",
+    ]  # fmt: skip
 
 
 def test_a_model_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,9 +350,29 @@ def test_random_models() -> None:
 
 
 def test_the_engines_own_time() -> None:
-    step, each = measure_host(model_config(), 8)
-    assert 0 < step < 0.1
-    assert 0 <= each < 0.05
+    found = measure_host(model_config(), 8)
+    assert 0 < found.before < 0.1
+    assert 0 < found.after < 0.1
+    assert 0 <= found.before_each < 0.05
+    assert 0 <= found.after_each < 0.05
+
+
+def test_the_engines_own_time_beside_a_device() -> None:
+    """Waiting for steps of 10 ms is no part of it, launching them for 1 ms is."""
+    config, calls = model_config(4096), list[int]()
+
+    def seconds(plan: BatchPlan) -> float:
+        calls.append(plan.num_seqs)
+        return 10e-3
+
+    device = PretendDevice(config, seconds, launch_s=1e-3)
+    found = measure_host(config, 4, model=device, max_tokens=256)
+    assert 1e-3 < found.before < 6e-3
+    assert 0 < found.after + found.before < 8e-3
+    assert set(calls) == {1, 4}
+    calls.clear()
+    measure_host(config, 4, model=device, max_tokens=255)  # four prompts are no step of it
+    assert not calls
 
 
 def test_comparison_names_the_worst() -> None:

@@ -12,7 +12,7 @@ from test_latency_target import curves_of, gpu_like
 
 from sharp.config import EngineConfig
 from sharp.curves import StepCurve
-from sharp.predictor import Line, StepPredictor, StepWork
+from sharp.predictor import HostTime, Line, StepPredictor, StepWork
 from sharp.request import Request, SamplingParams
 from sharp.scheduler import Scheduler
 
@@ -69,7 +69,7 @@ def test_rows_of_logits_cost() -> None:
 
 
 def test_what_the_engine_itself_takes() -> None:
-    predictor = StepPredictor(*curves_of(gpu_like), host_s=(1e-3, 1e-4))
+    predictor = StepPredictor(*curves_of(gpu_like), host_s=HostTime(1e-3, 1e-4))
     work = StepWork(3, 300, 100, ((64, 0),), 3)
     assert predictor.seconds(work) - PREDICTOR.seconds(work) == pytest.approx(1e-3 + 4e-4)
 

@@ -20,8 +20,9 @@ from sharp.__main__ import main
 from sharp.budget import Term
 from sharp.config import EngineConfig
 from sharp.device import HostDevice
+from sharp.eager import Eager
 from sharp.meter import COPY_BYTES, HostMeter, copy_bandwidth, free_before_context
-from sharp.plan import BatchPlan
+from sharp.plan import BatchPlan, SampleOutput
 from sharp.probe import Probe
 from sharp.probe_cache import fingerprint, get_probe, probe_path, read_probe, write_probe
 from sharp.step_times import CHEAP_ROUNDS, ROUNDS, Curves, measure_curves, uniform_step
@@ -35,7 +36,7 @@ def floor_then_linear(tokens: int, keys: int) -> float:
     return 0.010 * max(1.0, tokens / 64) + 1e-6 * tokens * keys
 
 
-class TimedModel:
+class TimedModel(Eager):
     """Takes known times on a clock of its own; every step is checked."""
 
     def __init__(self, seconds: Callable[[int, int], float], num_blocks: int = 4096) -> None:
@@ -56,8 +57,8 @@ class TimedModel:
         self.now += self.seconds(plan.num_tokens, int(plan.context_lens[0]))
         return plan
 
-    def sample(self, logits: Any, plan: BatchPlan) -> Any:
-        return None
+    def sample(self, logits: Any, plan: BatchPlan) -> SampleOutput:
+        return SampleOutput(np.ones(len(plan.logits_rows), np.int32), (None,) * len(plan.logits_rows))
 
     def close(self) -> None: ...
 
@@ -288,6 +289,7 @@ HOST_READINGS = """
 import time
 import numpy as np
 from sharp.device import HostDevice
+from sharp.eager import Eager
 from sharp.meter import HostMeter
 
 meter, size = HostMeter(HostDevice("float32")), 64 << 20

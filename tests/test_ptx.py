@@ -89,6 +89,7 @@ CALLS = {
     "st_global_b16": ("ldst", "g, i", "st.global.b16"),
     "st_shared_b32": ("ldst", "s, i", "st.shared.b32"),
     "ld_shared_b32": ("ldst", "s", "ld.shared.b32"),
+    "ld_shared_f32": ("distributed", "s", "ld.shared.f32"),
     "prefetch_l2": ("ldst", "g", "prefetch.global.L2"),
     "stmatrix_x4": ("matrix", "s, i, i, i, i", "stmatrix.sync.aligned.m8n8.x4.shared.b16"),
     "stmatrix_x4_trans": ("matrix", "s, i, i, i, i", "m8n8.x4.trans.shared.b16"),
@@ -137,6 +138,9 @@ CALLS = {
     "cluster_arrive_relaxed": ("cluster", "", "barrier.cluster.arrive.relaxed"),
     "cluster_wait": ("cluster", "", "barrier.cluster.wait.acquire"),
     "cluster_address": ("cluster", "s, 1", "mapa.shared::cluster.u32"),
+    "st_async_f32": ("distributed", "s, f, s", "complete_tx::bytes.f32"),
+    "st_async_v2_f32": ("distributed", "s, f, f, s", "complete_tx::bytes.v2.f32"),
+    "st_async_v4": ("distributed", "s, w, s", "complete_tx::bytes.v4.b32"),
     "ex2_f32": ("arith", "f", "ex2.approx.ftz.f32"),
     "lg2_f32": ("arith", "f", "lg2.approx.ftz.f32"),
     "fma_f32": ("arith", "f, f, f", "fma.rn.f32"),
@@ -163,8 +167,8 @@ CALLS = {
 # The folder's page is among the sources of recorded GEMM rows: these files go onto it when those are measured
 # anew.
 NOT_ON_THE_PAGE = {
-    "arith", "atomics", "halves", "mbarrier_poll", "mma_tile", "packs", "predicated", "predicated_vector",
-    "quotients", "reduce", "wgmma_panels",
+    "arith", "atomics", "distributed", "halves", "mbarrier_poll", "mma_tile", "packs", "predicated",
+    "predicated_vector", "quotients", "reduce", "wgmma_panels",
 }  # fmt: skip
 FLOATS = ("arith", "halves", "quotients")  # whose results are float32
 # In every kernel of test_gemm.py or ptx_kernels.py.

@@ -477,6 +477,25 @@ def test_multicast_in_a_cluster(rank, hint, rng):
     np.testing.assert_array_equal(ranks.copy_to_host(), [0, 1, 0, 1])
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("gpu")
+def test_asynchronous_stores_to_the_other_block(rng):
+    from kernels_numba.compiler import cuda
+    from kernels_numba.launch import Kernel, address
+
+    words = rng.standard_normal((4, 32, 8)).astype(np.float32)
+    source, out = device(words), empty((4, 32, 8), np.float32)
+    key = (Path(ptx_kernels.__file__).read_bytes(),)
+    kernel = Kernel(
+        "ptx_st_async", ptx_kernels.make_st_async, key, "void(int64, int64)", 32, smem=1040, cluster=2
+    )
+    kernel.prepare(4, (address(source), address(out)))()
+    cuda.synchronize()
+    wanted = words[[1, 0, 3, 2]]
+    wanted[..., 7] = 0
+    np.testing.assert_array_equal(out.copy_to_host(), wanted)
+
+
 def fragments(matrices, trans):
     """u16[count, 8, 8] -> i32[32, count]: what each lane holds of each matrix."""
     held = matrices.transpose(0, 2, 1) if trans else matrices

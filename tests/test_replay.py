@@ -21,7 +21,7 @@ from sharp.engine import Engine
 from sharp.failures import StepFailed
 from sharp.latency_target import LatencyTarget
 from sharp.policies import POLICIES, SchedulingPolicy, ShortestPromptFirst
-from sharp.predictor import StepPredictor
+from sharp.predictor import HostTime, StepPredictor
 from sharp.replay import ReplayError, read_log, replay
 from sharp.request import QueueFull, RequestTooLarge, SamplingParams
 
@@ -72,7 +72,7 @@ def run(engine: Engine, moves: list[Any]) -> None:
 
 
 def latency() -> LatencyTarget:
-    return LatencyTarget(20.0, StepPredictor(*curves_of(gpu_like), host_s=(1e-4, 1e-5)))
+    return LatencyTarget(20.0, StepPredictor(*curves_of(gpu_like), host_s=HostTime(1e-4, 1e-5)))
 
 
 MOVES = st.lists(

@@ -20,7 +20,7 @@ from sharp.host_time import NoModel
 from sharp.latencies import Spread, TokenClock
 from sharp.plan import BatchPlan, SampleOutput
 from sharp.policies import SchedulingPolicy
-from sharp.predictor import StepPredictor, StepWork
+from sharp.predictor import HostTime, StepPredictor, StepWork
 from sharp.quiet import quiet_steps, skip
 from sharp.random_model import IdTokenizer
 from sharp.request import Request, SamplingParams
@@ -111,7 +111,8 @@ def test_priorities_are_the_files() -> None:
 @pytest.mark.parametrize("overlap", [False, True])
 def test_decodes_in_one_go_change_nothing(overlap: bool) -> None:
     """Runs of decodes are computed at once where nothing can happen in between; every number stays."""
-    predictor = StepPredictor(*curves_of(gpu_like))
+    host = HostTime(4e-4, 1e-5, 3e-4, 2e-5)
+    predictor = StepPredictor(*curves_of(gpu_like), host, overlap=overlap)
     traffic = random_traffic(200, 30, prompt=(1, 600), output=(1, 300), seed=5)
 
     options: dict[str, Any] = {"max_num_batched_tokens": 512, "max_num_seqs": 2, "overlap": overlap}
@@ -142,6 +143,22 @@ def test_overlap_by_hand() -> None:
     assert found.ttft == Spread.of([1.0, 3.5])
     assert found.itl == Spread(4, 1.0, 1.0, 1.0, 1.0)
     assert (found.steps, found.seconds, found.output_tokens) == (5, 5.0, 6)
+
+
+def test_the_hosts_time_by_hand() -> None:
+    """0.3 s to plan and launch a step, 0.2 s to hand its tokens over, 1 s on the device. It is hidden while
+    another step runs; the first step waits for it, and every token is handed over."""
+
+    class WithHost(Fixed):
+        def parts(self, work: StepWork) -> tuple[float, float, float]:
+            return 0.3, 1.0, 0.2
+
+    traffic = [Arrival(0.0, 64, 4)]
+    for overlap, ends in ((False, [1.5, 3.0, 4.5, 6.0]), (True, [1.5, 2.5, 3.5, 4.5])):
+        found = run(traffic, WithHost(), overlap=overlap)
+        assert found.ttft.max == pytest.approx(ends[0])
+        assert found.itl.max == pytest.approx(ends[1] - ends[0])
+        assert found.seconds == pytest.approx(ends[-1])
 
 
 class Watched(SchedulingPolicy):

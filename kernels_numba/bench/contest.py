@@ -16,7 +16,7 @@ from typing import Any
 
 from kernels_numba.bench.cases import Params
 from kernels_numba.bench.data import Maker
-from kernels_numba.bench.entry import check_call
+from kernels_numba.bench.entry import check_call, excerpts_of
 from kernels_numba.bench.errors import disagreement
 from kernels_numba.bench.ops import BENCH_OPS
 from kernels_numba.bench.timing import (
@@ -71,6 +71,7 @@ class Workload:
         self.sets = [self.entry.make(Maker(i, shared), params) for i in range(count)]
         self._arguments = [{**call.resolved(), **call.kwargs} for call in self.sets]
         self._baseline: tuple[str | None, Timed | None] | None = None
+        self._excerpts: list[Any] | None = None
         cuda.synchronize()  # the data came on another stream than the one that is timed
 
     def __enter__(self) -> Workload:
@@ -81,7 +82,7 @@ class Workload:
 
     def close(self) -> None:
         """Give all memory back."""
-        self.sets, self._arguments, self._baseline = [], [], None
+        self.sets, self._arguments, self._baseline, self._excerpts = [], [], None, None
         for side in (self.lane, self.torch):
             getattr(side, "release", lambda: None)()
 
@@ -95,7 +96,9 @@ class Workload:
             contender(**arguments, stream=self.lane.stream)
             cuda.synchronize()
 
-        error = check_call(self.entry, self.params, call, launch, scan=bound is None)
+        if set(call.outputs) <= set(self.entry.blank) and self._excerpts is None:  # else inputs are written
+            self._excerpts = excerpts_of(self.entry, self.params, call)
+        error = check_call(self.entry, self.params, call, launch, bound is None, self._excerpts)
         if not error <= 1:
             raise ArithmeticError(
                 f"{name}: {error:.2f} times the tolerance from its definition; a wrong result is not timed"

@@ -64,15 +64,21 @@ def _error(call: Call, results: list[Any], rounding: float) -> float:
     return worst
 
 
+def excerpts_of(entry: BenchOp, params: Params, call: Call) -> list[Call]:
+    """The windows of a call that its results are held against; they stay true while nobody writes inputs."""
+    return [entry.excerpt(call, params, rows) for rows in windows(entry.num_rows(params), WINDOW_ROWS)]
+
+
 def check_call(
-    entry: BenchOp, params: Params, call: Call, launch: Callable[[], None], scan: bool = True
-) -> float:
+    entry: BenchOp, params: Params, call: Call, launch: Callable[[], None], scan: bool = True,
+    excerpts: list[Call] | None = None,
+) -> float:  # fmt: skip
     """Run `launch`, which queues the call and waits, on poisoned outputs -> its error in tolerances.
 
-    scan: look for what was not written in the whole of each output (all of it comes to the host), and give
-    inf where there is any. Only at most 1 is right."""
+    excerpts: excerpts_of, read before if not given. scan: look for what was not written in the whole of each
+    output (all of it comes to the host), and give inf where there is any. Only at most 1 is right."""
     parts = windows(entry.num_rows(params), WINDOW_ROWS)
-    excerpts = [entry.excerpt(call, params, rows) for rows in parts]
+    excerpts = excerpts_of(entry, params, call) if excerpts is None else excerpts
     for name in entry.blank:
         poison(call.args[name])
     launch()

@@ -138,7 +138,9 @@ def _sample(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
 _QUICKEST: dict[Any, str] = {}  # case -> the backend that was quickest when it was first bound
 
 
-def _quickest(torch: Any, case: Any, run: Callable[[], Any]) -> tuple[str, Callable[[], Any]]:
+def _quickest(
+    torch: Any, case: Any, run: Callable[[], Any], among: tuple[str, ...] = ("cuDNN", "flash")
+) -> tuple[str, Callable[[], Any]]:
     """(its name, run with it) of SDPA's backends, each tried four times and timed without its first. A
     backend that refuses the case is left out; if all do, torch picks."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -151,7 +153,7 @@ def _quickest(torch: Any, case: Any, run: Callable[[], Any]) -> tuple[str, Calla
         return inside
 
     kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-    ways = {name: with_backend(kind) for name, kind in kinds.items()}
+    ways = {name: with_backend(kinds[name]) for name in among}
     if case not in _QUICKEST:
         times = {}
         for name, way in ways.items():
@@ -174,7 +176,8 @@ def _quickest(torch: Any, case: Any, run: Callable[[], Any]) -> tuple[str, Calla
 def _attention(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
     """scaled_dot_product_attention on contiguous keys and values, taken from the pages before (which costs
     torch nothing here); one call for sequences of one shape, else one a sequence. None for a chunk behind a
-    context: with grouped heads, torch has no fast kernel for that mask. Of prompts, the quickest backend."""
+    context: with grouped heads, torch has no fast kernel for that mask. The quickest backend; of decodes of
+    many lengths flash, because cuDNN would make a plan for each length."""
     contexts = c["context_lens"]
     query_lens = c.get("query_lens", (1,) * len(contexts))
     pairs = set(zip(query_lens, contexts, strict=True))
@@ -198,8 +201,10 @@ def _attention(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
         return [torch.cat([result.transpose(1, 2).flatten(0, 1) for result in results])]
 
     name, chosen = "SDPA", run
-    if t["q"].is_cuda and call.op == "prefill_attention":
-        word, chosen = _quickest(torch, (query_lens, contexts, t["q"].shape, t["k_cache"].shape[1]), run)
+    if t["q"].is_cuda:
+        among = ("cuDNN", "flash") if together or call.op == "prefill_attention" else ("flash",)
+        case = (call.op, query_lens, contexts, t["q"].shape, t["k_cache"].shape[1])
+        word, chosen = _quickest(torch, case, run, among)
         name += f" {word}" if word else ""
     return Bound(f"{name}, no pages" + ("" if together else ", a call a sequence"), chosen, outputs)
 

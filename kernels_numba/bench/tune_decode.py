@@ -20,12 +20,13 @@ from kernels_numba.bench.data import Maker
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, address
 from kernels_numba.ops.decode_attention import OP, decode_attention_hopper
-from kernels_numba.ops.decode_attention.config import SPLITS, Build
+from kernels_numba.ops.decode_attention.config import SPLITS, Build, ClusterConfig, DecodeConfig
 from kernels_numba.ops.decode_attention.tensor_core import num_sms
 from kernels_numba.ptx.ldst import st_global_b32
 from kernels_numba.ptx.vector import ld_global_nc_v4
 
 THREADS, BLOCKS_PER_SM, READ_BYTES = 512, 4, 2 << 30
+FEW_HEADS = 64  # kv heads of all sequences, up to which clusters are worth a look
 AT_ONCE = 8  # loads of 16 bytes in flight, a thread
 
 
@@ -68,21 +69,35 @@ def kv_bytes(params: Params) -> int:
     return 2 * 2 * sum(params["context_lens"]) * int(params["num_kv_heads"] * params["head_dim"])
 
 
-def price(params: Params, rounds: int) -> dict[int, float]:
-    """Microseconds by length of a split, each checked first. ArithmeticError where one is wrong."""
+def contenders_of(params: Params) -> dict[str, Any]:
+    """By name: splits of every length; and, of few sequences, the contract's by a cluster and by blocks
+    alone, whichever is picked."""
     contenders = {str(n): partial(decode_attention_hopper, build=Build(split=n)) for n in SPLITS}
+    if len(params["context_lens"]) * params["num_kv_heads"] <= FEW_HEADS:
+        ways = {
+            "cluster": ClusterConfig(params["head_dim"]),
+            "alone": DecodeConfig(params["head_dim"], "tma"),
+        }
+        for name, config in ways.items():
+            contenders[f"{SPLIT} {name}"] = partial(decode_attention_hopper, config=config)
+    return contenders
+
+
+def price(params: Params, rounds: int) -> dict[str, float]:
+    """Microseconds by contender, each checked first. ArithmeticError where one is wrong."""
+    contenders = contenders_of(params)
     with Workload(OP, params) as workload:
         outcome = workload.compare(contenders, rounds)
     if outcome.refused:
         raise ArithmeticError("; ".join(outcome.refused.values()))
-    return {n: outcome.measured[str(n)].us for n in SPLITS}
+    return {name: outcome.measured[name].us for name in contenders}
 
 
-def describe(case: str, params: Params, times: dict[int, float]) -> str:
-    """The printed line: every length's time, and the contract's over the best one's."""
+def describe(case: str, params: Params, times: dict[str, float]) -> str:
+    """The printed line: every contender's time, and the contract's, as it is picked, over the best one's."""
     each = ", ".join(f"{n} {us:.2f} us" for n, us in times.items())
-    contract = times[SPLIT] / min(times.values())
-    gbs = kv_bytes(params) / times[SPLIT] / 1e3
+    contract = times[str(SPLIT)] / min(times.values())
+    gbs = kv_bytes(params) / times[str(SPLIT)] / 1e3
     return f"{case}: {each}; the contract's {gbs:.0f} GB/s, {contract:.3f}x the best"
 
 

@@ -47,7 +47,9 @@ def probe_text(probe: Probe, proposal: Proposal) -> str:
         *_table("prefill: ms of a step of one prompt's chunk", "tokens", probe.prefill),
         "",
         *_table("decode: ms of a step of one token for each sequence", "sequences", probe.decode),
-        "the engine itself: {:.0f} us a step, {:.1f} us a sequence".format(*(1e6 * s for s in probe.host_s)),
+        "the engine itself: {:.0f} us and {:.1f} us a sequence before a step, {:.0f} and {:.1f} after".format(
+            *(1e6 * s for s in probe.host_s)
+        ),
         *(f"left out: {why}" for why in probe.curves.skipped),
         "",
         "copies, GB/s",

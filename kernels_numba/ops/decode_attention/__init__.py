@@ -33,15 +33,17 @@ OP = "decode_attention"
 
 def decode_attention_spec(
     q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *, softmax_scale: float,
-    window: int | None = None,
+    window: int | None = None, query_tokens: int = 1,
 ) -> Any:  # fmt: skip
     """out[b, h] = softmax(softmax_scale q[b, h] k^T) v over the context_lens[b] keys of sequence b, with a
     window (1 or more) over the last that many of them; zeros for none.
 
     q[B, Hq, D], k_cache, v_cache[num_blocks, Hkv, block_size, D], context_lens int32[B] (the new token
     included), block_table int32[B, P], -1 padded -> float32[B, Hq, D]. Hq is a multiple of Hkv.
+    query_tokens: T, the last ones of each sequence: q[B T, Hq, D], row b T + i sees all but the T - 1 - i
+    newest keys. Rungs "hopper" and "mma_sync" take 1 to 8, the others 1.
     """
-    rows = np.arange(len(q) + 1)
+    rows = np.arange(0, len(q) + 1, query_tokens)
     return prefill_attention_spec(
         q, k_cache, v_cache, rows, context_lens, block_table, softmax_scale=softmax_scale, window=window
     )

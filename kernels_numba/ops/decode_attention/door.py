@@ -16,7 +16,7 @@ from kernels_numba.attention_contract import SPLIT, exponent_scale
 from kernels_numba.checks import ALIGNMENT, check, fail
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import address
-from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, HEAD_DIMS, MAX_GROUP
+from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, HEAD_DIMS, MAX_GROUP, MAX_TOKENS, ROWS
 
 OP = "decode_attention"
 BFLOAT16, FLOAT16 = np.dtype(np.uint16), np.dtype(np.float16)  # bf16 as bits
@@ -29,10 +29,22 @@ NEEDS = {
 }  # compute capability, whether of that major alone
 
 
+def tiles_of_rows(rows: int) -> int:
+    """Tensor-core tiles that so many query rows take."""
+    return -(-rows // ROWS)
+
+
+def check_tokens(tokens: Any) -> None:
+    """ValueError unless it is a whole number from 1 to MAX_TOKENS."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens <= MAX_TOKENS:
+        fail(OP, "query_tokens", f"is {tokens!r}", f"a whole number from 1 to {MAX_TOKENS}")
+
+
 @dataclass(frozen=True)
 class Operands:
     """Device addresses (lse 0 if not wanted), sizes, bytes from one row of q and out to the next, entries
-    from one row of block_table to the next, c of attention_contract.py as a float, the element type."""
+    from one row of block_table to the next, c of attention_contract.py as a float, the element type, query
+    tokens of a sequence."""
 
     out: int
     q: int
@@ -52,6 +64,17 @@ class Operands:
     table_stride: int
     c: float
     dtype: str
+    tokens: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a sequence and kv head."""
+        return self.group * self.tokens
+
+    @property
+    def row_tiles(self) -> int:
+        """Tiles of 16 rows that they take."""
+        return tiles_of_rows(self.rows)
 
     def max_splits(self, split: int = SPLIT) -> int:
         """Most splits of a sequence whose pages fit block_table."""
@@ -82,21 +105,25 @@ def check_window(window: Any) -> None:
 
 def operands(
     out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, softmax_scale: float,
-    window: Any = None, lse: Any = None,
+    window: Any = None, lse: Any = None, query_tokens: Any = 1,
 ) -> Operands:  # fmt: skip
-    """Check out, q T[B, Hq, D], caches T[num_blocks, Hkv, 64, D], context_lens i32[B], block_table i32[B, P],
-    lse f32[B, Hq] or None; T bfloat16 bits as uint16 or float16, D 64 or 128, Hq / Hkv a whole number up to
-    16.
+    """Check out, q T[B query_tokens, Hq, D], caches T[num_blocks, Hkv, 64, D], context_lens i32[B],
+    block_table i32[B, P], lse f32[B query_tokens, Hq] or None; T bfloat16 bits as uint16 or float16, D 64 or
+    128, Hq / Hkv a whole number up to 16, query_tokens 1 to 8.
 
     Rows of q, out and block_table may be cut from wider ones. ValueError names what is wrong and what is
     required.
     """
     check_window(window)
+    check_tokens(query_tokens)
     if not (math.isfinite(softmax_scale) and softmax_scale > 0):
         fail(OP, "softmax_scale", f"is {softmax_scale!r}", "a positive number")
     addresses = [_device(name, array, 4) for name, array in (("out", out), ("q", q))]
     check(OP, "out", out, tuple(NAMES), (None, None, None), rows=1)
-    num_seqs, num_q_heads, head_dim = map(int, out.shape)
+    num_rows, num_q_heads, head_dim = map(int, out.shape)
+    if num_rows % query_tokens:
+        fail(OP, "out", f"has {num_rows} rows", f"a multiple of the {query_tokens} query tokens")
+    num_seqs = num_rows // query_tokens
     check(OP, "q", q, (out.dtype,), out.shape, rows=1)
     if head_dim not in HEAD_DIMS:
         fail(OP, "out.shape[2]", f"is {head_dim}", f"head_dim {' or '.join(map(str, HEAD_DIMS))}")
@@ -119,14 +146,14 @@ def operands(
     addresses.append(0)
     if lse is not None:
         addresses[-1] = _device("lse", lse, 4)
-        check(OP, "lse", lse, (FLOAT32,), (num_seqs, num_q_heads))
+        check(OP, "lse", lse, (FLOAT32,), (num_rows, num_q_heads))
     table_row = _stride("block_table", block_table) if block_table.size else 4
     out_at, q_at, k_at, v_at, lens_at, table_at, lse_at = addresses
     return Operands(
         out_at, q_at, k_at, v_at, lens_at, table_at, lse_at, num_seqs, num_kv_heads, group, head_dim,
         num_blocks, int(block_table.shape[1]), _stride("q", q) if q.size else 0,
         _stride("out", out) if out.size else 0, table_row // 4,
-        float(exponent_scale(softmax_scale)), NAMES[out.dtype],
+        float(exponent_scale(softmax_scale)), NAMES[out.dtype], query_tokens,
     )  # fmt: skip
 
 
@@ -136,24 +163,31 @@ class Workspace:
     counters, which every launch leaves at 0. Steps with more splits, counted over all sequences, abort the
     launch that meets them: `of` says how much is always enough."""
 
-    partial: Any  # f32[capacity, num_q_heads, head_dim]
-    partial_ml: Any  # f32[capacity, num_q_heads, 2]
-    counters: Any  # i32[2 + num_seqs * num_kv_heads]
+    partial: Any  # f32[capacity, num_q_heads * query_tokens, head_dim]
+    partial_ml: Any  # f32[capacity, num_q_heads * query_tokens, 2]
+    counters: Any  # i32[2 + num_seqs * num_kv_heads * tiles of rows]
     capacity: int
 
     @staticmethod
-    def of(num_seqs: int, num_splits: int, num_q_heads: int, num_kv_heads: int, head_dim: int) -> Workspace:
-        """For up to num_seqs sequences with num_splits splits of 1,024 keys between them (a sequence has one
-        at least). ValueError if that is not possible, or not countable in 31 bits."""
-        if num_seqs < 1 or num_splits < num_seqs or num_splits * num_q_heads >= 1 << 31:
+    def of(
+        num_seqs: int, num_splits: int, num_q_heads: int, num_kv_heads: int, head_dim: int,
+        query_tokens: int = 1,
+    ) -> Workspace:  # fmt: skip
+        """For up to num_seqs sequences of query_tokens query tokens, with num_splits splits of 1,024 keys
+        between them (a sequence has one at least). ValueError if that is not possible, or not countable in 31
+        bits."""
+        check_tokens(query_tokens)
+        rows = num_q_heads * query_tokens
+        tiles = tiles_of_rows(rows // num_kv_heads)
+        if num_seqs < 1 or num_splits < num_seqs or num_splits * rows >= 1 << 31:
             raise ValueError(
-                f"{OP}: a workspace for {num_seqs} sequences and {num_splits} splits of {num_q_heads} heads; "
+                f"{OP}: a workspace for {num_seqs} sequences and {num_splits} splits of {rows} heads; "
                 "at least one split a sequence, and under 2**31 splits times heads, are required"
             )
         return Workspace(
-            cuda.device_array((num_splits, num_q_heads, head_dim), np.float32),
-            cuda.device_array((num_splits, num_q_heads, 2), np.float32),
-            cuda.to_device(np.zeros(2 + num_seqs * num_kv_heads, np.int32)),
+            cuda.device_array((num_splits, rows, head_dim), np.float32),
+            cuda.device_array((num_splits, rows, 2), np.float32),
+            cuda.to_device(np.zeros(2 + num_seqs * num_kv_heads * tiles, np.int32)),
             num_splits,
         )
 
@@ -164,11 +198,11 @@ class Workspace:
 
     def check(self, o: Operands) -> None:
         """ValueError if it is made for other heads or fewer sequences."""
-        wanted = (o.num_kv_heads * o.group, o.head_dim)
+        wanted, counters = (o.num_kv_heads * o.rows, o.head_dim), o.num_kv_heads * o.row_tiles
         if tuple(self.partial.shape[1:]) != wanted:
             fail(OP, "workspace", f"is for (heads, head_dim) {tuple(self.partial.shape[1:])}", str(wanted))
-        if self.counters.size < 2 + o.num_seqs * o.num_kv_heads:
-            most = (self.counters.size - 2) // o.num_kv_heads
+        if self.counters.size < 2 + o.num_seqs * counters:
+            most = (self.counters.size - 2) // counters
             fail(OP, "workspace", f"is for {most} sequences", f"one for {o.num_seqs}")
 
 

@@ -11,13 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba import simt, simt_warps
+from kernels_numba import simt, simt_clusters, simt_warps
 from kernels_numba.attention_contract import SPLIT, exponent_scale
 from kernels_numba.ops.decode_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
+    CLUSTER_COLUMNS,
+    CLUSTER_THREADS,
+    ROWS,
     THREADS,
     Build,
+    ClusterConfig,
+    cluster_plan,
     pick_config,
     smem_plan,
 )
@@ -27,23 +32,28 @@ MODULES = (
     "kernels_numba.attention_tile",
     f"{PACKAGE}.schedule",
     f"{PACKAGE}.feed",
+    f"{PACKAGE}.fold",
     f"{PACKAGE}.producer",
     f"{PACKAGE}.finisher",
+    f"{PACKAGE}.products",
     f"{PACKAGE}.kernel",
 )
+CLUSTER_MODULES = (*MODULES[:-1], f"{PACKAGE}.cluster")
 
 
 def in_numpy(
     feed: Any, out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
     softmax_scale: float, window: int | None = None, lse: Any = None, grid: int = 2, seed: int = 0,
-    mutant: str = "", change: Callable[[str, str], str] = lambda name, text: text,
+    mutant: str = "", tokens: int = 1, change: Callable[[str, str], str] = lambda name, text: text,
 ) -> Any:  # fmt: skip
-    """The counters that the launch leaves; out[B, Hq, D] and lse[B, Hq] are written. bfloat16 bits as uint16.
+    """The counters that the launch leaves; out[B tokens, Hq, D] and lse[B tokens, Hq] are written.
+    bfloat16 bits as uint16.
 
-    feed: "tma" or "cp_async"; grid: blocks; seed: of the order in which warps go on; change: see
-    simt_warps.link. IndexError where the kernel leaves an array, simt_warps.Stuck where it would hang.
+    feed: "tma", "cp_async" or "cluster"; grid: blocks, or clusters; seed: of the order in which warps go on;
+    change: see simt_warps.link. IndexError where the kernel leaves an array, simt_warps.Stuck where it would
+    hang.
     """
-    num_seqs, num_q_heads, head_dim = out.shape
+    num_seqs, (_, num_q_heads, head_dim) = len(context_lens), out.shape
     _, num_kv_heads, block_size, _ = k_cache.shape
     if block_size != BLOCK_SIZE:
         raise ValueError(f"decode_attention: pages have {block_size} keys; {BLOCK_SIZE} are required")
@@ -52,10 +62,10 @@ def in_numpy(
     memory = simt.Memory()
     k_rows, v_rows = k_cache.reshape(-1, head_dim), v_cache.reshape(-1, head_dim)
     k_at, v_at = memory.put(k_rows.reshape(-1)), memory.put(v_rows.reshape(-1))
-    partial = np.full(capacity * num_q_heads * head_dim, np.nan, np.float32)
-    partial_ml = np.full(capacity * num_q_heads * 2, np.nan, np.float32)
-    counters = np.zeros(2 + num_seqs * num_kv_heads, np.int32)
-    q2, out2 = q.reshape(num_seqs, -1), out.reshape(num_seqs, -1)
+    partial = np.full(capacity * num_q_heads * tokens * head_dim, np.nan, np.float32)
+    partial_ml = np.full(capacity * num_q_heads * tokens * 2, np.nan, np.float32)
+    counters = np.zeros(2 + num_seqs * num_kv_heads * -(-group * tokens // ROWS), np.int32)
+    q2, out2 = q.reshape(len(q), -1), out.reshape(len(out), -1)
     lse_at = 0 if lse is None else memory.put(lse.reshape(-1))
     box = (BLOCK_SIZE, BOX_COLUMNS)
     maps = {1 << 10: (k_rows, box), (1 << 10) + 128: (v_rows, box)}
@@ -65,8 +75,17 @@ def in_numpy(
         num_kv_heads, group, q2.strides[0], out2.strides[0], block_table.strides[0] // 4, capacity,
         exponent_scale(softmax_scale),
     )  # fmt: skip
+    if feed == "cluster":
+        one = ClusterConfig(head_dim)
+        maps[(1 << 10) + 128] = v_rows, (BLOCK_SIZE, CLUSTER_COLUMNS)
+        simt_clusters.run(
+            CLUSTER_MODULES, "make_cluster_kernel", (one, "bfloat16", lse is not None, Build()), arguments,
+            grid * one.blocks, CLUSTER_THREADS, cluster_plan(one).bytes, memory, maps, one.blocks,
+            seed, change,
+        )  # fmt: skip
+        return counters
     config = pick_config(head_dim, feed, num_seqs * num_kv_heads, 1)
-    specialised = (config, "bfloat16", window, lse is not None, Build(mutant=mutant))
+    specialised = (config, "bfloat16", window, lse is not None, Build(mutant=mutant), tokens)
     simt_warps.run(
         MODULES, "make_decode_kernel", specialised, arguments, grid, THREADS, smem_plan(config).bytes, memory,
         maps, seed, change,

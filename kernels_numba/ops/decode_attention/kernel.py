@@ -23,9 +23,11 @@ from kernels_numba.ops.decode_attention.config import (
     DecodeConfig,
     smem_plan,
 )
-from kernels_numba.ops.decode_attention.feed import make_feed, make_stage_of, make_wait
+from kernels_numba.ops.decode_attention.feed import make_feed, make_read_record, make_stage_of, make_wait
 from kernels_numba.ops.decode_attention.finisher import make_finish
+from kernels_numba.ops.decode_attention.fold import make_row_of
 from kernels_numba.ops.decode_attention.producer import make_produce
+from kernels_numba.ops.decode_attention.products import make_score
 from kernels_numba.ops.decode_attention.schedule import make_ranges, make_schedule
 from kernels_numba.ptx.arith import (
     add_f32,
@@ -42,7 +44,7 @@ from kernels_numba.ptx.control import dynamic_shared, griddep_launch, griddep_wa
 from kernels_numba.ptx.debug import make_stress
 from kernels_numba.ptx.fences import fence_proxy_async
 from kernels_numba.ptx.ldst import ld_global_i32
-from kernels_numba.ptx.matrix import ldmatrix_x4, ldmatrix_x4_trans
+from kernels_numba.ptx.matrix import ldmatrix_x4_trans
 from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_init
 from kernels_numba.ptx.mma import mma_m16n8k16_at, mma_m16n8k16_f16_at, pack_bf16, pack_f16
 from kernels_numba.ptx.named_barrier import named_barrier_sync
@@ -60,13 +62,14 @@ SIGNATURE = f"void({', '.join(['int64'] * 11 + ['int32'] * 7 + ['float32'])})"
 
 def make_decode_kernel(
     config: DecodeConfig, dtype: str, window: int | None = None, with_lse: bool = False,
-    build: Build = PRODUCT,
+    build: Build = PRODUCT, tokens: int = 1,
 ) -> Any:  # fmt: skip
-    """out[b, h] = softmax(softmax_scale q[b, h] k^T) v over the visible keys of sequence b.
+    """out[b T + i, h] = softmax(softmax_scale q[b T + i, h] k^T) v over the keys of sequence b that token i
+    of its last T = tokens (1 to 8) sees: all but the T - 1 - i newest, with a window the last of those.
 
     Arguments: addresses of: tensor maps u64[2, 16] of the K and V cache as matrices of rows of head_dim,
     boxes of 64 x 64 (fed by TMA); k_cache, v_cache T[num_blocks, num_kv_heads, 64, D] (fed by cp.async); q
-    and out T[num_seqs, num_q_heads, D]; lse f32[num_seqs, num_q_heads] (with_lse); context_lens
+    and out T[num_seqs T, num_q_heads, D]; lse f32[num_seqs T, num_q_heads] (with_lse); context_lens
     i32[num_seqs]; block_table i32[num_seqs, ..]; partial o f32[capacity, num_kv_heads, group, D] and (m, l)
     f32[capacity, num_kv_heads, group, 2]; counters i32[2 + num_seqs num_kv_heads], all 0, and 0 again at the
     end. Then num_seqs, num_kv_heads, group, bytes from one row to the next of q and of out, entries from one
@@ -83,9 +86,9 @@ def make_decode_kernel(
     weights are overwritten only after the barrier of the next maxima, which everybody reaches after reading
     them. V rows that are not seen are zeroed in shared memory (0 x NaN is NaN), scores of K's by selection.
     Pages in which nothing is seen, and table entries of such, are never read.
-    Dependent launches: context_lens, block_table and all keys and values but each sequence's newest may be
-    read before the launches before this one have ended, so those must not write them: a step's are written by
-    copies and by earlier steps.
+    Dependent launches: context_lens, block_table and all keys and values but each sequence's newest, one a
+    query token, may be read before the launches before this one have ended, so those must not write them: a
+    step's are written by copies and by earlier steps.
     """
     head_dim, stages, chunk_bytes = config.head_dim, config.stages, config.chunk_bytes
     plan = smem_plan(config)
@@ -102,37 +105,28 @@ def make_decode_kernel(
     row_bytes, item, split_shift = head_dim * 2, 2, build.split.bit_length() - 1
     # Of o's columns: which box a warp's are in, and from which unit on.
     units, box_shift = warp_columns // 8, (64 // warp_columns).bit_length() - 1
-    first_key, _, _ = make_schedule(window, build.split)
-    pages_of, tiles_of = make_ranges(window, build.split)
+    reach = None if window is None else window + tokens - 1  # of all of a sequence's rows
+    first_key, _, _ = make_schedule(reach, build.split)
+    first_of, _, _ = make_schedule(window, build.split)
+    pages_of, tiles_of = make_ranges(reach, build.split)
+    row_of = make_row_of(tokens)
     _, full_arrivals = make_feed(config)
-    stage_of, pause = make_stage_of(stages), make_stress(build.stress)
-    produce, finish = make_produce(config, window, build), make_finish(config, dtype, with_lse, build)
+    stage_of, pause, read_record = make_stage_of(stages), make_stress(build.stress), make_read_record()
+    produce, finish = (
+        make_produce(config, reach, build, tokens),
+        make_finish(config, dtype, with_lse, build, tokens),
+    )
     wait_full, wait_posted = make_wait("full", config, build), make_wait("posted", config, build)
     multiply = mma_m16n8k16_at if dtype == "bfloat16" else mma_m16n8k16_f16_at
     pack = pack_bf16 if dtype == "bfloat16" else pack_f16
     quad_max, quad_sum = make_quad()
     group_max, group_weights = make_group_max(), make_group_weights(dtype)
-    negated = make_negated()
+    negated, score = make_negated(), make_score(head_dim, dtype)
     wrong_phase, handed_back = int(build.mutant == "wrong_phase"), build.mutant != "lost_arrival"
     cleaned, too_many = build.mutant != "stale_tail", int(build.mutant == "mask")
     scaled = np.float32(1.25 if build.mutant == "scale" else 1)
     lowest, zero, one, ln2 = np.float32(LOWEST), np.float32(0), np.float32(1), np.float32(LN2)
     int32, int64 = cuda.types.int32, cuda.types.int64
-
-    @jit(device=True, forceinline=True)
-    def score(s: Any, query: Any, keys: Any, base: Any) -> Any:
-        """s[16 rows, 32 keys] = Q K^T; keys: address of the keys' first row, base: the lane's place in it.
-        Returns the word that was loaded last (read_by)."""
-        b = cuda.local.array(4, np.int32)
-        for i in range(16):
-            s[i] = zero
-        for k in range(k_steps):
-            for pair in range(2):
-                row = int32(keys + (k >> 2) * BOX_BYTES + pair * 2048)
-                ldmatrix_x4(b, int32((row + base) ^ ((k & 3) << 5)))
-                multiply(s, 8 * pair, query, 4 * k, b, 0)
-                multiply(s, 8 * pair + 4, query, 4 * k, b, 2)
-        return b[3]
 
     @jit(device=True, forceinline=True)
     def read_by(bar: Any, loaded: Any, nothing: Any) -> Any:
@@ -171,15 +165,14 @@ def make_decode_kernel(
         p = cuda.local.array(8, np.int32)
         words = cuda.local.array(4, np.int32)
         four = cuda.local.array(4, np.float32)
-        # The lane's places: as ldmatrix wants K's rows and halves, V's keys and columns.
+        # The lane's places: as ldmatrix wants V's keys and columns.
         swizzle = int32(lane & 7)
-        k_base = int32(((lane & 7) + ((lane >> 4) << 3)) * 128 + ((((lane >> 3) & 1) ^ swizzle) << 4))
         my_part = int32(warp >> 1)
         k_rows = int32((warp & 1) * 4096)
         v_line = int32(((lane & 7) + (((lane >> 3) & 1) << 3)) * 128)
         v_box = int32((warp >> box_shift) * BOX_BYTES)
         v_unit = int32((warp & ((1 << box_shift) - 1)) * units + (lane >> 4))
-        low_in, high_in = int32(r < group), int32(r + 8 < group)
+        rows = int32(group * tokens)
         my_weights = int32(smem + weights_at + lane * 16)
         clean_at = int32(smem + chunk_at + (warp & 1) * 4096 + lane * 16)
         nothing = int32(group >> 16)
@@ -187,12 +180,11 @@ def make_decode_kernel(
         working = True
         while working:
             wait_posted(int32(smem + posted_at + 8 * slot), slot_phase)
-            record = int32(smem + record_at + 32 * slot)
-            ld_shared_v4(words, record)
-            seq, head, split, splits = int32(words[0]), int32(words[1]), int32(words[2]), int32(words[3])
-            ld_shared_v4(words, int32(record + 16))
-            base, length = int32(words[0]), int32(words[1])
-            cuda.syncwarp()
+            seq, head, split, splits, base, length, first_row = read_record(
+                int32(smem + record_at + 32 * slot), lane
+            )
+            if tokens == 1:
+                first_row = int32(0)  # known when compiled: a register less
             if lane == 0:
                 mbarrier_arrive(int32(smem + taken_at + 8 * slot))
             mine_slot = slot
@@ -200,10 +192,19 @@ def make_decode_kernel(
             slot_phase = int32(slot_phase ^ (slot ^ 1))
             working = seq >= 0
             if working:
-                row = select_i32(low_in, r, int32(group - 1))
-                at = int64(q + int64(seq) * q_stride + (int64(head) * group + row) * row_bytes + i * 4)
-                row = select_i32(high_in, int32(r + 8), int32(group - 1))
-                high_at = int64(q + int64(seq) * q_stride + (int64(head) * group + row) * row_bytes + i * 4)
+                # Rows past the last have the last one's place, and are zeros.
+                low_in, high_in = int32(first_row + r < rows), int32(first_row + r + 8 < rows)
+                row = select_i32(low_in, int32(first_row + r), int32(rows - 1))
+                low_token, row = row_of(row, group)
+                at = int64(q + (int64(seq) * tokens + low_token) * q_stride + i * 4)
+                at = int64(at + (int64(head) * group + row) * row_bytes)
+                row = select_i32(high_in, int32(first_row + r + 8), int32(rows - 1))
+                high_token, row = row_of(row, group)
+                high_at = int64(q + (int64(seq) * tokens + high_token) * q_stride + i * 4)
+                high_at = int64(high_at + (int64(head) * group + row) * row_bytes)
+                # What a row sees: all but the tokens after its own.
+                low_length = int32(length - (tokens - 1) + low_token)
+                high_length = int32(length - (tokens - 1) + high_token)
                 for k in range(k_steps):
                     query[4 * k] = ld_global_i32(int64(at + 32 * k))
                     query[4 * k + 1] = ld_global_i32(int64(high_at + 32 * k))
@@ -221,19 +222,24 @@ def make_decode_kernel(
                     begin, end = pages_of(tile, length)
                     count = int32(end - begin)
                     seen_from, seen_to = int32(first - tile * TILE), int32(length - tile * TILE)
-                    edge = seen_from > 0 or seen_to < TILE
+                    edge = first_of(length) > tile * TILE or seen_to - (tokens - 1) < TILE
                     loaded = int32(0)
                     if begin <= my_part and my_part < end:
                         mine, mine_phase = stage_of(stage, phase, int32(my_part - begin))
                         wait_full(int32(smem + full_at + 8 * mine), int32(mine_phase ^ wrong_phase))
                         pause(int32(3))
-                        loaded = score(s, query, int32(smem + chunk_at + mine * chunk_bytes + k_rows), k_base)
+                        keys = int32(smem + chunk_at + mine * chunk_bytes + k_rows)
+                        loaded = score(s, 0, query, keys, lane)
                         if edge:
-                            key = int32(warp * 32 + 2 * i)
+                            key = int32(tile * TILE + warp * 32 + 2 * i)
+                            low_first, high_first = first_of(low_length), first_of(high_length)
                             for j in range(16):
                                 mine_key = int32(key + (j >> 2) * 8 + (j & 1))
+                                from_key, to_key = low_first, low_length
+                                if j & 2:
+                                    from_key, to_key = high_first, high_length
                                 seen = int32(
-                                    int32(seen_from <= mine_key) & int32(mine_key < seen_to + too_many)
+                                    int32(from_key <= mine_key) & int32(mine_key < to_key + too_many)
                                 )
                                 s[j] = select_f32(seen, s[j], lowest)
                     else:
@@ -316,35 +322,45 @@ def make_decode_kernel(
                 ld_shared_v4(four, int32(sums + 128))
                 l_high = add_f32(add_f32(four[0], four[1]), add_f32(four[2], four[3]))
                 column = int32(warp * warp_columns + 2 * i)
-                first_row = int64(out + int64(seq) * out_stride + int64(head) * group * row_bytes)
-                lse_at = int64(lse + (int64(seq) * heads + head) * group * 4)
+                low_token, low_head = row_of(int32(first_row + r), group)
+                high_token, high_head = row_of(int32(first_row + r + 8), group)
+                first_head = int64(int64(head) * group)
                 if splits == 1:
                     low_inverse = select_f32(int32(l_low > zero), divide_f32(one, l_low), zero)
                     high_inverse = select_f32(int32(l_high > zero), divide_f32(one, l_high), zero)
-                    to = int64(first_row + int64(r) * row_bytes + column * item)
+                    to = int64(out + (int64(seq) * tokens + low_token) * out_stride + column * item)
+                    to = int64(to + (first_head + low_head) * row_bytes)
+                    high_to = int64(out + (int64(seq) * tokens + high_token) * out_stride + column * item)
+                    high_to = int64(high_to + (first_head + high_head) * row_bytes)
                     for k in range(held // 4):
-                        low = pack(mul_f32(o[4 * k], low_inverse), mul_f32(o[4 * k + 1], low_inverse))
-                        high = pack(mul_f32(o[4 * k + 2], high_inverse), mul_f32(o[4 * k + 3], high_inverse))
-                        st_global_b32_if(low_in, int64(to + 16 * k), low)
-                        st_global_b32_if(high_in, int64(to + 16 * k + 8 * row_bytes), high)
+                        pair = pack(mul_f32(o[4 * k], low_inverse), mul_f32(o[4 * k + 1], low_inverse))
+                        st_global_b32_if(low_in, int64(to + 16 * k), pair)
+                        pair = pack(mul_f32(o[4 * k + 2], high_inverse), mul_f32(o[4 * k + 3], high_inverse))
+                        st_global_b32_if(high_in, int64(high_to + 16 * k), pair)
                     if with_lse:
                         writer = int32(int32(warp == 0) & int32(i == 0))
                         low_lse = mul_f32(add_f32(m_low, lg2_f32(l_low)), ln2)
                         high_lse = mul_f32(add_f32(m_high, lg2_f32(l_high)), ln2)
-                        st_global_f32_if(int32(writer & low_in), int64(lse_at + int64(r) * 4), low_lse)
-                        st_global_f32_if(int32(writer & high_in), int64(lse_at + int64(r) * 4 + 32), high_lse)
+                        at = int64((int64(seq) * tokens + low_token) * heads * group + first_head + low_head)
+                        to = int64(lse + at * 4)
+                        st_global_f32_if(int32(writer & low_in), to, low_lse)
+                        at = int64(
+                            (int64(seq) * tokens + high_token) * heads * group + first_head + high_head
+                        )
+                        to = int64(lse + at * 4)
+                        st_global_f32_if(int32(writer & high_in), to, high_lse)
                 else:
                     if base + splits > capacity:
                         trap()
                     first_slot = int32(base * heads + head)
                     index = int64(first_slot) + int64(split - (first >> split_shift)) * heads
-                    to = int64(partial + (index * group + r) * (head_dim * 4) + column * 4)
+                    to = int64(partial + (index * rows + first_row + r) * (head_dim * 4) + column * 4)
                     for k in range(held // 4):
                         st_global_v2_f32_if(low_in, int64(to + 32 * k), o[4 * k], o[4 * k + 1])
                         high_to = int64(to + 32 * k + 8 * head_dim * 4)
                         st_global_v2_f32_if(high_in, high_to, o[4 * k + 2], o[4 * k + 3])
                     writer = int32(int32(warp == 0) & int32(i == 0))
-                    to = int64(partial_ml + (index * group + r) * 8)
+                    to = int64(partial_ml + (index * rows + first_row + r) * 8)
                     st_global_v2_f32_if(int32(writer & low_in), to, m_low, l_low)
                     st_global_v2_f32_if(int32(writer & high_in), int64(to + 64), m_high, l_high)
                 cuda.syncwarp()
@@ -374,7 +390,20 @@ def make_decode_kernel(
                 fence_mbarrier_init()
         cuda.syncthreads()
         if warp == CONSUMERS:
-            produce(smem, maps, k_cache, v_cache, lens, table, counters, num_seqs, heads, table_stride, lane)
+            produce(
+                smem,
+                maps,
+                k_cache,
+                v_cache,
+                lens,
+                table,
+                counters,
+                num_seqs,
+                heads,
+                group,
+                table_stride,
+                lane,
+            )
         else:
             if pdl:
                 griddep_wait()

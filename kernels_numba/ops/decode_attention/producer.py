@@ -12,32 +12,38 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.compiler import cuda, jit
-from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, Build, DecodeConfig, smem_plan
-from kernels_numba.ops.decode_attention.feed import make_feed, make_stage_of, make_wait
+from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, ROWS, Build, DecodeConfig, smem_plan
+from kernels_numba.ops.decode_attention.feed import (
+    PAGE_SHIFT,
+    make_feed,
+    make_own_page,
+    make_stage_of,
+    make_wait,
+)
+from kernels_numba.ops.decode_attention.fold import make_row_tiles
 from kernels_numba.ops.decode_attention.schedule import make_ranges, make_schedule
 from kernels_numba.ptx.arith import select_i32
 from kernels_numba.ptx.atomics import atom_add_i32
 from kernels_numba.ptx.debug import make_stress
 from kernels_numba.ptx.griddep import griddep_wait
-from kernels_numba.ptx.ldst import ld_global_i32, st_global_b32
+from kernels_numba.ptx.ldst import st_global_b32
 from kernels_numba.ptx.mbarrier import mbarrier_arrive
 from kernels_numba.ptx.shuffle import shfl_idx_i32
 from kernels_numba.ptx.tma import tma_prefetch_map
 from kernels_numba.ptx.vector import st_shared_v4
 
-PAGE_SHIFT = BLOCK_SIZE.bit_length() - 1
-
 
 @cache
-def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
-    """f(smem, maps, k_cache, v_cache, lens, table, counters, num_seqs, heads, table_stride, lane): the warp's
-    whole life; arguments as the kernel's.
+def make_produce(config: DecodeConfig, reach: int | None, build: Build, tokens: int) -> Any:
+    """f(smem, maps, k_cache, v_cache, lens, table, counters, num_seqs, heads, group, table_stride, lane): the
+    warp's whole life; arguments as the kernel's, reach: window + tokens - 1, or None.
 
     Items: a block's first is its own number, the others come from counters[0]; counters[1] counts blocks that
     have none left, and the last of them sets both back to 0. A posted item: (sequence or -1 for the end, kv
-    head, split, the sequence's splits; splits of the sequences before, context length, 0, 0).
+    head, split, the sequence's splits; splits of the sequences before, context length, first row, 0).
     Of dependent launches: lengths and table are read, and as many pages as there are stages fetched, but for
-    the newest key's, before the launches before this one have ended. So those must not write these.
+    those of the newest keys (one a query token), before the launches before this one have ended. So those
+    must not write these.
     """
     plan, stages, chunk_bytes = smem_plan(config), config.stages, config.chunk_bytes
     chunk_at, record_at = plan.offset("chunk"), plan.offset("record")
@@ -45,36 +51,26 @@ def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
     posted_at, taken_at = plan.offset("posted"), plan.offset("taken")
     by_tma, split_pages = config.feed == "tma", build.split // BLOCK_SIZE
     dependent, page_off = by_tma and build.pdl, int(build.mutant == "page")
-    first_key, count_units, locate = make_schedule(window, build.split)
-    pages_of, tiles_of = make_ranges(window, build.split)
+    _, count_units, locate = make_schedule(reach, build.split)
+    own_page = make_own_page(reach, build.split)
+    row_tiles = make_row_tiles(tokens)
+    pages_of, tiles_of = make_ranges(reach, build.split)
     load_chunk, _ = make_feed(config)
     stage_of, pause = make_stage_of(stages), make_stress(build.stress)
     wait_empty, wait_taken = make_wait("empty", config, build), make_wait("taken", config, build)
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
-    @jit(device=True, forceinline=True)
-    def own_page(table: Any, table_stride: Any, seq: Any, split: Any, length: Any, lane: Any) -> Any:
-        """The lane's page of the split; the first or last one that is seen for those that are not."""
-        number = int32(split * split_pages + (lane & (split_pages - 1)))
-        first, last = int32(first_key(length) >> PAGE_SHIFT), int32((length - 1) >> PAGE_SHIFT)
-        number = select_i32(int32(number < first), first, number)
-        number = select_i32(int32(number > last), last, number)
-        page = int32(0)
-        if length > 0:
-            page = ld_global_i32(int64(table + (int64(seq) * table_stride + number) * 4))
-        return page
-
     @jit(device=True)
     def produce(
         smem: Any, maps: Any, k_cache: Any, v_cache: Any, lens: Any, table: Any, counters: Any, num_seqs: Any,
-        heads: Any, table_stride: Any, lane: Any,
+        heads: Any, group: Any, table_stride: Any, lane: Any,
     ) -> None:  # fmt: skip
         if by_tma and lane == 0:
             tma_prefetch_map(maps)
             tma_prefetch_map(int64(maps + 128))
         words = cuda.local.array(4, np.int32)
         e0, e1, e2, e3, e4 = count_units(lens, num_seqs, lane)
-        number = int32(cuda.blockIdx.x)
+        number, tiles = int32(cuda.blockIdx.x), row_tiles(group)
         kind, kind_start, kind_end = int32(0), int32(0), e0
         chunk, before, before_all = int32(0), int32(0), int32(0)
         stage, phase, slot, slot_phase = int32(0), int32(0), int32(0), int32(0)
@@ -82,8 +78,12 @@ def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
         ahead = int32(0)
         working = True
         while working:
-            unit = int32(uint32(number) // uint32(heads))
-            head = int32(number - unit * heads)
+            unit = int32(uint32(number) // uint32(heads * tiles))
+            head = int32(number - unit * heads * tiles)
+            first_row = int32(0)
+            if tokens > 1:
+                first_row, head = head, int32(uint32(head) // uint32(tiles))
+                first_row = int32((first_row - head * tiles) * ROWS)
             seq, split, splits, base, length, page = (
                 int32(-1),
                 int32(0),
@@ -112,20 +112,20 @@ def make_produce(config: DecodeConfig, window: int | None, build: Build) -> Any:
                 to = int32(smem + record_at + 32 * slot)
                 words[0], words[1], words[2], words[3] = seq, head, split, splits
                 st_shared_v4(to, words)
-                words[0], words[1] = base, length
+                words[0], words[1], words[2] = base, length, first_row
                 st_shared_v4(int32(to + 16), words)
                 mbarrier_arrive(int32(smem + posted_at + 8 * slot))
             slot = int32(slot ^ 1)
             slot_phase = int32(slot_phase ^ (slot ^ 1))
             tile, tile_end = tiles_of(split, length)
-            newest = int32((length - 1) >> PAGE_SHIFT)
+            newest = int32(max(int32(length - tokens), int32(0)) >> PAGE_SHIFT)
             while tile < tile_end:
                 begin, end = pages_of(tile, length)
                 for which in range(2):
                     part = begin
                     while part < end:
                         place = int32(tile * 2 + part)
-                        if not waited and (ahead == stages or place == newest):
+                        if not waited and (ahead == stages or place >= newest):
                             griddep_wait()
                             waited = True
                         ahead = int32(ahead + 1)

@@ -156,6 +156,22 @@ def make_schedule(window: int | None, split: int = SPLIT) -> tuple[Any, Any, Any
 
 
 @cache
+def make_class_of() -> Any:
+    """f(unit, e0, e1, e2, e3) -> (class of the unit, the class's first unit), for count_units' numbers."""
+    int32 = cuda.types.int32
+
+    @jit(device=True, forceinline=True)
+    def class_of(unit: Any, e0: Any, e1: Any, e2: Any, e3: Any) -> Any:
+        kind = int32(int32(unit >= e0) + int32(unit >= e1) + int32(unit >= e2) + int32(unit >= e3))
+        first = select_i32(int32(kind > 0), e0, 0)
+        first = select_i32(int32(kind > 1), e1, first)
+        first = select_i32(int32(kind > 2), e2, first)
+        return kind, select_i32(int32(kind > 3), e3, first)
+
+    return class_of
+
+
+@cache
 def make_ranges(window: int | None, split: int = SPLIT) -> tuple[Any, Any]:
     """(pages_of, tiles_of) for a window, or None, and splits of so many keys.
 
