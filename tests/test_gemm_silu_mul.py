@@ -23,7 +23,7 @@ from kernels_numba.ops.gemm.hopper_config import (
     HopperConfig,
     pick_hopper_config,
 )
-from kernels_numba.ops.gemm_silu_mul import FUSED
+from kernels_numba.ops.gemm_silu_mul import FUSED, composed
 from sharp.rungs import fused_rungs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -307,6 +307,28 @@ def test_pauses_and_a_captured_chain_change_no_bit(gpu, rng):
         stream.synchronize()
         assert np.array_equal(act.copy_to_host(), want[0])
         assert np.array_equal(out.copy_to_host(), want[1])
+
+
+@pytest.mark.gpu
+def test_a_model_has_the_same_bits_fused_and_apart(gpu, rng):
+    """Steps of few tokens and of many, from graphs with the fused op and by launches of the two ops."""
+    from test_graphs_gpu import by_hand, by_launch, capture_all, fill_pages, open_random, random_step
+
+    model = open_random()
+    try:
+        assert model.rungs["gemm_silu_mul"] == "hopper"
+        capture_all(model)
+        plans = [random_step(rng, model, *sizes, 0) for sizes in ((1, ()), (40, ()), (3, (50, 100)))]
+        fill_pages(model)
+        fused = [by_launch(model, plan, graphs=True) for plan in plans]
+        model.ops.gemm_silu_mul = composed(model.ops.gemm, model.ops.silu_mul)
+        fill_pages(model)
+        for plan, (ids, logits) in zip(plans, fused, strict=True):
+            ids_apart, logits_apart = by_hand(model, plan)
+            assert np.array_equal(ids, ids_apart), plan.num_tokens
+            assert np.array_equal(logits, logits_apart), plan.num_tokens
+    finally:
+        model.close()
 
 
 @pytest.mark.gpu
