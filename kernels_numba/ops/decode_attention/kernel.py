@@ -134,23 +134,26 @@ def make_decode_kernel(
 
         An arrival does not wait for loads that are still under way, and the copy engine may then overwrite
         what they were to read: seen on an H100, where a neighbour's stores keep shared memory busy for longer
-        than a page takes to come from L2. Loads end in order, so the last one speaks for all."""
+        than a page takes to come from L2. loaded: a word of every load, for the assembler changes their
+        order."""
         return int32(bar + int32(loaded & nothing))
 
     @jit(device=True, forceinline=True)
     def accumulate(o: Any, weights: Any, values: Any, line: Any, unit: Any, swizzle: Any) -> Any:
         """o += P V over a page's 64 keys; weights: the lane's place in P, values: the page's, the warp's
-        box. Returns the word that was loaded last (read_by)."""
+        box. Returns a word of every load in one (read_by)."""
         a = cuda.local.array(4, np.int32)
         b = cuda.local.array(4, np.int32)
+        loaded = int32(0)
         for step in range(4):
             ld_shared_v4(a, int32(weights + 512 * step))
             for pair in range(pairs):
                 at = int32(values + step * 2048 + line + (((unit + 2 * pair) ^ swizzle) << 4))
                 ldmatrix_x4_trans(b, at)
+                loaded = int32(loaded | b[3])
                 multiply(o, 8 * pair, a, 0, b, 0)
                 multiply(o, 8 * pair + 4, a, 0, b, 2)
-        return b[3]
+        return loaded
 
     @jit(device=True)
     def consume(
