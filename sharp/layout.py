@@ -12,7 +12,8 @@ from math import prod
 
 from sharp.model_config import ModelConfig
 
-# Gate and up rows of neurons 8j..8j+7 sit together, so that one thread of a kernel holds both (see silu_mul).
+# Gate and up rows of neurons 8j..8j+7 sit together, so that one thread of a kernel holds both (see
+# gemm_silu_mul).
 GATE_UP_BLOCK = 8
 ALIGNMENT = 256  # bytes: what the driver's own allocations start on, and more than any kernel asks for
 
