@@ -18,11 +18,10 @@ from kernels_numba.launch import Kernel, Launch, address
 from kernels_numba.ops.prefill_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
+    CONSUMERS,
     HEAD_DIMS,
     ITEM,
     PRODUCT,
-    THREADS,
-    TILE_ROWS,
     Build,
     PrefillConfig,
     Source,
@@ -46,6 +45,7 @@ def prefill_kernel(
     """The kernel of one specialisation, compiled when first launched."""
     words = ["prefill", config.source, f"d{config.head_dim}", dtype]
     words += [f"no_{name}" for name in ("turns", "overlap") if not getattr(config, name)]
+    words += [f"consumers{config.consumers}"] if config.consumers != CONSUMERS[config.head_dim] else []
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
@@ -55,7 +55,7 @@ def prefill_kernel(
         "_".join(words),
         lambda: make_prefill_kernel(config, dtype, window, with_lse, build),
         (config, dtype, window, with_lse, build),
-        SIGNATURE, THREADS, smem_plan(config).bytes, pdl=build.pdl, archs=ARCHS,
+        SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl, archs=ARCHS,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def prepared(
     config = config or PrefillConfig(o.head_dim, source)
     kernel = prefill_kernel(config, o.dtype, window, o.lse != 0, build)
     # A sequence's last tile may be any part of one.
-    items = o.num_kv_heads * (o.tokens * o.group // TILE_ROWS + o.num_seqs)
+    items = o.num_kv_heads * (o.tokens * o.group // config.tile_rows + o.num_seqs)
     arguments = (
         address(maps), o.q, o.out, o.lse, o.cu_seqlens_q, o.context_lens, o.table,
         address(workspace.counters), o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride,
