@@ -47,14 +47,16 @@ WHOLE = 1 << 26  # keys of a split that never ends: no fold, other bits
 class PrefillConfig:
     """head_dim 64 or 128; source: keys and values in pages, or as rows of packed sequences; turns: whether
     the consumers' products take turns; overlap: whether a consumer makes weights while its own P V runs;
-    consumers: warpgroups of 64 rows, 0 for CONSUMERS' choice, at head_dim 128 no more than two: three have
-    160 registers a thread (which of all that pays is for a GPU to say). ValueError for others."""
+    consumers: warpgroups of 64 rows, 0 for CONSUMERS' choice, at head_dim 128 no more than two, since three
+    have 160 registers a thread; short_turns: passed on behind S, before P V (which of all that pays is for a
+    GPU to say). ValueError for others."""
 
     head_dim: int
     source: Source = "pages"
     turns: bool = True
     overlap: bool = True
     consumers: int = 0
+    short_turns: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or self.source not in ("pages", "rows"):

@@ -45,6 +45,7 @@ def prefill_kernel(
     """The kernel of one specialisation, compiled when first launched."""
     words = ["prefill", config.source, f"d{config.head_dim}", dtype]
     words += [f"no_{name}" for name in ("turns", "overlap") if not getattr(config, name)]
+    words += ["short_turns"] if config.short_turns else []
     words += [f"consumers{config.consumers}"] if config.consumers != CONSUMERS[config.head_dim] else []
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []

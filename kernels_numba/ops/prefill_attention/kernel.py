@@ -116,7 +116,8 @@ def make_prefill_kernel(
     unit_shift, lines = units.bit_length() - 1, 32 // units  # rows that a warp stores at once
     few, many = REGISTERS[consumers]
     turn_threads, row_bytes = 2 * WARPGROUP, head_dim * 2
-    turns, has_window, width = config.turns, window is not None, window or 0
+    turns, short_turns = config.turns, config.short_turns
+    has_window, width = window is not None, window or 0
     multiply_k = make_wgmma_panels(TILE, head_dim, dtype, "shared", q_panel, PANEL_BYTES)
     multiply_v = make_wgmma(head_dim, TILE // 16, dtype, a="registers", b_major="mn")
     descriptor_v = make_descriptor_mn_major(PANEL_BYTES)
@@ -286,6 +287,8 @@ def make_prefill_kernel(
                         pause(int32(4))
                         take_turn(consumer)
                         multiply_k(s, queries, descriptor_k_major(int32(smem + k_at + stage * tile_bytes)), 0)
+                        if short_turns:
+                            pass_turn(consumer)
                         wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
                         values = int32(smem + v_at + v_stage * tile_bytes)
                         if has_window and cleaned:
@@ -293,7 +296,8 @@ def make_prefill_kernel(
                             if seen_from > 0:
                                 clean(values, seen_from, int32(TILE), consumer, member)
                         multiply_v(o, p, descriptor_v(values), 1)
-                        pass_turn(consumer)
+                        if not short_turns:
+                            pass_turn(consumer)
                         if early:
                             hand_back(int32(smem + v_empty + 8 * v_stage), lane)
                         scores_ready(s)
