@@ -101,13 +101,13 @@ def test_the_kernels_text_keeps_the_order_bit_by_bit(queries, lens, heads, group
 
 
 def test_packed_rows_of_keys_give_the_same_bits():
-    """The other source, neighbours' rows poisoned; with and without turns and overlap."""
+    """The other source, neighbours' rows poisoned; with and without turns and early weights."""
     batch = make_batch(np.random.default_rng(5), [140, 33], [1100, 40], 2, 2, 64, spread=2)
     want = by_contract(batch)
     for change in (
         {"source": "rows"},
         {"turns": False},
-        {"overlap": False},
+        {"early": 0},
         {"turns": False, "consumers": 3},
     ):
         assert same_bits(run_in_numpy(batch, PrefillConfig(64, **change)), want), change
@@ -294,12 +294,12 @@ from kernels_numba.ops.prefill_attention.hopper import prefill_kernel
 codes, disassemble = [], assemble.disassemble
 assemble.disassemble = lambda *which: codes.append(disassemble(*which)) or codes[-1]
 reports = []
-for head_dim, source, overlap, dtype, window, lse, consumers in (
-    (128, "pages", True, "bfloat16", None, True, 2), (64, "pages", True, "float16", None, False, 2),
-    (128, "pages", False, "float16", None, False, 2), (128, "rows", True, "bfloat16", 300, True, 2),
-    (64, "pages", True, "bfloat16", None, False, 3), (64, "rows", True, "bfloat16", 300, True, 3),
+for head_dim, source, early, dtype, window, lse, consumers in (
+    (128, "pages", None, "bfloat16", None, True, 2), (64, "pages", None, "float16", None, False, 2),
+    (128, "pages", 0, "float16", None, False, 2), (128, "rows", 4, "bfloat16", 300, True, 2),
+    (64, "pages", None, "bfloat16", None, False, 3), (64, "rows", 3, "bfloat16", 300, True, 3),
 ):
-    config = PrefillConfig(head_dim, source, overlap=overlap, consumers=consumers)
+    config = PrefillConfig(head_dim, source, early=early, consumers=consumers)
     kernel = prefill_kernel(config, dtype, window, lse)
     report = assemble.assemble_kernel(kernel, "sm_90a")
     sass = codes[-1].sass
@@ -308,7 +308,7 @@ for head_dim, source, overlap, dtype, window, lse, consumers in (
     words = [word for word in re.findall(opcode, sass, re.MULTILINE) if word.startswith(watched)]
     kept = [word.partition(".")[0] for word in words]
     registers = 1 + max(map(int, re.findall(r"\\bR(\\d+)", sass)))
-    reports.append([asdict(report), report.problems, head_dim, overlap, kept, registers, consumers])
+    reports.append([asdict(report), report.problems, head_dim, config.early, kept, registers, consumers])
 print(json.dumps(reports))
 """
 
@@ -334,12 +334,12 @@ def test_tiles_stay_in_registers(assembled):
 def test_weights_are_made_while_products_run(assembled):
     """Of a tile's 64 exponentials a row pair, between the wait for S and that for P V: ptxas moves the latter
     up where nothing holds it."""
-    for _, _, head_dim, overlap, kept, _, _ in assembled:
+    for _, _, head_dim, early, kept, _, _ in assembled:
         products = "HGMMA " * (head_dim // 16 + 8)
         loop = " ".join(kept).split(products, 1)[1]
         loop = loop.split("WARPGROUP")  # in front of the first: nothing; then up to the wait for P V
         made = loop[1].count("MUFU")
-        assert made > 40 if overlap else made < 16, made
+        assert 16 * early <= made < 16 * early + 16, made
 
 
 @pytest.mark.parametrize(("head_dim", "consumers"), [(64, 2), (64, 3), (128, 2)])
@@ -358,8 +358,8 @@ def test_settings_that_do_not_exist_are_named():
     for arguments, message in (
         ((96,), "head_dim is 96, source 'pages'; head_dim 64 or 128"),
         ((64, "files"), "source 'files'"),
-        ((128, "pages", True, True, 3), "consumers is 3; 0 or 2 to 2 are possible at head_dim 128"),
-        ((64, "rows", True, True, 4), "consumers is 4; 0 or 2 to 3 are possible at head_dim 64"),
+        ((128, "pages", True, None, 3), "consumers is 3; 0 or 2 to 2 are possible at head_dim 128"),
+        ((64, "rows", 3, True, 4), "consumers is 4; 0 or 2 to 3 are possible at head_dim 64"),
     ):
         with pytest.raises(ValueError, match=message):
             PrefillConfig(*arguments)
@@ -633,7 +633,7 @@ def test_prefill_attention_replays_and_leaves_counters_at_0(cuda):
     first = gpu()
     assert all(same_bits(gpu(), first) for _ in range(20))
     assert not own_workspace().counters.copy_to_host().any()
-    for change in ({"turns": False}, {"overlap": False}, {"turns": False, "overlap": False}):
+    for change in ({"turns": False}, {"early": 0}, {"short_turns": True}, {"turns": False, "early": 4}):
         assert same_bits(gpu(config=PrefillConfig(128, **change)), first), change
 
 

@@ -1,5 +1,5 @@
-"""`just tune prefill`: what consumers, turns, overlap and the contract's folds are worth to prefill attention
-on this GPU.
+"""`just tune prefill`: what consumers, turns, early weights and the contract's folds are worth to prefill
+attention on this GPU.
 
 Measures the hopper rung as it is beside builds that differ in one or two of these; each is checked first, the
 bits of a build without folds are others, those of all others the same. Changes no file; prints a line a case
@@ -42,8 +42,9 @@ def configs(head_dim: int) -> dict[str, PrefillConfig]:
     ways: dict[str, dict[str, Any]] = {
         "no turns": {"turns": False},
         "short turns": {"short_turns": True},
-        "no overlap": {"overlap": False},
-        "neither": {"turns": False, "overlap": False},
+        "early 4": {"early": 4},
+        "early 2": {"early": 2},
+        "early 0": {"early": 0},
     }
     if head_dim == 64:
         other = 5 - usual

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from kernels_numba.attention_contract import SPLIT, TILE
+from kernels_numba.attention_contract import GROUP_KEYS, SPLIT, TILE
 from kernels_numba.smem import SmemPlan
 
 HEAD_DIMS = (64, 128)
@@ -26,6 +26,7 @@ ROW_STATE_BYTES = 256  # of a warp
 MAX_STAGES = 4
 SMEM_LIMIT = 232_448  # of a block
 CONSUMERS = {64: 2, 128: 2}  # warpgroups by head_dim; the one behind them are the producers
+EARLY = {64: 1, 128: 3}  # as many groups of weights as P V takes time for
 LOADERS = 2  # of the producers' warps, those that load queries
 REGISTERS = {2: (40, 232), 3: (32, 160)}  # a thread, of producers and consumers; 168 or 128 at the start
 MUTANTS = (
@@ -46,15 +47,15 @@ WHOLE = 1 << 26  # keys of a split that never ends: no fold, other bits
 @dataclass(frozen=True)
 class PrefillConfig:
     """head_dim 64 or 128; source: keys and values in pages, or as rows of packed sequences; turns: whether
-    the consumers' products take turns; overlap: whether a consumer makes weights while its own P V runs;
-    consumers: warpgroups of 64 rows, 0 for CONSUMERS' choice, at head_dim 128 no more than two, since three
-    have 160 registers a thread; short_turns: passed on behind S, before P V (which of all that pays is for a
-    GPU to say). ValueError for others."""
+    the consumers' products take turns, short_turns: passed on behind S, before P V; early: of a tile's four
+    groups of 32 keys those whose weights are made before P V of the tile before is waited for (None:
+    EARLY's); consumers: warpgroups of 64 rows, at head_dim 128 no more than two, since three have 160
+    registers a thread (0: CONSUMERS'). Which of all that pays is for a GPU to say. ValueError for others."""
 
     head_dim: int
     source: Source = "pages"
     turns: bool = True
-    overlap: bool = True
+    early: int | None = None
     consumers: int = 0
     short_turns: bool = False
 
@@ -64,12 +65,16 @@ class PrefillConfig:
                 f"prefill_attention: head_dim is {self.head_dim}, source {self.source!r}; "
                 f"head_dim {' or '.join(map(str, HEAD_DIMS))}, source pages or rows is required"
             )
+        groups = TILE // GROUP_KEYS
+        if self.early not in (None, *range(groups + 1)):
+            raise ValueError(f"prefill_attention: early is {self.early}; 0 to {groups} or None are possible")
         most = 3 if self.head_dim == 64 else 2
         if self.consumers not in (0, *range(2, most + 1)):
             raise ValueError(
                 f"prefill_attention: consumers is {self.consumers}; 0 or 2 to {most} are possible at "
                 f"head_dim {self.head_dim}"
             )
+        object.__setattr__(self, "early", EARLY[self.head_dim] if self.early is None else self.early)
         object.__setattr__(self, "consumers", self.consumers or CONSUMERS[self.head_dim])
 
     @property

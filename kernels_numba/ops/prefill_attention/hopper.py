@@ -19,6 +19,7 @@ from kernels_numba.ops.prefill_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
     CONSUMERS,
+    EARLY,
     HEAD_DIMS,
     ITEM,
     PRODUCT,
@@ -44,7 +45,8 @@ def prefill_kernel(
 ) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
     words = ["prefill", config.source, f"d{config.head_dim}", dtype]
-    words += [f"no_{name}" for name in ("turns", "overlap") if not getattr(config, name)]
+    words += [] if config.turns else ["no_turns"]
+    words += [f"early{config.early}"] if config.early != EARLY[config.head_dim] else []
     words += ["short_turns"] if config.short_turns else []
     words += [f"consumers{config.consumers}"] if config.consumers != CONSUMERS[config.head_dim] else []
     words += [f"window{window}"] if window is not None else []

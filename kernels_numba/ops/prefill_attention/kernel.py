@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.attention_contract import LN2, TILE
+from kernels_numba.attention_contract import GROUP_KEYS, LN2, TILE
 from kernels_numba.attention_tile import LOWEST
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.ops.prefill_attention.config import (
@@ -68,6 +68,7 @@ from kernels_numba.ptx.wgmma_panels import make_hold, make_wgmma_panels
 
 SIGNATURE = f"void({', '.join(['int64'] * 8 + ['int32'] * 6 + ['float32'])})"
 TILE_SHIFT = TILE.bit_length() - 1
+GROUPS = TILE // GROUP_KEYS
 TURN, OWN = 1, 5  # named barriers: from here on, one a consumer
 
 
@@ -123,8 +124,8 @@ def make_prefill_kernel(
     descriptor_v = make_descriptor_mn_major(PANEL_BYTES)
     scores_ready, scores_alone = make_wgmma_wait(TILE, 1), make_wgmma_wait(TILE, 0)
     output_ready = make_wgmma_wait(head_dim, 0)
-    hold, hold_places, overlap = make_hold(TILE), make_hold(8), config.overlap
-    weigh, hide = make_weigh(window, int(build.mutant == "mask"))
+    hold, early_groups = make_hold(TILE), config.early or 0
+    largest, weigh, hide = make_weigh(window, int(build.mutant == "mask"))
     pack_weights, rescale = make_pack(dtype), make_rescale(head_dim)
     stage_out = make_stage(head_dim, dtype)
     sums, keep, end_split, fold_into = make_state(head_dim)
@@ -278,7 +279,8 @@ def make_prefill_kernel(
                     at = int32(tile * TILE + 2 * i)
                     if tile * TILE + TILE > my_least or (has_window and tile * TILE < my_most - width):
                         hide(s, at, low, high)
-                    m_low, m_high, f_low, f_high = weigh(s, l_low, l_high, m_low, m_high, c)
+                    m_low, m_high, n_low, n_high, f_low, f_high = largest(s, m_low, m_high, c)
+                    weigh(s, 0, GROUPS, l_low, l_high, c, n_low, n_high, f_low, f_high)
                     pack_weights(s, p)
                     tile = int32(tile + 1)
                     while tile < my_end:
@@ -313,19 +315,22 @@ def make_prefill_kernel(
                             for k in range(4):
                                 l_low[k] = zero
                                 l_high[k] = zero
-                        m_low, m_high, f_low, f_high = weigh(s, l_low, l_high, m_low, m_high, c)
-                        if overlap:
-                            # ptxas puts the wait for P V at the beginning of its block, before the weights
-                            # that are to be made meanwhile; a wait that is over ends the block that they are
-                            # in.
-                            hold(s)
-                            hold_places(l_low)
-                            hold_places(l_high)
-                            wait_full(int32(smem + q_full + 8 * consumer), q_phase)
+                        m_low, m_high, n_low, n_high, f_low, f_high = largest(s, m_low, m_high, c)
+                        weigh(s, 0, early_groups, l_low, l_high, c, n_low, n_high, f_low, f_high)
+                        # ptxas puts the wait for P V at the beginning of its block, before the weights that
+                        # are to be made meanwhile. A wait that is over ends the block that they are in; that
+                        # it needs their sums, which are never negative, keeps them there.
+                        unmade = int32(0)
+                        for g in range(early_groups):
+                            unmade = int32(unmade | int32(l_low[g] < zero) | int32(l_high[g] < zero))
+                        hold(s)
+                        wait_full(int32(smem + q_full + 8 * consumer), int32(q_phase ^ unmade))
                         output_ready(o)
                         if not early and handed_back:
                             hand_back(int32(smem + v_empty + 8 * v_stage), lane)
                         v_stage, v_phase = following(v_stage, v_phase)
+                        weigh(s, early_groups, GROUPS, l_low, l_high, c, n_low, n_high, f_low, f_high)
+                        pack_weights(s, p)
                         if ended:
                             fold_into(o, mine, my_rows, splits, folds)
                             keep(o, mine)
@@ -334,7 +339,6 @@ def make_prefill_kernel(
                                 o[k] = zero
                         elif ballot(int32(int32(f_low != one) | int32(f_high != one))) != 0:
                             rescale(o, f_low, f_high)  # times 1 changes nothing
-                        pack_weights(s, p)
                         tile = int32(tile + 1)
                     wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
                     values = int32(smem + v_at + v_stage * tile_bytes)

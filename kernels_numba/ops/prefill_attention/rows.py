@@ -33,17 +33,18 @@ VECTOR_STRIDE = 32 * 16  # bytes from one of a thread's vectors to its next: a w
 
 
 @cache
-def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any]:
-    """(weigh, hide) of a tile's 128 scores a row, s[64] of a lane.
+def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any, Any]:
+    """(largest, weigh, hide) of a tile's 128 scores a row, s[64] of a lane.
 
-    weigh(s, l_low, l_high, m_low, m_high, c) -> (m_low, m_high, f_low, f_high): s becomes the unrounded
-    weights, l_low, l_high f32[4] the lane's places, m and f as the contract has them.
+    largest(s, m_low, m_high, c) -> (m_low, m_high, n_low, n_high, f_low, f_high): m, -m and f as the contract
+    has them. weigh(s, first, last, l_low, l_high, c, n_low, n_high, f_low, f_high): of the groups of 32 keys
+    from `first` up to `last`, s becomes the unrounded weights, l_low, l_high f32[4] the lane's places.
     hide(s, key, low, high): -inf where a row does not see; key: of s[0]; low, high: how many keys the rows
     see. extra: keys too many (a mutant).
     """
     group_max, negated, quad = make_group_max(), make_negated(), make_quad()
     quad_max = quad[0]
-    zero, lowest = np.float32(0), np.float32(LOWEST)
+    lowest = np.float32(LOWEST)
     has_window, width = window is not None, window or 0
     int32 = cuda.types.int32
 
@@ -64,7 +65,7 @@ def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any]:
                     s[4 * j + 2 + which] = select_f32(int32(at >= high), s[4 * j + 2 + which], lowest)
 
     @jit(device=True, forceinline=True)
-    def weigh(s: Any, l_low: Any, l_high: Any, m_low: Any, m_high: Any, c: Any) -> Any:
+    def largest(s: Any, m_low: Any, m_high: Any, c: Any) -> Any:
         top_low, top_high = group_max(s, 0)
         for g in range(1, 4):
             low, high = group_max(s, 16 * g)
@@ -73,9 +74,15 @@ def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any]:
         new_low, new_high = max_f32(m_low, mul_f32(top_low, c)), max_f32(m_high, mul_f32(top_high, c))
         n_low, n_high = negated(new_low), negated(new_high)
         f_low, f_high = ex2_f32(add_f32(m_low, n_low)), ex2_f32(add_f32(m_high, n_high))
-        for g in range(4):
-            t_low = zero
-            t_high = zero
+        return new_low, new_high, n_low, n_high, f_low, f_high
+
+    @jit(device=True, forceinline=True)
+    def weigh(
+        s: Any, first: Any, last: Any, l_low: Any, l_high: Any, c: Any, n_low: Any, n_high: Any, f_low: Any,
+        f_high: Any,
+    ) -> None:  # fmt: skip
+        for g in range(first, last):
+            t_low, t_high = f_low, f_high
             for j in range(4):
                 a = ex2_f32(fma_f32(s[16 * g + 4 * j], c, n_low))
                 b = ex2_f32(fma_f32(s[16 * g + 4 * j + 1], c, n_low))
@@ -90,9 +97,8 @@ def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any]:
                 t_high = high if j == 0 else add_f32(t_high, high)
             l_low[g] = fma_f32(l_low[g], f_low, t_low)
             l_high[g] = fma_f32(l_high[g], f_high, t_high)
-        return new_low, new_high, f_low, f_high
 
-    return weigh, hide
+    return largest, weigh, hide
 
 
 @cache
