@@ -22,7 +22,7 @@ import numpy as np
 
 import sharp
 from kernels_numba import attention_contract as contract
-from kernels_numba.ops.prefill_attention.config import TILE_ROWS, PrefillConfig, smem_plan
+from kernels_numba.ops.prefill_attention.config import PrefillConfig, smem_plan
 from kernels_numba.ops.prefill_attention.in_numpy import in_numpy
 from kernels_numba.ops.prefill_attention.scores import attention_scores
 from sharp.config import EngineConfig
@@ -147,9 +147,9 @@ for seed in range(3):
 # %%
 lens = np.random.default_rng(0).integers(16, 2049, 64)
 items = [
-    -(-min((tile + 1) * TILE_ROWS // 4, n) // contract.TILE) + 2
+    -(-min((tile + 1) * config.tile_rows // 4, n) // contract.TILE) + 2
     for n in lens.tolist()
-    for tile in range(-(-n * 4 // TILE_ROWS))
+    for tile in range(-(-n * 4 // config.tile_rows))
     for _ in range(8)
 ]
 

@@ -21,12 +21,10 @@ from kernels_numba import simt, simt_warps
 from kernels_numba.attention_contract import TILE
 from kernels_numba.compiler import KernelsUnavailable
 from kernels_numba.ops.prefill_attention.config import (
-    CONSUMER_REGISTERS,
     HEAD_DIMS,
     MUTANTS,
-    PRODUCER_REGISTERS,
+    REGISTERS,
     SMEM_LIMIT,
-    TILE_ROWS,
     WHOLE,
     Build,
     PrefillConfig,
@@ -93,8 +91,9 @@ BATCHES = [
 def test_the_kernels_text_keeps_the_order_bit_by_bit(queries, lens, heads, group, head_dim, window):
     rng = np.random.default_rng(len(lens))
     batch = make_batch(rng, queries, lens, heads, group, head_dim, window=window, spread=2, margin=1)
-    got = run_in_numpy(batch, grid=3)
-    assert same_bits(got, by_contract(batch))
+    for consumers in (2, 3)[: 2 if head_dim == 64 else 1]:
+        got = run_in_numpy(batch, PrefillConfig(head_dim, consumers=consumers), grid=3)
+        assert same_bits(got, by_contract(batch)), consumers
     truth = np.nan_to_num(batch.truth()[0])
     rounded = truth.astype(BF16).astype(np.float32)
     error = error_ratio(np.nan_to_num(got[0].astype(np.float32)), rounded, truth, "bfloat16", max(lens))
@@ -102,10 +101,15 @@ def test_the_kernels_text_keeps_the_order_bit_by_bit(queries, lens, heads, group
 
 
 def test_packed_rows_of_keys_give_the_same_bits():
-    """The other source, neighbours' rows poisoned; with and without turns and overlap."""
+    """The other source, neighbours' rows poisoned; with and without turns and early weights."""
     batch = make_batch(np.random.default_rng(5), [140, 33], [1100, 40], 2, 2, 64, spread=2)
     want = by_contract(batch)
-    for change in ({"source": "rows"}, {"turns": False}, {"overlap": False}):
+    for change in (
+        {"source": "rows"},
+        {"turns": False},
+        {"early": 0},
+        {"turns": False, "consumers": 3},
+    ):
         assert same_bits(run_in_numpy(batch, PrefillConfig(64, **change)), want), change
     batch = make_batch(np.random.default_rng(6), [60, 5], [300, 40], 1, 2, 128, window=70)
     assert same_bits(run_in_numpy(batch, PrefillConfig(128, "rows")), by_contract(batch))
@@ -186,19 +190,28 @@ def test_a_product_without_its_inputs_is_noticed():
 # The schedule.
 
 
-def items_of(queries, lens, heads, group, step=1, start=0):
+def numpy_warp(memory):
+    """(the schedule's module on one warp in numpy, its lanes)."""
+    warp = GroupWarp(Shared(1, 16, np.random.default_rng(0)), memory, {}, 0, 1, 0)
+    module = simt_warps.link(warp, ["kernels_numba.ops.prefill_attention.schedule"], lambda name, text: text)
+    return module, simt.lanes(np.arange(32))
+
+
+def items_of(queries, lens, heads, group, tile_rows, step=1, start=0):
     """What locate finds for the numbers start, start + step, ...: (sequence, head, first row, rows, first
     token, start) of each."""
     memory = simt.Memory()
     cu = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
     arrays = memory.put(cu), memory.put(np.asarray(lens, np.int32))
-    warp = GroupWarp(Shared(1, 16, np.random.default_rng(0)), memory, {}, 0, 1, 0)
-    module = simt_warps.link(warp, ["kernels_numba.ops.prefill_attention.schedule"], lambda name, text: text)
-    locate, lane = module["make_schedule"](TILE_ROWS), simt.lanes(np.arange(32))
-    state, target, items = (TOP, 0, 0, -1), start, []
+    module, lane = numpy_warp(memory)
+    locate, (begin, end) = (
+        module["make_schedule"](tile_rows),
+        module["make_span"]()(arrays[0], len(lens), lane),
+    )
+    state, target, items = (TOP, begin, 0, -1), start, []
     while True:
         found, *item, level, chunk, before, lower = locate(
-            *arrays, len(lens), heads, group, lane, target, *state
+            *arrays, begin, end, heads, group, lane, target, *state
         )
         if not found:
             return items
@@ -212,28 +225,60 @@ def items_of(queries, lens, heads, group, step=1, start=0):
     ([1] * 70, list(range(1, 2000, 28))[:70], 1, 7),
     ([4, 200, 3], [-5, 100, 1], 3, 16),
     ([], [], 1, 1),
+    ([0] * 90 + [190, 200, 0, 3] * 20 + [0] * 86, [7] * 90 + [190, 260, 5, 3] * 20 + [0] * 86, 2, 4),
 ])  # fmt: skip
-def test_every_item_once_and_the_longest_first(queries, lens, heads, group):
+@pytest.mark.parametrize("tile_rows", [128, 192])
+def test_every_item_once_and_the_longest_first(queries, lens, heads, group, tile_rows):
     rows = [n * group for n in queries]
     firsts = np.concatenate([[0], np.cumsum(queries)]).tolist()
     want = [
         (seq, head, row, rows[seq], firsts[seq], lens[seq] - queries[seq])
         for seq in range(len(lens))
         for head in range(heads)
-        for row in range(0, rows[seq], TILE_ROWS)
+        for row in range(0, rows[seq], tile_rows)
     ]
-    got = items_of(queries, lens, heads, group) if lens else []
+    got = items_of(queries, lens, heads, group, tile_rows) if lens else []
     assert sorted(got) == sorted(want)
 
     def tiles(item):
         _, _, row, count, _, start = item
-        return -(-max(0, start + -(-min(row + TILE_ROWS, count) // group)) // TILE)
+        return -(-max(0, start + -(-min(row + tile_rows, count) // group)) // TILE)
 
     levels = [tiles(item) for item in got]
     assert levels == sorted(levels, reverse=True)
     if lens:
-        shares = [items_of(queries, lens, heads, group, 3, start) for start in range(3)]
+        shares = [items_of(queries, lens, heads, group, tile_rows, 3, start) for start in range(3)]
         assert sorted(item for share in shares for item in share) == sorted(want)
+
+
+@pytest.mark.parametrize("count", [1, 32, 33, 256, 300, 1024, 1025, 5000])
+def test_the_sequences_with_rows_are_found(count):
+    """Whatever is in front of them and behind them; with few sequences all are looked at."""
+    rng = np.random.default_rng(count)
+    for first, last in [
+        (0, count),
+        (count - 1, count),
+        (0, 1),
+        (count // 2, count // 2),
+        *rng.integers(0, count, (20, 2)),
+    ]:
+        queries = np.zeros(count, np.int64)
+        queries[first:last] = rng.integers(1, 4, max(last - first, 0))
+        cu = np.concatenate([[5], 5 + np.cumsum(queries)]).astype(np.int32)
+        memory = simt.Memory()
+        module, lane = numpy_warp(memory)
+        begin, end = module["make_span"]()(memory.put(cu), count, lane)
+        want = (first, last) if first < last else (0, 1)
+        assert (begin, end) == ((0, count) if count <= 32 else want)
+
+
+@pytest.mark.parametrize("group", range(1, 17))
+def test_a_row_knows_its_token(group):
+    module, _ = numpy_warp(simt.Memory())
+    inverse, quotient = module["make_quotient"]()
+    edges = np.arange(0, 1 << 28, group * 123_457)
+    rows = np.unique(np.concatenate([np.arange(2000), edges, edges[1:] - 1, (1 << 28) - 2 - np.arange(50)]))
+    assert (np.asarray(quotient(simt.lanes(rows), inverse(group))) == rows // group).all()
 
 
 # What it becomes. In a child, because this process runs numba's simulator.
@@ -249,11 +294,13 @@ from kernels_numba.ops.prefill_attention.hopper import prefill_kernel
 codes, disassemble = [], assemble.disassemble
 assemble.disassemble = lambda *which: codes.append(disassemble(*which)) or codes[-1]
 reports = []
-for head_dim, source, overlap, dtype, window, lse in (
-    (128, "pages", True, "bfloat16", None, True), (64, "pages", True, "float16", None, False),
-    (128, "pages", False, "float16", None, False), (128, "rows", True, "bfloat16", 300, True),
+for head_dim, source, early, dtype, window, lse, consumers in (
+    (128, "pages", None, "bfloat16", None, True, 2), (64, "pages", None, "float16", None, False, 2),
+    (128, "pages", 0, "float16", None, False, 2), (128, "rows", 4, "bfloat16", 300, True, 2),
+    (64, "pages", None, "bfloat16", None, False, 3), (64, "rows", 3, "bfloat16", 300, True, 3),
 ):
-    kernel = prefill_kernel(PrefillConfig(head_dim, source, overlap=overlap), dtype, window, lse)
+    config = PrefillConfig(head_dim, source, early=early, consumers=consumers)
+    kernel = prefill_kernel(config, dtype, window, lse)
     report = assemble.assemble_kernel(kernel, "sm_90a")
     sass = codes[-1].sass
     opcode = r"^\\s+/\\*[0-9a-f]+\\*/\\s+(?:@!?U?P\\d\\s+)?([A-Z][A-Z0-9.]*)"
@@ -261,7 +308,7 @@ for head_dim, source, overlap, dtype, window, lse in (
     words = [word for word in re.findall(opcode, sass, re.MULTILINE) if word.startswith(watched)]
     kept = [word.partition(".")[0] for word in words]
     registers = 1 + max(map(int, re.findall(r"\\bR(\\d+)", sass)))
-    reports.append([asdict(report), report.problems, head_dim, overlap, kept, registers])
+    reports.append([asdict(report), report.problems, head_dim, config.early, kept, registers, consumers])
 print(json.dumps(reports))
 """
 
@@ -272,11 +319,11 @@ def assembled():
 
 
 def test_tiles_stay_in_registers(assembled):
-    assert len(assembled) == 4
-    for report, problems, head_dim, _, _, registers in assembled:
+    assert len(assembled) == 6
+    for report, problems, head_dim, _, _, registers, consumers in assembled:
         assert problems == [], report
-        assert report["setmaxnreg"] == [PRODUCER_REGISTERS, CONSUMER_REGISTERS]
-        assert registers <= CONSUMER_REGISTERS, registers
+        assert report["setmaxnreg"] == list(REGISTERS[consumers])
+        assert registers <= REGISTERS[consumers][1], registers
         assert report["main_loop"]["HGMMA"] == head_dim // 16 + 8, (
             report
         )  # S in steps of 16 columns, P V of 16 keys
@@ -287,28 +334,32 @@ def test_tiles_stay_in_registers(assembled):
 def test_weights_are_made_while_products_run(assembled):
     """Of a tile's 64 exponentials a row pair, between the wait for S and that for P V: ptxas moves the latter
     up where nothing holds it."""
-    for _, _, head_dim, overlap, kept, _ in assembled:
+    for _, _, head_dim, early, kept, _, _ in assembled:
         products = "HGMMA " * (head_dim // 16 + 8)
         loop = " ".join(kept).split(products, 1)[1]
         loop = loop.split("WARPGROUP")  # in front of the first: nothing; then up to the wait for P V
         made = loop[1].count("MUFU")
-        assert made > 40 if overlap else made < 16, made
+        assert 16 * early <= made < 16 * early + 16, made
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_shared_memory_holds_two_tiles_and_what_is_folded(head_dim):
-    config = PrefillConfig(head_dim)
+@pytest.mark.parametrize(("head_dim", "consumers"), [(64, 2), (64, 3), (128, 2)])
+def test_shared_memory_holds_two_tiles_and_what_is_folded(head_dim, consumers):
+    config = PrefillConfig(head_dim, consumers=consumers)
     plan = smem_plan(config)
     assert plan.bytes <= SMEM_LIMIT == 232_448
     assert config.stages >= 2
     assert all(plan.offset(name) % 1024 == 0 for name in ("k", "v", "q", "state"))
-    assert PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168  # what 384 threads are launched with
+    few, many = REGISTERS[consumers]
+    launched = {384: 168, 512: 128}[config.threads]  # a thread
+    assert few + consumers * many <= (consumers + 1) * launched
 
 
 def test_settings_that_do_not_exist_are_named():
     for arguments, message in (
         ((96,), "head_dim is 96, source 'pages'; head_dim 64 or 128"),
         ((64, "files"), "source 'files'"),
+        ((128, "pages", True, None, 3), "consumers is 3; 0 or 2 to 2 are possible at head_dim 128"),
+        ((64, "rows", 3, True, 4), "consumers is 4; 0 or 2 to 3 are possible at head_dim 64"),
     ):
         with pytest.raises(ValueError, match=message):
             PrefillConfig(*arguments)
@@ -582,7 +633,7 @@ def test_prefill_attention_replays_and_leaves_counters_at_0(cuda):
     first = gpu()
     assert all(same_bits(gpu(), first) for _ in range(20))
     assert not own_workspace().counters.copy_to_host().any()
-    for change in ({"turns": False}, {"overlap": False}, {"turns": False, "overlap": False}):
+    for change in ({"turns": False}, {"early": 0}, {"short_turns": True}, {"turns": False, "early": 4}):
         assert same_bits(gpu(config=PrefillConfig(128, **change)), first), change
 
 

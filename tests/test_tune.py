@@ -132,6 +132,7 @@ def test_the_price_of_a_fixed_split_is_told(monkeypatch, capsys):
 def test_the_parts_of_prefill_attention_and_what_folds_cost(monkeypatch, capsys):
     times = {name: 1000.0 + 10 * i for i, name in enumerate(tune_prefill.builds(128))}
     made = {**times, "no folds": 800.0}
+    monkeypatch.setattr(tune_prefill, "prebuild", lambda modules, progress: None)
     monkeypatch.setattr(tune_prefill, "Workload", lambda *_, **__: MadeUp([made]))
     monkeypatch.setattr("sys.argv", ["tune", "--case", "32/8/128 1x16384", "--rounds", "1"])
     tune_prefill.main()
@@ -141,7 +142,7 @@ def test_the_parts_of_prefill_attention_and_what_folds_cost(monkeypatch, capsys)
         .cost(bench_cases("prefill_attention")["32/8/128 1x16384"])
         .flops
     )
-    assert f"as it is {flops / 1e9:.1f}, no turns" in said
+    assert f"1000.00 us; TFLOP/s as it is {flops / 1e9:.1f}, no turns" in said
     assert "folds cost +25.0%" in said
     monkeypatch.setattr(tune_prefill, "Workload", lambda *_, **__: MadeUp([{"no turns": 0}]))
     with pytest.raises(ArithmeticError, match="no turns: 7 times the tolerance"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from kernels_numba.attention_contract import SPLIT, TILE
+from kernels_numba.attention_contract import GROUP_KEYS, SPLIT, TILE
 from kernels_numba.smem import SmemPlan
 
 HEAD_DIMS = (64, 128)
@@ -22,14 +22,13 @@ BOX_COLUMNS = 64  # 128 bytes, the swizzle's width: a panel
 BOX_BYTES = BLOCK_SIZE * BOX_COLUMNS * ITEM
 PANEL_BYTES = TILE * BOX_COLUMNS * ITEM
 RECORDS, RECORD_BYTES = 2, 32
+ROW_STATE_BYTES = 256  # of a warp
 MAX_STAGES = 4
 SMEM_LIMIT = 232_448  # of a block
-CONSUMERS = 2  # warpgroups; a third, at head_dim 64, would have 152 registers a thread and spill
-TILE_ROWS, THREADS = (
-    CONSUMERS * ROWS,
-    (CONSUMERS + 1) * WARPGROUP,
-)  # the last warpgroup's warps are the producers
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # a thread; 168 each at the start
+CONSUMERS = {64: 2, 128: 2}  # warpgroups by head_dim; the one behind them are the producers
+EARLY = {64: 1, 128: 3}  # as many groups of weights as P V takes time for
+LOADERS = 2  # of the producers' warps, those that load queries
+REGISTERS = {2: (40, 232), 3: (32, 160)}  # a thread, of producers and consumers; 168 or 128 at the start
 MUTANTS = (
     "",
     "scale",
@@ -48,13 +47,17 @@ WHOLE = 1 << 26  # keys of a split that never ends: no fold, other bits
 @dataclass(frozen=True)
 class PrefillConfig:
     """head_dim 64 or 128; source: keys and values in pages, or as rows of packed sequences; turns: whether
-    the consumers' products take turns; overlap: whether a consumer makes weights while its own P V runs
-    (which of both pays is for a GPU to say). ValueError for others."""
+    the consumers' products take turns, short_turns: passed on behind S, before P V; early: of a tile's four
+    groups of 32 keys those whose weights are made before P V of the tile before is waited for (None:
+    EARLY's); consumers: warpgroups of 64 rows, at head_dim 128 no more than two, since three have 160
+    registers a thread (0: CONSUMERS'). Which of all that pays is for a GPU to say. ValueError for others."""
 
     head_dim: int
     source: Source = "pages"
     turns: bool = True
-    overlap: bool = True
+    early: int | None = None
+    consumers: int = 0
+    short_turns: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or self.source not in ("pages", "rows"):
@@ -62,6 +65,27 @@ class PrefillConfig:
                 f"prefill_attention: head_dim is {self.head_dim}, source {self.source!r}; "
                 f"head_dim {' or '.join(map(str, HEAD_DIMS))}, source pages or rows is required"
             )
+        groups = TILE // GROUP_KEYS
+        if self.early not in (None, *range(groups + 1)):
+            raise ValueError(f"prefill_attention: early is {self.early}; 0 to {groups} or None are possible")
+        most = 3 if self.head_dim == 64 else 2
+        if self.consumers not in (0, *range(2, most + 1)):
+            raise ValueError(
+                f"prefill_attention: consumers is {self.consumers}; 0 or 2 to {most} are possible at "
+                f"head_dim {self.head_dim}"
+            )
+        object.__setattr__(self, "early", EARLY[self.head_dim] if self.early is None else self.early)
+        object.__setattr__(self, "consumers", self.consumers or CONSUMERS[self.head_dim])
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of an item."""
+        return self.consumers * ROWS
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the consumers', and the producers' warpgroup behind them."""
+        return (self.consumers + 1) * WARPGROUP
 
     @property
     def tile_bytes(self) -> int:
@@ -78,11 +102,12 @@ class PrefillConfig:
 def _fixed(config: PrefillConfig, stages: int) -> tuple[tuple[str, int, int, int], ...]:
     """What a block holds beside its stages: (name, bytes of a piece, alignment, pieces)."""
     return (
-        ("q", TILE_ROWS * config.head_dim * ITEM, 1024, 1),
-        ("state", ROWS * config.head_dim * 4, 1024, CONSUMERS),
+        ("q", config.tile_rows * config.head_dim * ITEM, 1024, 1),
+        ("state", ROWS * config.head_dim * 4, 1024, config.consumers),
+        ("row_state", ROW_STATE_BYTES, 16, 4 * config.consumers),
         ("record", RECORD_BYTES, 32, RECORDS),
         *((f"{name}_{end}", 8, 8, stages) for name in "kv" for end in ("full", "empty")),
-        *((f"q_{end}", 8, 8, CONSUMERS) for end in ("full", "empty")),
+        *((f"q_{end}", 8, 8, config.consumers) for end in ("full", "empty")),
         ("posted", 8, 8, RECORDS),
         ("taken", 8, 8, RECORDS),
     )
@@ -90,8 +115,8 @@ def _fixed(config: PrefillConfig, stages: int) -> tuple[tuple[str, int, int, int
 
 @cache
 def smem_plan(config: PrefillConfig) -> SmemPlan:
-    """Stages of K and of V, then: the queries; what each consumer has folded so far, f32[head_dim / 4 /
-    2][128 threads][4]; items for everybody; barriers."""
+    """Stages of K and of V, then: the queries; what each consumer has folded so far, f32[4 warps][head_dim
+    / 8][32 lanes][4], and of its rows (rows.py); items for everybody; barriers."""
     return SmemPlan.of(
         ("k", config.tile_bytes, 1024, config.stages),
         ("v", config.tile_bytes, 1024, config.stages),

@@ -18,11 +18,11 @@ from kernels_numba.launch import Kernel, Launch, address
 from kernels_numba.ops.prefill_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
+    CONSUMERS,
+    EARLY,
     HEAD_DIMS,
     ITEM,
     PRODUCT,
-    THREADS,
-    TILE_ROWS,
     Build,
     PrefillConfig,
     Source,
@@ -45,7 +45,10 @@ def prefill_kernel(
 ) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
     words = ["prefill", config.source, f"d{config.head_dim}", dtype]
-    words += [f"no_{name}" for name in ("turns", "overlap") if not getattr(config, name)]
+    words += [] if config.turns else ["no_turns"]
+    words += [f"early{config.early}"] if config.early != EARLY[config.head_dim] else []
+    words += ["short_turns"] if config.short_turns else []
+    words += [f"consumers{config.consumers}"] if config.consumers != CONSUMERS[config.head_dim] else []
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
@@ -55,7 +58,7 @@ def prefill_kernel(
         "_".join(words),
         lambda: make_prefill_kernel(config, dtype, window, with_lse, build),
         (config, dtype, window, with_lse, build),
-        SIGNATURE, THREADS, smem_plan(config).bytes, pdl=build.pdl, archs=ARCHS,
+        SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl, archs=ARCHS,
     )  # fmt: skip
 
 
@@ -93,7 +96,7 @@ def prepared(
     config = config or PrefillConfig(o.head_dim, source)
     kernel = prefill_kernel(config, o.dtype, window, o.lse != 0, build)
     # A sequence's last tile may be any part of one.
-    items = o.num_kv_heads * (o.tokens * o.group // TILE_ROWS + o.num_seqs)
+    items = o.num_kv_heads * (o.tokens * o.group // config.tile_rows + o.num_seqs)
     arguments = (
         address(maps), o.q, o.out, o.lse, o.cu_seqlens_q, o.context_lens, o.table,
         address(workspace.counters), o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride,

@@ -17,7 +17,6 @@ from kernels_numba.ops.prefill_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
     PRODUCT,
-    THREADS,
     Build,
     PrefillConfig,
     smem_plan,
@@ -60,7 +59,7 @@ def in_numpy(
     )  # fmt: skip
     specialised = (config, "bfloat16", window, lse is not None, build)
     simt_warps.run(
-        MODULES, "make_prefill_kernel", specialised, arguments, grid, THREADS, smem_plan(config).bytes,
+        MODULES, "make_prefill_kernel", specialised, arguments, grid, config.threads, smem_plan(config).bytes,
         memory, maps, seed, change, GroupWarp,
     )  # fmt: skip
     return counters

@@ -12,31 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba.attention_contract import LN2, TILE
-from kernels_numba.attention_tile import LOWEST, make_fold_factors, make_folded
+from kernels_numba.attention_contract import GROUP_KEYS, LN2, TILE
+from kernels_numba.attention_tile import LOWEST
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.ops.prefill_attention.config import (
-    CONSUMER_REGISTERS,
-    CONSUMERS,
+    LOADERS,
     PANEL_BYTES,
-    PRODUCER_REGISTERS,
     PRODUCT,
     RECORDS,
+    REGISTERS,
+    ROW_STATE_BYTES,
     ROWS,
-    TILE_ROWS,
     WARPGROUP,
     Build,
     PrefillConfig,
     smem_plan,
 )
-from kernels_numba.ops.prefill_attention.producers import make_producers
+from kernels_numba.ops.prefill_attention.producers import make_producers, make_records
 from kernels_numba.ops.prefill_attention.rows import (
+    STAGE_BYTES,
+    WARP_ROWS,
     make_pack,
     make_rescale,
     make_stage,
     make_state,
     make_weigh,
 )
+from kernels_numba.ops.prefill_attention.schedule import make_quotient
 from kernels_numba.ptx.arith import (
     add_f32,
     divide_f32,
@@ -56,7 +58,6 @@ from kernels_numba.ptx.control import (
 )
 from kernels_numba.ptx.debug import make_mbarrier_wait, make_stress
 from kernels_numba.ptx.fences import fence_proxy_async
-from kernels_numba.ptx.ldst import ld_shared_b32
 from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_init
 from kernels_numba.ptx.named_barrier import named_barrier_arrive, named_barrier_sync
 from kernels_numba.ptx.predicated import st_global_f32_if, st_shared_zero_16_if
@@ -67,6 +68,7 @@ from kernels_numba.ptx.wgmma_panels import make_hold, make_wgmma_panels
 
 SIGNATURE = f"void({', '.join(['int64'] * 8 + ['int32'] * 6 + ['float32'])})"
 TILE_SHIFT = TILE.bit_length() - 1
+GROUPS = TILE // GROUP_KEYS
 TURN, OWN = 1, 5  # named barriers: from here on, one a consumer
 
 
@@ -100,35 +102,35 @@ def make_prefill_kernel(
     Dependent launches: lengths and tables are read before the launches before this one have ended, so they
     must not be written by one of those; everything else may be.
     """
-    head_dim, stages, consumers = config.head_dim, config.stages, CONSUMERS
+    head_dim, stages, consumers = config.head_dim, config.stages, config.consumers
     plan = smem_plan(config)
     q_at, k_at, v_at, state_at = (plan.offset(name) for name in ("q", "k", "v", "state"))
     k_full, k_empty = plan.offset("k_full"), plan.offset("k_empty")
     v_full, v_empty = plan.offset("v_full"), plan.offset("v_empty")
     q_full, q_empty = plan.offset("q_full"), plan.offset("q_empty")
-    record_at, posted_at, taken_at = plan.offset("record"), plan.offset("posted"), plan.offset("taken")
+    posted_at, taken_at = plan.offset("posted"), plan.offset("taken")
+    rows_at = plan.offset("row_state")
     tile_bytes, state_bytes = config.tile_bytes, ROWS * head_dim * 4
-    q_panel = TILE_ROWS * 128
+    q_panel = config.tile_rows * 128
     scores, outputs, weights = TILE // 2, head_dim // 2, TILE // 4  # numbers a thread
-    rounds, units = ROWS * head_dim // 8 // WARPGROUP, head_dim // 8
-    few, many = PRODUCER_REGISTERS, CONSUMER_REGISTERS
+    panels, units = head_dim // 64, head_dim // 8
+    unit_shift, lines = units.bit_length() - 1, 32 // units  # rows that a warp stores at once
+    few, many = REGISTERS[consumers]
     turn_threads, row_bytes = 2 * WARPGROUP, head_dim * 2
-    turns, has_window, width = config.turns, window is not None, window or 0
+    turns, short_turns = config.turns, config.short_turns
+    has_window, width = window is not None, window or 0
     multiply_k = make_wgmma_panels(TILE, head_dim, dtype, "shared", q_panel, PANEL_BYTES)
     multiply_v = make_wgmma(head_dim, TILE // 16, dtype, a="registers", b_major="mn")
     descriptor_v = make_descriptor_mn_major(PANEL_BYTES)
     scores_ready, scores_alone = make_wgmma_wait(TILE, 1), make_wgmma_wait(TILE, 0)
     output_ready = make_wgmma_wait(head_dim, 0)
-    hold, overlap = make_hold(TILE), config.overlap
-    weigh, hide = make_weigh(window, int(build.mutant == "mask"))
+    hold, early_groups = make_hold(TILE), config.early or 0
+    largest, weigh, hide = make_weigh(window, int(build.mutant == "mask"))
     pack_weights, rescale = make_pack(dtype), make_rescale(head_dim)
     stage_out = make_stage(head_dim, dtype)
-    sums, keep, fold_into = make_state(head_dim)
-    fold_factors, folded = make_fold_factors(), make_folded()
-    wait_full, wait_posted = (
-        make_mbarrier_wait("full", build.debug),
-        make_mbarrier_wait("posted", build.debug),
-    )
+    sums, keep, end_split, fold_into = make_state(head_dim)
+    wait_full, (take, after) = make_mbarrier_wait("full", build.debug), make_records(config, build)
+    inverse, quotient = make_quotient()
     schedule, load_queries, load_keys = make_producers(config, window, build)
     pause = make_stress(build.stress)
     wrong_phase, handed_back = int(build.mutant == "wrong_phase"), build.mutant != "lost_arrival"
@@ -136,7 +138,7 @@ def make_prefill_kernel(
     early = build.mutant == "early_release"
     scaled = np.float32(1.25 if build.mutant == "scale" else 1)
     lowest, zero, one, ln2 = np.float32(LOWEST), np.float32(0), np.float32(1), np.float32(LN2)
-    int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
+    int32, int64 = cuda.types.int32, cuda.types.int64
     pdl, split_tiles = build.pdl, build.split // TILE
 
     @jit(device=True, forceinline=True)
@@ -180,11 +182,13 @@ def make_prefill_kernel(
     @jit(device=True)
     def clean(values: Any, seen_from: Any, seen_to: Any, consumer: Any, member: Any) -> None:
         """Zero the rows of V outside [seen_from, seen_to); each consumer for itself, since the zeros are the
-        same."""
-        unseen = int32(int32(member < seen_from) | int32(member >= seen_to))
-        to = int32(values + member * 128)
-        for unit in range(units):
-            st_shared_zero_16_if(unseen, int32(to + (unit >> 3) * PANEL_BYTES + (unit & 7) * 16))
+        same. 16 rows at once: lanes that zero the same columns of 32 rows would meet in four banks."""
+        row, to = int32(member >> 3), int32(values + member * 16)
+        for k in range(TILE // 16):
+            key = int32(row + 16 * k)
+            unseen = int32(int32(key < seen_from) | int32(key >= seen_to))
+            for panel in range(panels):
+                st_shared_zero_16_if(unseen, int32(to + panel * PANEL_BYTES + k * 2048))
         fence_proxy_async()
         named_barrier_sync(int32(consumer + OWN), WARPGROUP)
 
@@ -217,45 +221,39 @@ def make_prefill_kernel(
         for k in range(scores):
             s[k] = zero
         queries = descriptor_k_major(int32(smem + q_at + consumer * (ROWS * 128)))
-        my_state = int32(smem + state_at + consumer * state_bytes)
-        mine = int32(my_state + member * 16)
+        my_state = int32(smem + state_at + warp * (state_bytes // 4))  # of this warp alone
+        mine = int32(my_state + lane * 16)
+        my_rows = int32(smem + rows_at + warp * ROW_STATE_BYTES + r * 16)
+        factor = inverse(group)
         stage, phase, v_stage, v_phase = int32(0), int32(0), int32(0), int32(0)
         slot, slot_phase, q_phase = int32(0), int32(0), int32(0)
         if turns and consumer == consumers - 1:
             pass_turn(consumer)
         working = True
         while working:
-            wait_posted(int32(smem + posted_at + 8 * slot), slot_phase)
-            record = int32(smem + record_at + 32 * slot)
-            head, row0 = ld_shared_b32(int32(record + 4)), ld_shared_b32(int32(record + 8))
-            rows, token0 = ld_shared_b32(int32(record + 12)), ld_shared_b32(int32(record + 16))
-            start = ld_shared_b32(int32(record + 20))
-            working = ld_shared_b32(record) >= 0
-            hand_back(int32(smem + taken_at + 8 * slot), lane)
-            slot = int32(slot + 1)
-            if slot == RECORDS:
-                slot, slot_phase = int32(0), int32(slot_phase ^ 1)
+            seq, head, row0, rows, token0, start = take(smem, slot, slot_phase, group, lane)
+            slot, slot_phase = after(slot, slot_phase)
+            working = seq >= 0
             if working:
                 # Keys that the first and last row see: of the block, of this warpgroup, of this thread's
                 # rows.
                 last = int32(min(int32(row0 + consumers * ROWS), rows) - 1)
                 my_first = int32(row0 + consumer * ROWS)
                 my_last = int32(min(int32(my_first + (ROWS - 1)), last))
-                least = int32(start + 1 + int32(uint32(row0) // uint32(group)))
-                most = int32(start + 1 + int32(uint32(last) // uint32(group)))
-                my_least = int32(start + 1 + int32(uint32(my_first) // uint32(group)))
-                my_most = int32(start + 1 + int32(uint32(my_last) // uint32(group)))
+                least = int32(start + 1 + quotient(row0, factor))
+                most = int32(start + 1 + quotient(last, factor))
+                my_least = int32(start + 1 + quotient(my_first, factor))
+                my_most = int32(start + 1 + quotient(my_last, factor))
                 row = int32(my_first + (warp & 3) * 16 + r)
                 low_row = select_i32(int32(row < my_last), row, my_last)
                 high_row = select_i32(int32(row + 8 < my_last), int32(row + 8), my_last)
-                low = int32(start + 1 + int32(uint32(low_row) // uint32(group)))
-                high = int32(start + 1 + int32(uint32(high_row) // uint32(group)))
+                low = int32(start + 1 + quotient(low_row, factor))
+                high = int32(start + 1 + quotient(high_row, factor))
                 tile, tile_end = first_tile(least), tiles_of(most)
                 my_tile, my_end = first_tile(my_least), tiles_of(my_most)
                 if my_first > last or my_tile >= my_end:
                     my_tile, my_end = tile, tile
-                m_low, m_high, kept_low, kept_high = lowest, lowest, lowest, lowest
-                sum_low, sum_high = zero, zero
+                m_low, m_high = lowest, lowest
                 splits = int32(0)  # folded so far
                 for k in range(outputs):
                     o[k] = zero
@@ -281,7 +279,8 @@ def make_prefill_kernel(
                     at = int32(tile * TILE + 2 * i)
                     if tile * TILE + TILE > my_least or (has_window and tile * TILE < my_most - width):
                         hide(s, at, low, high)
-                    m_low, m_high, f_low, f_high = weigh(s, l_low, l_high, m_low, m_high, c)
+                    m_low, m_high, n_low, n_high, f_low, f_high = largest(s, m_low, m_high, c)
+                    weigh(s, 0, GROUPS, l_low, l_high, c, n_low, n_high, f_low, f_high)
                     pack_weights(s, p)
                     tile = int32(tile + 1)
                     while tile < my_end:
@@ -290,6 +289,8 @@ def make_prefill_kernel(
                         pause(int32(4))
                         take_turn(consumer)
                         multiply_k(s, queries, descriptor_k_major(int32(smem + k_at + stage * tile_bytes)), 0)
+                        if short_turns:
+                            pass_turn(consumer)
                         wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
                         values = int32(smem + v_at + v_stage * tile_bytes)
                         if has_window and cleaned:
@@ -297,7 +298,8 @@ def make_prefill_kernel(
                             if seen_from > 0:
                                 clean(values, seen_from, int32(TILE), consumer, member)
                         multiply_v(o, p, descriptor_v(values), 1)
-                        pass_turn(consumer)
+                        if not short_turns:
+                            pass_turn(consumer)
                         if early:
                             hand_back(int32(smem + v_empty + 8 * v_stage), lane)
                         scores_ready(s)
@@ -306,38 +308,37 @@ def make_prefill_kernel(
                         at = int32(tile * TILE + 2 * i)
                         if tile * TILE + TILE > my_least or (has_window and tile * TILE < my_most - width):
                             hide(s, at, low, high)
-                        a_low, b_low, a_high, b_high = one, one, one, one
                         ended = (tile & (split_tiles - 1)) == 0  # the split of the tile before this one
                         if ended:
-                            kept_low, a_low, b_low = fold_factors(kept_low, m_low)
-                            kept_high, a_high, b_high = fold_factors(kept_high, m_high)
-                            sum_low = folded(sum_low, a_low, sums(l_low), b_low)
-                            sum_high = folded(sum_high, a_high, sums(l_high), b_high)
+                            end_split(m_low, m_high, sums(l_low), sums(l_high), my_rows)
                             m_low, m_high = lowest, lowest
                             for k in range(4):
                                 l_low[k] = zero
                                 l_high[k] = zero
-                        m_low, m_high, f_low, f_high = weigh(s, l_low, l_high, m_low, m_high, c)
-                        if overlap:
-                            # ptxas puts the wait for P V at the beginning of its block, before the weights
-                            # that are to be made meanwhile; a wait that is over ends the block that they are
-                            # in.
-                            hold(s)
-                            wait_full(int32(smem + q_full + 8 * consumer), q_phase)
+                        m_low, m_high, n_low, n_high, f_low, f_high = largest(s, m_low, m_high, c)
+                        weigh(s, 0, early_groups, l_low, l_high, c, n_low, n_high, f_low, f_high)
+                        # ptxas puts the wait for P V at the beginning of its block, before the weights that
+                        # are to be made meanwhile. A wait that is over ends the block that they are in; that
+                        # it needs their sums, which are never negative, keeps them there.
+                        unmade = int32(0)
+                        for g in range(early_groups):
+                            unmade = int32(unmade | int32(l_low[g] < zero) | int32(l_high[g] < zero))
+                        hold(s)
+                        wait_full(int32(smem + q_full + 8 * consumer), int32(q_phase ^ unmade))
                         output_ready(o)
                         if not early and handed_back:
                             hand_back(int32(smem + v_empty + 8 * v_stage), lane)
                         v_stage, v_phase = following(v_stage, v_phase)
+                        weigh(s, early_groups, GROUPS, l_low, l_high, c, n_low, n_high, f_low, f_high)
+                        pack_weights(s, p)
                         if ended:
-                            if splits > 0 and folds:
-                                fold_into(o, mine, a_low, b_low, a_high, b_high)
+                            fold_into(o, mine, my_rows, splits, folds)
                             keep(o, mine)
                             splits = int32(splits + 1)
                             for k in range(outputs):
                                 o[k] = zero
                         elif ballot(int32(int32(f_low != one) | int32(f_high != one))) != 0:
                             rescale(o, f_low, f_high)  # times 1 changes nothing
-                        pack_weights(s, p)
                         tile = int32(tile + 1)
                     wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
                     values = int32(smem + v_at + v_stage * tile_bytes)
@@ -361,36 +362,33 @@ def make_prefill_kernel(
                     tile = int32(tile + 1)
                 last_low, last_high = sums(l_low), sums(l_high)
                 if splits > 0:
-                    m_low, a_low, b_low = fold_factors(kept_low, m_low)
-                    m_high, a_high, b_high = fold_factors(kept_high, m_high)
-                    last_low = folded(sum_low, a_low, last_low, b_low)
-                    last_high = folded(sum_high, a_high, last_high, b_high)
-                    if folds:
-                        fold_into(o, mine, a_low, b_low, a_high, b_high)
+                    end_split(m_low, m_high, last_low, last_high, my_rows)
+                    m_low, m_high, last_low, last_high = fold_into(o, mine, my_rows, splits, folds)
                 low_inverse = select_f32(int32(last_low > zero), divide_f32(one, last_low), zero)
                 high_inverse = select_f32(int32(last_high > zero), divide_f32(one, last_high), zero)
-                # Through this warpgroup's shared memory, so that rows leave 16 bytes a thread.
-                named_barrier_sync(int32(consumer + OWN), WARPGROUP)
-                stage_out(o, my_state, low_inverse, high_inverse, warp, lane)
-                named_barrier_sync(int32(consumer + OWN), WARPGROUP)
+                # Through this warp's shared memory, so that rows leave 16 bytes a lane.
+                cuda.syncwarp()
+                stage_out(o, my_state, low_inverse, high_inverse, lane)
+                cuda.syncwarp()
                 place = int64(head) * group
-                for k in range(rounds):
-                    number = int32(member + k * WARPGROUP)
-                    line, unit = int32(number // units), int32(number % units)
-                    to = int32(
-                        my_state + (unit >> 3) * (ROWS * 128) + line * 128 + (((unit & 7) ^ (line & 7)) << 4)
-                    )
-                    ld_shared_v4(words, to)
-                    row = int32(my_first + line)
-                    token = int32(uint32(row) // uint32(group))
+                # head >> 24 is 0, which no compiler can know: places worked out ahead would be held in
+                # registers all along.
+                own = int32(lane + (head >> 24))
+                unit, line = int32(own & (units - 1)), int32(own >> unit_shift)
+                for k in range(WARP_ROWS // lines):
+                    within = int32(line + k * lines)
+                    at = int32(my_state + (unit >> 3) * STAGE_BYTES + within * 128)
+                    ld_shared_v4(words, int32(at + (((unit & 7) ^ (within & 7)) << 4)))
+                    row = int32(my_first + (warp & 3) * WARP_ROWS + within)
+                    token = quotient(row, factor)
                     column = int64(place + (row - token * group)) * row_bytes + unit * 16
                     address = int64(out + (int64(token0) + token) * out_stride + column)
                     st_global_v4_if(int32(row <= my_last), address, words)
-                named_barrier_sync(int32(consumer + OWN), WARPGROUP)
+                cuda.syncwarp()
                 if with_lse:
                     for half in range(2):
                         row = int32(my_first + (warp & 3) * 16 + r + 8 * half)
-                        token = int32(uint32(row) // uint32(group))
+                        token = quotient(row, factor)
                         value = mul_f32(add_f32(m_low, lg2_f32(last_low)), ln2)
                         if half == 1:
                             value = mul_f32(add_f32(m_high, lg2_f32(last_high)), ln2)
@@ -420,11 +418,11 @@ def make_prefill_kernel(
                 mbarrier_init(int32(smem + k_empty + 8 * k), 4 * consumers)
                 mbarrier_init(int32(smem + v_empty + 8 * k), 4 * consumers)
             for k in range(consumers):
-                mbarrier_init(int32(smem + q_full + 8 * k), 1)
+                mbarrier_init(int32(smem + q_full + 8 * k), LOADERS)
                 mbarrier_init(int32(smem + q_empty + 8 * k), 4)
             for k in range(RECORDS):
                 mbarrier_init(int32(smem + posted_at + 8 * k), 1)
-                mbarrier_init(int32(smem + taken_at + 8 * k), 5 * consumers + 1)
+                mbarrier_init(int32(smem + taken_at + 8 * k), 4 * consumers + LOADERS + 1)
             fence_mbarrier_init()
         cuda.syncthreads()
         if consumer == consumers:

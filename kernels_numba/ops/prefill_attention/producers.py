@@ -16,16 +16,16 @@ from kernels_numba.ops.prefill_attention.config import (
     BLOCK_SIZE,
     BOX_BYTES,
     BOX_COLUMNS,
+    LOADERS,
     PANEL_BYTES,
     RECORDS,
     ROWS,
-    TILE_ROWS,
     WARP,
     Build,
     PrefillConfig,
     smem_plan,
 )
-from kernels_numba.ops.prefill_attention.schedule import TOP, make_schedule
+from kernels_numba.ops.prefill_attention.schedule import TOP, make_quotient, make_schedule, make_span
 from kernels_numba.ptx.arith import select_i32
 from kernels_numba.ptx.atomics import atom_add_i32
 from kernels_numba.ptx.control import griddep_wait
@@ -41,16 +41,55 @@ PAGE_SHIFT, TILE_SHIFT = BLOCK_SIZE.bit_length() - 1, TILE.bit_length() - 1
 
 
 @cache
+def make_records(config: PrefillConfig, build: Build) -> tuple[Any, Any]:
+    """take(smem, slot, phase, group, lane) -> (sequence, head, first row, rows, first token, start): the item
+    posted in a slot, which is handed back; for a whole warp. after(slot, phase): the next slot, its phase."""
+    plan = smem_plan(config)
+    record_at, posted_at, taken_at = plan.offset("record"), plan.offset("posted"), plan.offset("taken")
+    wait_posted = make_mbarrier_wait("posted", build.debug)
+    int32 = cuda.types.int32
+
+    @jit(device=True, forceinline=True)
+    def take(smem: Any, slot: Any, phase: Any, group: Any, lane: Any) -> Any:
+        wait_posted(int32(smem + posted_at + 8 * slot), phase)
+        record = int32(smem + record_at + 32 * slot)
+        seq, head = ld_shared_b32(record), ld_shared_b32(int32(record + 4))
+        row0, rows = ld_shared_b32(int32(record + 8)), ld_shared_b32(int32(record + 12))
+        token0, start = ld_shared_b32(int32(record + 16)), ld_shared_b32(int32(record + 20))
+        # An arrival does not wait for loads under way; group >> 16 is 0, which no compiler can know.
+        nothing = int32(int32(seq | start) & int32(group >> 16))
+        cuda.syncwarp()
+        if lane == 0:
+            mbarrier_arrive(int32(smem + taken_at + 8 * slot + nothing))
+        return seq, head, row0, rows, token0, start
+
+    @jit(device=True, forceinline=True)
+    def after(slot: Any, phase: Any) -> Any:
+        slot = int32(slot + 1)
+        if slot == RECORDS:
+            return int32(0), int32(phase ^ 1)
+        return slot, phase
+
+    return take, after
+
+
+@cache
 def make_producers(config: PrefillConfig, window: int | None, build: Build) -> tuple[Any, Any, Any]:
     """(schedule, load_queries, load_keys), each for one whole warp, until there are no more items.
 
     schedule(smem, cu, lens, counters, num_seqs, heads, group, lane) takes items and posts them: i32[8] of
     sequence (-1: no more), head, first row, rows of the sequence, its first token, the position of that.
-    load_queries(smem, q, group, q_stride, consumer, lane): a consumer's rows, zeros past the sequence's last.
+    load_queries(smem, q, group, q_stride, loader, lane): of each consumer's rows this loader's half, zeros
+    past the sequence's last.
     load_keys(smem, maps, table, heads, group, table_stride, lane): K, then V of each tile of keys that a row
     of the item sees, by TMA, page by page.
     """
-    head_dim, tile_rows, stages = config.head_dim, TILE_ROWS, config.stages
+    head_dim, tile_rows, stages, consumers = (
+        config.head_dim,
+        config.tile_rows,
+        config.stages,
+        config.consumers,
+    )
     plan = smem_plan(config)
     q_at, k_at, v_at = plan.offset("q"), plan.offset("k"), plan.offset("v")
     k_full, k_empty = plan.offset("k_full"), plan.offset("k_empty")
@@ -60,29 +99,28 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
     tile_bytes, part_bytes, boxes = config.tile_bytes, config.tile_bytes // 2, head_dim // BOX_COLUMNS
     units, row_bytes, q_panel = head_dim // 8, head_dim * 2, tile_rows * 128
     unit_shift, lines = units.bit_length() - 1, WARP // units  # rows that a warp copies at once
+    share = ROWS // LOADERS
     by_page, pdl, page_off = config.source == "pages", build.pdl, int(build.mutant == "page")
     has_window, width = window is not None, window or 0
-    locate = make_schedule(tile_rows)
+    locate, span, (inverse, quotient) = make_schedule(tile_rows), make_span(), make_quotient()
     wait_empty = make_mbarrier_wait("empty", build.debug)
-    wait_posted, wait_taken = (
-        make_mbarrier_wait("posted", build.debug),
-        make_mbarrier_wait("taken", build.debug),
-    )
+    wait_taken, (take, after) = make_mbarrier_wait("taken", build.debug), make_records(config, build)
     pause = make_stress(build.stress)
-    int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
+    int32, int64 = cuda.types.int32, cuda.types.int64
 
     @jit(device=True)
     def schedule(
         smem: Any, cu: Any, lens: Any, counters: Any, num_seqs: Any, heads: Any, group: Any, lane: Any
     ) -> None:  # fmt: skip
         target = int32(cuda.blockIdx.x)
-        level, chunk, before, lower = int32(TOP), int32(0), int32(0), int32(-1)
+        begin, end = span(cu, num_seqs, lane)
+        level, chunk, before, lower = int32(TOP), begin, int32(0), int32(-1)
         slot, phase = int32(0), int32(0)
         waited = False
         working = True
         while working:
             found, seq, head, row0, rows, token0, start, level, chunk, before, lower = locate(
-                cu, lens, num_seqs, heads, group, lane, target, level, chunk, before, lower
+                cu, lens, begin, end, heads, group, lane, target, level, chunk, before, lower
             )
             if pdl and not waited:
                 griddep_wait()  # a launch before this one may still count
@@ -102,9 +140,7 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
                 if found == 1:
                     following = int32(atom_add_i32(counters, 1) + cuda.gridDim.x)
             target = shfl_idx_i32(following, 0)
-            slot = int32(slot + 1)
-            if slot == RECORDS:
-                slot, phase = int32(0), int32(phase ^ 1)
+            slot, phase = after(slot, phase)
             working = found == 1
         # Who leaves last sets the counters back, for the next launch.
         if lane == 0:
@@ -112,59 +148,56 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
                 st_global_b32(counters, 0)
                 st_global_b32(int64(counters + 4), 0)
 
+    @jit(device=True, forceinline=True)
+    def arrive_at_queries(full: Any, lane: Any) -> None:
+        fence_proxy_async()  # wgmma reads what was copied
+        cuda.syncwarp()
+        if lane == 0:
+            mbarrier_arrive(full)
+
     @jit(device=True)
-    def load_queries(smem: Any, q: Any, group: Any, q_stride: Any, consumer: Any, lane: Any) -> None:
-        full, empty = int32(smem + q_full + 8 * consumer), int32(smem + q_empty + 8 * consumer)
+    def load_queries(smem: Any, q: Any, group: Any, q_stride: Any, loader: Any, lane: Any) -> None:
         slot, phase, q_phase = int32(0), int32(0), int32(0)
-        unit, first_line = int32(lane & (units - 1)), int32(lane >> unit_shift)
-        to = int32(smem + q_at + consumer * (ROWS * 128) + (unit >> 3) * q_panel)
+        factor = inverse(group)
+        unit, first_line = int32(lane & (units - 1)), int32(loader * share + (lane >> unit_shift))
+        to = int32(smem + q_at + (unit >> 3) * q_panel + first_line * 128)
         if pdl:
             griddep_wait()
         working = True
         while working:
-            wait_posted(int32(smem + posted_at + 8 * slot), phase)
-            record = int32(smem + record_at + 32 * slot)
-            head, row0 = ld_shared_b32(int32(record + 4)), ld_shared_b32(int32(record + 8))
-            rows, token0 = ld_shared_b32(int32(record + 12)), ld_shared_b32(int32(record + 16))
-            working = ld_shared_b32(record) >= 0
-            cuda.syncwarp()
-            if lane == 0:
-                mbarrier_arrive(int32(smem + taken_at + 8 * slot))
-            slot = int32(slot + 1)
-            if slot == RECORDS:
-                slot, phase = int32(0), int32(phase ^ 1)
+            seq, head, row0, rows, token0, _ = take(smem, slot, phase, group, lane)
+            slot, phase = after(slot, phase)
+            working = seq >= 0
             if working:
                 source = int64(q + int64(token0) * q_stride + int64(head) * group * row_bytes)
-                first_row = int32(row0 + consumer * ROWS)
-                for part in range(ROWS // WARP):
+                for consumer in range(consumers):
                     # Into L2 while the queries of the item before this one are still in use.
-                    row = int32(first_row + part * WARP + lane)
+                    row = int32(row0 + consumer * ROWS + loader * share + lane)
                     row = select_i32(int32(row < rows), row, 0)
-                    token = int32(uint32(row) // uint32(group))
+                    token = quotient(row, factor)
                     at = int64(token) * q_stride + (row - token * group) * row_bytes
                     for line in range(boxes):
                         prefetch_l2(int64(source + at + line * 128))
                 pause(int32(6))
-                wait_empty(empty, int32(q_phase ^ 1))
-                row, line = int32(first_row + first_line), first_line
-                token = int32(uint32(row) // uint32(group))
-                member = int32(row - token * group)  # head of the group
-                while line < ROWS:
-                    inside = int32(row < rows)
-                    at = int64(select_i32(inside, token, 0)) * q_stride + (member * row_bytes + unit * 16)
-                    place = int32(to + line * 128 + (((unit & 7) ^ (line & 7)) << 4))
-                    cp_async_16_zfill(place, int64(source + at), select_i32(inside, 16, 0))
-                    row, line, member = int32(row + lines), int32(line + lines), int32(member + lines)
-                    for _ in range(lines):
-                        over = int32(member >= group)
-                        member = select_i32(over, int32(member - group), member)
-                        token = int32(token + over)
-                cp_async_commit()
+                for consumer in range(consumers):
+                    wait_empty(int32(smem + q_empty + 8 * consumer), int32(q_phase ^ 1))
+                    for k in range(share // lines):
+                        row = int32(row0 + consumer * ROWS + first_line + k * lines)
+                        inside = int32(row < rows)
+                        row = select_i32(inside, row, 0)
+                        token = quotient(row, factor)
+                        at = int64(token) * q_stride + ((row - token * group) * row_bytes + unit * 16)
+                        swizzle = int32((first_line + k * lines) & 7)
+                        place = int32(
+                            to + (consumer * ROWS + k * lines) * 128 + (((unit & 7) ^ swizzle) << 4)
+                        )
+                        cp_async_16_zfill(place, int64(source + at), select_i32(inside, 16, 0))
+                    cp_async_commit()
+                    if consumer > 0:  # the one before has had time to come
+                        cp_async_wait(1)
+                        arrive_at_queries(int32(smem + q_full + 8 * (consumer - 1)), lane)
                 cp_async_wait(0)
-                fence_proxy_async()  # wgmma reads what was copied
-                cuda.syncwarp()
-                if lane == 0:
-                    mbarrier_arrive(full)
+                arrive_at_queries(int32(smem + q_full + 8 * (consumers - 1)), lane)
                 q_phase = int32(q_phase ^ 1)
 
     @jit(device=True, forceinline=True)
@@ -185,26 +218,18 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
         smem: Any, maps: Any, table: Any, heads: Any, group: Any, table_stride: Any, lane: Any
     ) -> None:  # fmt: skip
         slot, slot_phase, stage, phase = int32(0), int32(0), int32(0), int32(0)
+        factor = inverse(group)
         if pdl:
             griddep_wait()
         working = True
         while working:
-            wait_posted(int32(smem + posted_at + 8 * slot), slot_phase)
-            record = int32(smem + record_at + 32 * slot)
-            seq = ld_shared_b32(record)
-            head, row0 = ld_shared_b32(int32(record + 4)), ld_shared_b32(int32(record + 8))
-            rows, start = ld_shared_b32(int32(record + 12)), ld_shared_b32(int32(record + 20))
+            seq, head, row0, rows, _, start = take(smem, slot, slot_phase, group, lane)
+            slot, slot_phase = after(slot, slot_phase)
             working = seq >= 0
-            cuda.syncwarp()
-            if lane == 0:
-                mbarrier_arrive(int32(smem + taken_at + 8 * slot))
-            slot = int32(slot + 1)
-            if slot == RECORDS:
-                slot, slot_phase = int32(0), int32(slot_phase ^ 1)
             if working:
                 last = int32(min(int32(row0 + tile_rows), rows) - 1)
-                least = int32(start + 1 + int32(uint32(row0) // uint32(group)))
-                most = int32(start + 1 + int32(uint32(last) // uint32(group)))
+                least = int32(start + 1 + quotient(row0, factor))
+                most = int32(start + 1 + quotient(last, factor))
                 first_key = int32(0)
                 if has_window:
                     first_key = select_i32(int32(least > width), int32(least - width), 0)

@@ -12,28 +12,39 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.attention_contract import TILE
-from kernels_numba.attention_tile import LOWEST, make_folded, make_group_max, make_negated, make_quad
+from kernels_numba.attention_tile import (
+    LOWEST,
+    make_fold_factors,
+    make_folded,
+    make_group_max,
+    make_negated,
+    make_quad,
+)
 from kernels_numba.compiler import cuda, jit
+from kernels_numba.ops.prefill_attention.config import ROW_STATE_BYTES
 from kernels_numba.ptx.arith import add_f32, ex2_f32, fma_f32, max_f32, mul_f32, select_f32
 from kernels_numba.ptx.matrix import stmatrix_x4
 from kernels_numba.ptx.mma import pack_bf16, pack_f16
 from kernels_numba.ptx.vector import ld_shared_v4, st_shared_v4
 
-VECTOR_STRIDE = 128 * 16  # bytes from one of a thread's vectors to its next: a warpgroup's lie side by side
+WARP_ROWS = 16
+STAGE_BYTES = WARP_ROWS * 128  # of a panel of what a warp's rows have become
+VECTOR_STRIDE = 32 * 16  # bytes from one of a thread's vectors to its next: a warp's lie side by side
 
 
 @cache
-def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any]:
-    """(weigh, hide) of a tile's 128 scores a row, s[64] of a lane.
+def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any, Any]:
+    """(largest, weigh, hide) of a tile's 128 scores a row, s[64] of a lane.
 
-    weigh(s, l_low, l_high, m_low, m_high, c) -> (m_low, m_high, f_low, f_high): s becomes the unrounded
-    weights, l_low, l_high f32[4] the lane's places, m and f as the contract has them.
+    largest(s, m_low, m_high, c) -> (m_low, m_high, n_low, n_high, f_low, f_high): m, -m and f as the contract
+    has them. weigh(s, first, last, l_low, l_high, c, n_low, n_high, f_low, f_high): of the groups of 32 keys
+    from `first` up to `last`, s becomes the unrounded weights, l_low, l_high f32[4] the lane's places.
     hide(s, key, low, high): -inf where a row does not see; key: of s[0]; low, high: how many keys the rows
     see. extra: keys too many (a mutant).
     """
     group_max, negated, quad = make_group_max(), make_negated(), make_quad()
     quad_max = quad[0]
-    zero, lowest = np.float32(0), np.float32(LOWEST)
+    lowest = np.float32(LOWEST)
     has_window, width = window is not None, window or 0
     int32 = cuda.types.int32
 
@@ -54,7 +65,7 @@ def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any]:
                     s[4 * j + 2 + which] = select_f32(int32(at >= high), s[4 * j + 2 + which], lowest)
 
     @jit(device=True, forceinline=True)
-    def weigh(s: Any, l_low: Any, l_high: Any, m_low: Any, m_high: Any, c: Any) -> Any:
+    def largest(s: Any, m_low: Any, m_high: Any, c: Any) -> Any:
         top_low, top_high = group_max(s, 0)
         for g in range(1, 4):
             low, high = group_max(s, 16 * g)
@@ -63,9 +74,15 @@ def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any]:
         new_low, new_high = max_f32(m_low, mul_f32(top_low, c)), max_f32(m_high, mul_f32(top_high, c))
         n_low, n_high = negated(new_low), negated(new_high)
         f_low, f_high = ex2_f32(add_f32(m_low, n_low)), ex2_f32(add_f32(m_high, n_high))
-        for g in range(4):
-            t_low = zero
-            t_high = zero
+        return new_low, new_high, n_low, n_high, f_low, f_high
+
+    @jit(device=True, forceinline=True)
+    def weigh(
+        s: Any, first: Any, last: Any, l_low: Any, l_high: Any, c: Any, n_low: Any, n_high: Any, f_low: Any,
+        f_high: Any,
+    ) -> None:  # fmt: skip
+        for g in range(first, last):
+            t_low, t_high = f_low, f_high
             for j in range(4):
                 a = ex2_f32(fma_f32(s[16 * g + 4 * j], c, n_low))
                 b = ex2_f32(fma_f32(s[16 * g + 4 * j + 1], c, n_low))
@@ -75,13 +92,13 @@ def make_weigh(window: int | None, extra: int = 0) -> tuple[Any, Any]:
                 s[16 * g + 4 * j + 1] = b
                 s[16 * g + 4 * j + 2] = x
                 s[16 * g + 4 * j + 3] = y
-                t_low = add_f32(t_low, add_f32(a, b))  # 0 + the first pair is the pair
-                t_high = add_f32(t_high, add_f32(x, y))
+                low, high = add_f32(a, b), add_f32(x, y)
+                t_low = low if j == 0 else add_f32(t_low, low)
+                t_high = high if j == 0 else add_f32(t_high, high)
             l_low[g] = fma_f32(l_low[g], f_low, t_low)
             l_high[g] = fma_f32(l_high[g], f_high, t_high)
-        return new_low, new_high, f_low, f_high
 
-    return weigh, hide
+    return largest, weigh, hide
 
 
 @cache
@@ -114,14 +131,17 @@ def make_rescale(head_dim: int) -> Any:
 
 
 @cache
-def make_state(head_dim: int) -> tuple[Any, Any, Any]:
-    """(sums, keep, fold_into): what the end of a split does to a thread's rows.
+def make_state(head_dim: int) -> tuple[Any, Any, Any, Any]:
+    """(sums, keep, end_split, fold_into): what the end of a split does to a thread's rows.
 
     sums(places) -> l of a row, from the lane's four places. keep(o, state): o[head_dim / 2] to shared memory,
-    16 bytes at a time from address `state` on, for this thread alone. fold_into(o, state, a_low, b_low,
-    a_high, b_high): o becomes what was kept, folded with o.
+    16 bytes at a time from address `state` on, for this thread alone. end_split(m_low, m_high, sum_low,
+    sum_high, rows): a split's m and l to shared memory, from address `rows` on, the same 16 bytes for a quad.
+    fold_into(o, state, rows, splits, folds) -> (m_low, m_high, sum_low, sum_high): o becomes what was kept of
+    `splits` splits folded with the one that ended, m and l too: kept beside it, and returned. What is kept in
+    shared memory is held by no register while the next tile's weights are made.
     """
-    vectors, folded, quad = head_dim // 8, make_folded(), make_quad()
+    vectors, folded, fold_factors, quad = head_dim // 8, make_folded(), make_fold_factors(), make_quad()
     quad_sum = quad[1]
     int32 = cuda.types.int32
 
@@ -139,36 +159,59 @@ def make_state(head_dim: int) -> tuple[Any, Any, Any]:
             st_shared_v4(int32(state + k * VECTOR_STRIDE), four)
 
     @jit(device=True, forceinline=True)
-    def fold_into(o: Any, state: Any, a_low: Any, b_low: Any, a_high: Any, b_high: Any) -> None:
+    def end_split(m_low: Any, m_high: Any, sum_low: Any, sum_high: Any, rows: Any) -> None:
         four = cuda.local.array(4, np.float32)
-        for k in range(vectors):
-            ld_shared_v4(four, int32(state + k * VECTOR_STRIDE))
-            o[4 * k] = folded(four[0], a_low, o[4 * k], b_low)
-            o[4 * k + 1] = folded(four[1], a_low, o[4 * k + 1], b_low)
-            o[4 * k + 2] = folded(four[2], a_high, o[4 * k + 2], b_high)
-            o[4 * k + 3] = folded(four[3], a_high, o[4 * k + 3], b_high)
+        four[0], four[1], four[2], four[3] = m_low, m_high, sum_low, sum_high
+        st_shared_v4(rows, four)
+        cuda.syncwarp()
 
-    return sums, keep, fold_into
+    @jit(device=True, forceinline=True)
+    def fold_into(o: Any, state: Any, rows: Any, splits: Any, folds: Any) -> Any:
+        ended = cuda.local.array(4, np.float32)
+        four = cuda.local.array(4, np.float32)
+        ld_shared_v4(ended, rows)
+        m_low, m_high, sum_low, sum_high = ended[0], ended[1], ended[2], ended[3]
+        if splits > 0:
+            ld_shared_v4(four, int32(rows + ROW_STATE_BYTES // 2))
+            m_low, a_low, b_low = fold_factors(four[0], m_low)
+            m_high, a_high, b_high = fold_factors(four[1], m_high)
+            sum_low = folded(four[2], a_low, sum_low, b_low)
+            sum_high = folded(four[3], a_high, sum_high, b_high)
+            if folds:
+                for k in range(vectors):
+                    ld_shared_v4(four, int32(state + k * VECTOR_STRIDE))
+                    o[4 * k] = folded(four[0], a_low, o[4 * k], b_low)
+                    o[4 * k + 1] = folded(four[1], a_low, o[4 * k + 1], b_low)
+                    o[4 * k + 2] = folded(four[2], a_high, o[4 * k + 2], b_high)
+                    o[4 * k + 3] = folded(four[3], a_high, o[4 * k + 3], b_high)
+            cuda.syncwarp()
+        four[0], four[1], four[2], four[3] = m_low, m_high, sum_low, sum_high
+        st_shared_v4(int32(rows + ROW_STATE_BYTES // 2), four)
+        cuda.syncwarp()
+        return m_low, m_high, sum_low, sum_high
+
+    return sums, keep, end_split, fold_into
 
 
 @cache
 def make_stage(head_dim: int, dtype: str) -> Any:
-    """f(o, to, low_inverse, high_inverse, warp, lane): o times its row's factor, rounded to the element type,
-    to shared memory: 64 rows in panels of 64 columns, 16-byte units exchanged by the 128-byte swizzle."""
+    """f(o, to, low_inverse, high_inverse, lane): o times its row's factor, rounded to the element type, to
+    shared memory: a warp's 16 rows in panels of 64 columns, 16-byte units exchanged by the 128-byte
+    swizzle."""
     pack = pack_bf16 if dtype == "bfloat16" else pack_f16
     panels = head_dim // 64
     int32 = cuda.types.int32
 
     @jit(device=True, forceinline=True)
-    def stage(o: Any, to: Any, low: Any, high: Any, warp: Any, lane: Any) -> None:
+    def stage(o: Any, to: Any, low: Any, high: Any, lane: Any) -> None:
         swizzle, half = int32(lane & 7), int32(lane >> 4)
-        row = int32((warp & 3) * 16 + (lane & 7) + ((lane >> 3) & 1) * 8)
+        row = int32((lane & 7) + ((lane >> 3) & 1) * 8)
         base = int32(to + row * 128)
         for panel in range(panels):
             for pair in range(4):
                 at = 32 * panel + 8 * pair
                 stmatrix_x4(
-                    int32(base + panel * 8192 + (((2 * pair + half) ^ swizzle) << 4)),
+                    int32(base + panel * STAGE_BYTES + (((2 * pair + half) ^ swizzle) << 4)),
                     pack(mul_f32(o[at], low), mul_f32(o[at + 1], low)),
                     pack(mul_f32(o[at + 2], high), mul_f32(o[at + 3], high)),
                     pack(mul_f32(o[at + 4], low), mul_f32(o[at + 5], low)),

@@ -24,15 +24,76 @@ TOP = 1 << 20  # more tiles of keys than any sequence has
 
 
 @cache
+def make_quotient() -> tuple[Any, Any]:
+    """inverse(group) -> u32, and quotient(row, inverse) -> row // group, in three instructions.
+
+    Of group up to 16 and rows from 0 up to 2^28 - 2: with 2^32 - 1 = M group + r the number M (row + 1) 2^-32
+    is less than (row + 1) / group, by (row + 1) (1 + r) 2^-32 / group, which is at most 1 / group.
+    """
+    int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
+
+    @jit(device=True, forceinline=True)
+    def inverse(group: Any) -> Any:
+        return uint32(uint32(0xFFFFFFFF) // uint32(group))
+
+    @jit(device=True, forceinline=True)
+    def quotient(row: Any, factor: Any) -> Any:
+        return int32((int64(uint32(row + 1)) * int64(uint32(factor))) >> 32)
+
+    return inverse, quotient
+
+
+@cache
+def make_span() -> Any:
+    """span(cu, num_seqs, lane) -> (begin, end): all sequences with rows are in range(begin, end), for a whole
+    warp.
+
+    In front of a mixed step's prompts are decodes, which have no rows here, behind them what the bucket has
+    beyond the step. Few sequences are not worth a look. cu never falls.
+    """
+    int32, int64 = cuda.types.int32, cuda.types.int64
+
+    @jit(device=True)
+    def span(cu: Any, num_seqs: Any, lane: Any) -> Any:
+        begin, end = int32(0), num_seqs
+        if num_seqs > LANES:
+            lowest, highest = ld_global_i32(cu), ld_global_i32(int64(cu + int64(num_seqs) * 4))
+            # The first offset over the lowest is in (below, begin], the first of the highest in (under, end].
+            below, begin, under = int32(0), num_seqs, int32(-1)
+            while begin - below > 1 or end - under > 1:
+                step, stride = int32((begin - below + 31) >> 5), int32((end - under + 31) >> 5)
+                at, place = int32(below + step * (lane + 1)), int32(under + stride * (lane + 1))
+                at, place = (
+                    select_i32(int32(at < begin), at, begin),
+                    select_i32(int32(place < end), place, end),
+                )
+                first, second = (
+                    ld_global_i32(int64(cu + int64(at) * 4)),
+                    ld_global_i32(int64(cu + int64(place) * 4)),
+                )
+                before = popc(ballot(int32(int32(first == lowest) & int32(at < begin))))
+                less = popc(ballot(int32(int32(second < highest) & int32(place < end))))
+                below, under = int32(below + step * before), int32(under + stride * less)
+                begin = int32(min(begin, int32(below + step)))
+                end = int32(min(end, int32(under + stride)))
+            begin = int32(begin - 1)
+            if begin >= end:
+                begin, end = int32(0), int32(1)  # no rows at all
+        return begin, end
+
+    return span
+
+
+@cache
 def make_schedule(tile_rows: int) -> Any:
-    """locate(cu, lens, num_seqs, heads, group, lane, target, level, chunk, before, lower) -> (found, seq,
+    """locate(cu, lens, begin, end, heads, group, lane, target, level, chunk, before, lower) -> (found, seq,
     head, first row, rows, first token, start, level, chunk, before, lower), for a whole warp.
 
     The target-th item, searched from (level, chunk, before, lower) on: items of `level` tiles of keys in
     sequences from `chunk` on have the numbers from `before`; lower is the next level met so far. Searches of
-    one block begin at (TOP, 0, 0, -1), and each goes on where the last ended. found is 0 behind the last
+    one block begin at (TOP, begin, 0, -1), and each goes on where the last ended. found is 0 behind the last
     item. rows: of the sequence; first token: of it, in q; start: its position. cu, lens: addresses of
-    i32[num_seqs + 1] and i32[num_seqs].
+    i32[num_seqs + 1] and i32[num_seqs]; begin, end: of the sequences that are looked at (make_span).
     """
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
@@ -64,15 +125,15 @@ def make_schedule(tile_rows: int) -> Any:
 
     @jit(device=True)
     def locate(
-        cu: Any, lens: Any, num_seqs: Any, heads: Any, group: Any, lane: Any, target: Any, level: Any,
-        chunk: Any, before: Any, lower: Any,
+        cu: Any, lens: Any, begin: Any, end: Any, heads: Any, group: Any, lane: Any, target: Any,
+        level: Any, chunk: Any, before: Any, lower: Any,
     ) -> Any:  # fmt: skip
         found = int32(-1)
         tokens, length, first, mine, below, upto = int32(0), int32(0), int32(0), int32(0), int32(0), int32(0)
         while found < 0:
             seq = int32(chunk + lane)
-            inside = int32(seq < num_seqs)
-            index = select_i32(inside, seq, int32(num_seqs - 1))
+            inside = int32(seq < end)
+            index = select_i32(inside, seq, int32(end - 1))
             first = ld_global_i32(int64(cu + int64(index) * 4))
             tokens = int32(ld_global_i32(int64(cu + int64(index) * 4 + 4)) - first)
             length = ld_global_i32(int64(lens + int64(index) * 4))
@@ -94,8 +155,8 @@ def make_schedule(tile_rows: int) -> Any:
                 found = int32(1)
             else:
                 before, chunk = int32(before + here), int32(chunk + LANES)
-                if chunk >= num_seqs:
-                    level, chunk, lower = lower, int32(0), int32(-1)
+                if chunk >= end:
+                    level, chunk, lower = lower, begin, int32(-1)
                     if level < 0:
                         found = int32(0)
         owner = int32(popc(ballot(int32(before + upto <= target))) & 31)
