@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sharp.config import EngineConfig
     from sharp.device import Device
 
+ATTENTION_OPS = ("decode_attention", "prefill_attention")
+ATTENTION = ("hopper",)  # rungs of both that keep attention_contract.py, fastest first: equal bits
+
 
 def _products(model: ModelConfig) -> tuple[int, ...]:
     """N and K of the products."""
@@ -29,15 +32,33 @@ def _products(model: ModelConfig) -> tuple[int, ...]:
 
 def choose_rungs(model: ModelConfig, config: EngineConfig, device: Device) -> dict[str, str]:
     """op -> rung, of those that are not the device's default or are forced. ValueError as small_op_rungs and
-    sample_rungs.
-
-    Attention's tensor-core rungs are not picked while prefill's is not proven: with one alone, decode would
-    round otherwise than a chunk of the same tokens, and a request's bits would depend on how it was cut.
-    """
+    sample_rungs."""
     default, capability = device.default_rung, device.capability
     gemm = gemm_door.best_rung(default, capability, device.dtype, _products(model))
     small = small_op_rungs(default, capability, device.dtype, model, config.block_size, config.rungs)
-    return {"gemm": gemm, **small, **sample_rungs(default, capability, config.rungs), **config.rungs}
+    attention = attention_rungs(default, capability, device.dtype, model, config.block_size, config.rungs)
+    sample = sample_rungs(default, capability, config.rungs)
+    return {"gemm": gemm, **attention, **small, **sample, **config.rungs}
+
+
+def attention_rungs(
+    default: str, capability: tuple[int, int] | None, dtype: str, model: ModelConfig, block_size: int,
+    forced: Mapping[str, str],
+) -> dict[str, str]:  # fmt: skip
+    """{op: rung} of the two attentions: the first of ATTENTION that runs both for this model, or {}.
+
+    Never one alone: beside a plain one (or one that the contract does not bind) a token would round otherwise
+    as a decode than as part of a chunk, and a request's bits would depend on how it was cut. So who forces
+    such a one for either keeps the default of the other; who forces one of ATTENTION gets its partner.
+    """
+    held = {op: forced[op] for op in ATTENTION_OPS if op in forced}
+    if default != "plain" or not set(held.values()) <= set(ATTENTION):
+        return {}
+    where = capability, dtype, model.head_dim, model.num_q_heads // model.num_kv_heads, block_size
+    for rung in ATTENTION:
+        if not decode_door.refusal(rung, *where) and not prefill_door.refusal(*where):
+            return {op: rung for op in ATTENTION_OPS if op not in held}
+    return {}
 
 
 def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineConfig, device: Device) -> None:

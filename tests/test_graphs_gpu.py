@@ -1,5 +1,5 @@
 """Graphs, fixed buffers and ids that only the device knows, on a real GPU; run by test_gpu.py in children
-with a time limit (`python -m pytest -m gpu`). Not run yet."""
+with a time limit (`python -m pytest -m gpu`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sharp.random_model import RandomCheckpoint
 pytestmark = pytest.mark.gpu
 
 OPTIONS = {"max_num_batched_tokens": 192, "max_num_seqs": 48, "num_blocks": 256, "max_model_len": 1024}
-FAST = {"decode_attention": "hopper", "prefill_attention": "hopper"}
+PLAIN = {"decode_attention": "plain", "prefill_attention": "plain"}
 LEFT = 4 << 20  # bytes by which free memory may differ: what the driver takes by itself
 
 
@@ -40,14 +40,11 @@ def open_random(**options):
     return Model(RandomCheckpoint("smollm2-135m"), config, open_device("cuda", "bfloat16"))
 
 
-@pytest.fixture(scope="module", params=["default", "fast"])
+@pytest.fixture(scope="module", params=["default", "plain"])
 def model(request, on_gpu):
     if not on_gpu:
         pytest.skip("no GPU")
-    rungs = FAST if request.param == "fast" else {}
-    if rungs and open_device("cuda", "bfloat16").capability != (9, 0):
-        pytest.skip("attention on tensor cores is for compute capability 9.0")
-    model = open_random(rungs=rungs)
+    model = open_random(rungs=PLAIN if request.param == "plain" else {})
     capture_all(model)
     yield model
     model.close()

@@ -184,8 +184,7 @@ def prefill_attention_hopper(
     out: Any, q: Any, k_cache: Any, v_cache: Any, cu_seqlens_q: Any, context_lens: Any, block_table: Any, *,
     softmax_scale: float, window: int | None = None, stream: Any = None, **how: Any,
 ) -> None:  # fmt: skip
-    """Rung "hopper" (sm_90a): wgmma, pages by TMA; see hopper.py, whose attend takes the rest. It has not run
-    on a GPU yet: only who names it gets it."""
+    """Rung "hopper" (sm_90a): wgmma, pages by TMA; see hopper.py, whose attend takes the rest."""
     from kernels_numba.ops.prefill_attention.hopper import attend
 
     arrays = (out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table)

@@ -1,6 +1,6 @@
 """Launches of the Hopper prefill kernel: rung "hopper", over pages, and its form for packed keys and values.
 
-Not run on a GPU yet: nothing picks this rung but who names it. Knows: specialisations, prepared launches,
+Knows: specialisations, prepared launches,
 grids. Refuses to know: what the kernel does.
 """
 
