@@ -26,7 +26,7 @@ THREADS = (
 )  # all of them multiply and load: a ninth warp would leave each thread 168 registers
 SMEM_LIMIT = 101_376  # of a block on sm_86, 89 and 120
 MAX_STAGES = 16
-RECORDS = 4  # a power of two
+RECORDS, RECORD_SHIFT = 4, 2
 # Most blocks of a launch: more than a GPU has SMs, each with what it has folded so far in a workspace.
 MAX_BLOCKS = 192
 
@@ -59,9 +59,14 @@ class MmaConfig:
 
     @property
     def ahead(self) -> int:
-        """Chunks on their way or waiting at once: two less, so that a warp which loads does not wait for those
-        that still multiply with the tile's half before."""
+        """Chunks that are on their way or wait to be taken: two less, so that a warp which loads does not wait
+        for those that still multiply with what was taken last."""
         return self.stages - 2
+
+    @property
+    def state_words(self) -> int:
+        """Float32 that a block keeps of splits that have ended: of each thread's two rows m, l and o."""
+        return THREADS * (self.head_dim // 2 + 4)
 
 
 def _fixed(stages: int) -> tuple[tuple[str, int, int, int], ...]:
@@ -69,6 +74,7 @@ def _fixed(stages: int) -> tuple[tuple[str, int, int, int], ...]:
     return (
         ("record", RECORD_BYTES, 32, RECORDS),
         ("search", RECORD_BYTES, 32, 1),
+        ("own", 16, 16, CONSUMERS),
         ("full", 8, 8, stages),
         ("empty", 8, 8, stages),
         ("posted", 8, 8, RECORDS),
@@ -79,7 +85,7 @@ def _fixed(stages: int) -> tuple[tuple[str, int, int, int], ...]:
 @cache
 def smem_plan(config: MmaConfig) -> SmemPlan:
     """Chunks in panels of 64 columns, 128-byte swizzle; items; where the search for the next one
-    goes on; barriers."""
+    goes on; three numbers of each warp, which has no registers left for them; barriers."""
     return SmemPlan.of(
         ("chunk", config.chunk_bytes, 1024, config.stages), *_fixed(config.stages), limit=SMEM_LIMIT
     )

@@ -15,7 +15,7 @@ from kernels_numba import simt, simt_warps
 from kernels_numba.attention_contract import exponent_scale, steps
 from kernels_numba.layouts import mma_layout
 from kernels_numba.ops.prefill_attention.config import PRODUCT, Build
-from kernels_numba.ops.prefill_attention.mma_config import THREADS, TILE_ROWS, MmaConfig, smem_plan
+from kernels_numba.ops.prefill_attention.mma_config import THREADS, MmaConfig, smem_plan
 from kernels_numba.simt import POISON, Array, to_float
 from kernels_numba.simt_warpgroups import GroupWarp
 from kernels_numba.simt_warps import WARP
@@ -63,7 +63,7 @@ def in_numpy(
     tokens, num_q_heads, head_dim = out.shape
     num_kv_heads = k.shape[1]
     memory = simt.Memory()
-    counters, state = np.zeros(2, np.int32), np.full(grid * TILE_ROWS * head_dim, np.nan, np.float32)
+    counters, state = np.zeros(2, np.int32), np.full(grid * config.state_words, np.nan, np.float32)
     q2, out2 = (x.reshape(tokens, -1) for x in (q, out))
     keys = [memory.put(x.reshape(-1)) for x in (k, v)]
     arguments = (

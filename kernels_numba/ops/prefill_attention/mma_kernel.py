@@ -23,6 +23,7 @@ from kernels_numba.ops.prefill_attention.config import (
 )
 from kernels_numba.ops.prefill_attention.mma_config import (
     CONSUMERS,
+    RECORD_SHIFT,
     RECORDS,
     THREADS,
     TILE_ROWS,
@@ -34,9 +35,9 @@ from kernels_numba.ops.prefill_attention.mma_loads import make_fill, make_post, 
 from kernels_numba.ops.prefill_attention.rows import make_pack, make_rescale, make_state, make_weigh
 from kernels_numba.ptx.arith import add_f32, divide_f32, lg2_f32, mul_f32, select_f32, select_i32
 from kernels_numba.ptx.atomics import atom_add_i32, ballot
-from kernels_numba.ptx.control import dynamic_shared, warp_uniform
+from kernels_numba.ptx.control import dynamic_shared
 from kernels_numba.ptx.debug import make_stress
-from kernels_numba.ptx.ldst import ld_global_i32, ld_shared_b32, st_global_b32
+from kernels_numba.ptx.ldst import ld_global_i32, ld_shared_b32, st_global_b32, st_shared_b32
 from kernels_numba.ptx.matrix import ldmatrix_x4, ldmatrix_x4_trans
 from kernels_numba.ptx.mbarrier import mbarrier_arrive, mbarrier_init
 from kernels_numba.ptx.mma import mma_m16n8k16_at, mma_m16n8k16_f16_at, pack_bf16, pack_f16
@@ -91,29 +92,40 @@ def make_accumulate(head_dim: int, dtype: str, part: int) -> Any:
 
 
 def make_kept(head_dim: int) -> tuple[Any, Any]:
-    """(keep(o, state), fold_into(o, state, a_low, b_low, a_high, b_high)): rows.make_state's in global memory,
-    a thread's own words, 16 bytes at a time from address `state` on. What is kept of 128 rows would fill two
-    thirds of an SM's shared memory and is needed once in 1,024 keys."""
-    vectors, folded = head_dim // 8, make_folded()
+    """(keep, fold_into): a thread's rows of splits that have ended, in global memory, 16 bytes at a time from
+    address `state` on. All of a block's would fill two thirds of its shared memory and are needed once in 1,024
+    keys.
+
+    keep(o, state, m_low, m_high, l_low, l_high) puts them there; fold_into, of the same -> (m_low, m_high,
+    l_low, l_high): what is there, folded with them; o becomes that.
+    """
+    vectors, fold_factors, folded = head_dim // 8, make_fold_factors(), make_folded()
     int64 = cuda.types.int64
 
     @jit(device=True, forceinline=True)
-    def keep(o: Any, state: Any) -> None:
+    def keep(o: Any, state: Any, m_low: Any, m_high: Any, l_low: Any, l_high: Any) -> None:
         four = cuda.local.array(4, np.float32)
+        four[0], four[1], four[2], four[3] = m_low, m_high, l_low, l_high
+        st_global_v4(state, four)
         for k in range(vectors):
             for j in range(4):
                 four[j] = o[4 * k + j]
-            st_global_v4(int64(state + k * STATE_STRIDE), four)
+            st_global_v4(int64(state + (k + 1) * STATE_STRIDE), four)
 
     @jit(device=True, forceinline=True)
-    def fold_into(o: Any, state: Any, a_low: Any, b_low: Any, a_high: Any, b_high: Any) -> None:
+    def fold_into(o: Any, state: Any, m_low: Any, m_high: Any, l_low: Any, l_high: Any) -> Any:
         four = cuda.local.array(4, np.float32)
+        ld_global_v4(four, state)
+        m_low, a_low, b_low = fold_factors(four[0], m_low)
+        m_high, a_high, b_high = fold_factors(four[1], m_high)
+        l_low, l_high = folded(four[2], a_low, l_low, b_low), folded(four[3], a_high, l_high, b_high)
         for k in range(vectors):
-            ld_global_v4(four, int64(state + k * STATE_STRIDE))
+            ld_global_v4(four, int64(state + (k + 1) * STATE_STRIDE))
             o[4 * k] = folded(four[0], a_low, o[4 * k], b_low)
             o[4 * k + 1] = folded(four[1], a_low, o[4 * k + 1], b_low)
             o[4 * k + 2] = folded(four[2], a_high, o[4 * k + 2], b_high)
             o[4 * k + 3] = folded(four[3], a_high, o[4 * k + 3], b_high)
+        return m_low, m_high, l_low, l_high
 
     return keep, fold_into
 
@@ -147,23 +159,24 @@ def make_prefill_mma_kernel(
     )
     chunk_at, full_at, empty_at = plan.offset("chunk"), plan.offset("full"), plan.offset("empty")
     record_at, posted_at, taken_at = plan.offset("record"), plan.offset("posted"), plan.offset("taken")
+    own_at = plan.offset("own")
     scores, outputs, weights = TILE // 2, head_dim // 2, TILE // 4  # numbers a thread
     k_steps, fragments = head_dim // 16, head_dim // 4
-    row_bytes, block_state = head_dim * 2, TILE_ROWS * head_dim * 4
+    row_bytes, block_state = head_dim * 2, config.state_words * 4
     has_window, width, split_tiles = window is not None, window or 0, build.split // TILE
+    split_shift = split_tiles.bit_length() - 1
     score_first, score_second = (make_score(head_dim, dtype, part) for part in range(2))
     add_first, add_second = (make_accumulate(head_dim, dtype, part) for part in range(2))
     weigh, hide = make_weigh(window, int(build.mutant == "mask"))
     pack_weights, rescale, sums = make_pack(dtype), make_rescale(head_dim), make_state(head_dim)[0]
     keep, fold_into = make_kept(head_dim)
-    fold_factors, folded = make_fold_factors(), make_folded()
     pack = pack_bf16 if dtype == "bfloat16" else pack_f16
     fill, pause = make_fill(config, window, build), make_stress(build.stress)
     start_search, post = make_post(config, build)
     wait_full, wait_posted = make_wait("full", build), make_wait("posted", build)
     wrong_phase, handed_back = int(build.mutant == "wrong_phase"), build.mutant != "lost_arrival"
     early, folds = build.mutant == "early_release", build.mutant != "no_fold"
-    scaled = np.float32(1.25 if build.mutant == "scale" else 1)
+    wrong_scale = build.mutant == "scale"
     lowest, zero, one, ln2 = np.float32(LOWEST), np.float32(0), np.float32(1), np.float32(LN2)
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
@@ -182,13 +195,21 @@ def make_prefill_mma_kernel(
             mbarrier_arrive(barrier)
 
     @jit(device=True, forceinline=True)
+    def first_seen(least: Any) -> Any:
+        """The first tile of keys that a row of `least` keys sees."""
+        if has_window:
+            return int32(select_i32(int32(least > width), int32(least - width), 0) >> TILE_SHIFT)
+        return int32(0)
+
+    @jit(device=True, forceinline=True)
     def halves_of(tile: Any, least: Any, most: Any) -> Any:
         """Whether the first, whether the second half of a tile has keys that one of some rows sees, of which the
         first sees `least` keys, the last `most`."""
-        first, second = int32(tile * TILE < most), int32(tile * TILE + BLOCK_SIZE < most)
+        key = int32(tile << TILE_SHIFT)
+        middle, end, first_key = int32(key + BLOCK_SIZE), int32(key + TILE), int32(least - width)
+        first, second = int32(key < most), int32(middle < most)
         if has_window:
-            first = int32(first & int32(tile * TILE + BLOCK_SIZE > least - width))
-            second = int32(second & int32(tile * TILE + TILE > least - width))
+            first, second = int32(first & int32(middle > first_key)), int32(second & int32(end > first_key))
         return first, second
 
     @jit(device=True, forceinline=True)
@@ -205,8 +226,10 @@ def make_prefill_mma_kernel(
     ) -> None:  # fmt: skip
         smem = int32(dynamic_shared())
         thread = int32(cuda.threadIdx.x)
-        warp = int32(warp_uniform(int32(thread >> 5)))
+        warp = int32(thread >> 5)
         lane = int32(thread & 31)
+        if lane == 0:
+            st_shared_b32(int32(smem + own_at + 16 * warp + 8), int32(0))
         if thread == 0:
             for n in range(stages):
                 mbarrier_init(int32(smem + full_at + 8 * n), THREADS)
@@ -216,7 +239,9 @@ def make_prefill_mma_kernel(
                 mbarrier_init(int32(smem + taken_at + 8 * n), CONSUMERS)
             start_search(smem)
         cuda.syncthreads()
-        c = mul_f32(scale, scaled)
+        c = scale
+        if wrong_scale:
+            c = mul_f32(scale, np.float32(1.25))
         r, i = int32(lane >> 2), int32(lane & 3)
         query = cuda.local.array(fragments, np.int32)
         s = cuda.local.array(scores, np.float32)
@@ -231,14 +256,19 @@ def make_prefill_mma_kernel(
         mine = int64(state + int64(cuda.blockIdx.x) * block_state + thread * 16)
         if warp == 0:
             post(smem, cu, lens, counters, num_seqs, heads, group, int32(0), lane)
-        stage, phase, ahead, number = int32(0), int32(0), int32(0), int32(0)
+        stage, phase, ahead = int32(0), int32(0), int32(0)
         working = True
         while working:
+            own = int32(smem + own_at + 16 * warp)
+            number = ld_shared_b32(int32(own + 8))
             slot = int32(number & (RECORDS - 1))
             record = int32(smem + record_at + 32 * slot)
-            wait_posted(int32(smem + posted_at + 8 * slot), int32((number // RECORDS) & 1))
+            wait_posted(int32(smem + posted_at + 8 * slot), int32((number >> RECORD_SHIFT) & 1))
             working = ld_shared_b32(record) >= 0
             number = int32(number + 1)
+            cuda.syncwarp()
+            if lane == 0:
+                st_shared_b32(int32(own + 8), number)
             if working:
                 head, row0 = ld_shared_b32(int32(record + 4)), ld_shared_b32(int32(record + 8))
                 rows, token0 = ld_shared_b32(int32(record + 12)), ld_shared_b32(int32(record + 16))
@@ -255,10 +285,9 @@ def make_prefill_mma_kernel(
                     first_key = select_i32(int32(least > width), int32(least - width), 0)
                 first_page = int32(first_key >> PAGE_SHIFT)
                 next = int32(4 * (first_page >> 1) + (first_page & 1))
-                held, page = int32((first_page >> 1) - 1), int32(0)
-                next, held, page, ahead = fill(
-                    smem, k, v, table, record, heads, table_stride, first_key, most, thread, lane, next, held,
-                    page, ahead, stage, phase,
+                next, ahead = fill(
+                    smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead, stage,
+                    phase,
                 )  # fmt: skip
                 if warp == 0:
                     post(smem, cu, lens, counters, num_seqs, heads, group, number, lane)
@@ -268,7 +297,6 @@ def make_prefill_mma_kernel(
                 high_row = select_i32(int32(my_first + r + 8 < my_last), int32(my_first + r + 8), my_last)
                 low_token = int32(uint32(low_row) // uint32(group))
                 high_token = int32(uint32(high_row) // uint32(group))
-                low, high = int32(start + 1 + low_token), int32(start + 1 + high_token)
                 low_head = int32(head * group + (low_row - low_token * group))
                 high_head = int32(head * group + (high_row - high_token * group))
                 low_at = int64(q + (int64(token0) + low_token) * q_stride + (low_head * row_bytes + i * 4))
@@ -278,9 +306,7 @@ def make_prefill_mma_kernel(
                     query[4 * n + 1] = ld_global_i32(int64(high_at + 32 * n))
                     query[4 * n + 2] = ld_global_i32(int64(low_at + 32 * n + 16))
                     query[4 * n + 3] = ld_global_i32(int64(high_at + 32 * n + 16))
-                kept_low, kept_high, sum_low, sum_high = lowest, lowest, zero, zero
                 m_low, m_high = lowest, lowest
-                splits = int32(0)  # folded so far
                 for n in range(outputs):
                     o[n] = zero
                 for n in range(4):
@@ -288,15 +314,20 @@ def make_prefill_mma_kernel(
                     l_high[n] = zero
                 if my_first > last:
                     my_most = int32(0)
+                if lane == 0:
+                    st_shared_b32(own, my_least)
+                    st_shared_b32(int32(own + 4), my_most)
+                cuda.syncwarp()
                 tile = int32(first_key >> TILE_SHIFT)
-                while tile * TILE < most:
+                while int32(tile << TILE_SHIFT) < most:
+                    my_least, my_most = ld_shared_b32(own), ld_shared_b32(int32(own + 4))
                     there_first, there_second = halves_of(tile, least, most)
                     my_half, my_other = halves_of(tile, my_least, my_most)
-                    next, held, page, ahead = fill(
-                        smem, k, v, table, record, heads, table_stride, first_key, most, thread, lane, next,
-                        held, page, ahead, stage, phase,
+                    next, ahead = fill(
+                        smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead, stage,
+                        phase,
                     )  # fmt: skip
-                    if my_half + my_other == 0:
+                    if int32(my_half | my_other) == 0:
                         for _ in range(2):
                             if there_first != 0:
                                 stage, phase = pass_by(smem, stage, phase, lane)
@@ -305,17 +336,17 @@ def make_prefill_mma_kernel(
                                 stage, phase = pass_by(smem, stage, phase, lane)
                                 ahead = int32(ahead - 1)
                     else:
-                        begun = tile > 0 and (not has_window or tile * TILE > my_least - width)
-                        if begun and (tile & (split_tiles - 1)) == 0:
+                        if int32(tile & (split_tiles - 1)) == 0 and tile > first_seen(my_least):
                             # The split of the tile before this one has ended.
-                            kept_low, a_low, b_low = fold_factors(kept_low, m_low)
-                            kept_high, a_high, b_high = fold_factors(kept_high, m_high)
-                            sum_low = folded(sum_low, a_low, sums(l_low), b_low)
-                            sum_high = folded(sum_high, a_high, sums(l_high), b_high)
-                            if splits > 0 and folds:
-                                fold_into(o, mine, a_low, b_low, a_high, b_high)
-                            keep(o, mine)
-                            splits = int32(splits + 1)
+                            l_first, l_second = sums(l_low), sums(l_high)
+                            if (
+                                int32((tile >> split_shift) - 1) > int32(first_seen(my_least) >> split_shift)
+                                and folds
+                            ):
+                                m_low, m_high, l_first, l_second = fold_into(
+                                    o, mine, m_low, m_high, l_first, l_second
+                                )
+                            keep(o, mine, m_low, m_high, l_first, l_second)
                             m_low, m_high = lowest, lowest
                             for n in range(4):
                                 l_low[n] = zero
@@ -346,15 +377,24 @@ def make_prefill_mma_kernel(
                             hand_back(int32(smem + empty_at + 8 * stage), lane)
                             stage, phase = following(stage, phase)
                             ahead = int32(ahead - 1)
-                        if tile * TILE + TILE > my_least or (has_window and tile * TILE < my_most - width):
-                            hide(s, int32(tile * TILE + 2 * i), low, high)
+                        key = int32(tile << TILE_SHIFT)
+                        edge = int32(key + TILE) > my_least
+                        if has_window:
+                            edge = edge or key < int32(my_most - width)
+                        if edge:
+                            # Read anew: it need not be held until now.
+                            position = ld_shared_b32(int32(record + 20))
+                            row = int32(ld_shared_b32(int32(record + 8)) + warp * WARP_ROWS + r)
+                            low = int32(position + 1 + int32(uint32(row) // uint32(group)))
+                            high = int32(position + 1 + int32(uint32(row + 8) // uint32(group)))
+                            hide(s, int32(key + 2 * i), low, high)
                         m_low, m_high, f_low, f_high = weigh(s, l_low, l_high, m_low, m_high, c)
                         pack_weights(s, p)
                         if ballot(int32(int32(f_low != one) | int32(f_high != one))) != 0:
                             rescale(o, f_low, f_high)  # times 1 changes nothing
-                        next, held, page, ahead = fill(
-                            smem, k, v, table, record, heads, table_stride, first_key, most, thread, lane, next,
-                            held, page, ahead, stage, phase,
+                        next, ahead = fill(
+                            smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead, stage,
+                            phase,
                         )  # fmt: skip
                         if there_first != 0:
                             wait_full(int32(smem + full_at + 8 * stage), phase)
@@ -379,13 +419,12 @@ def make_prefill_mma_kernel(
                             ahead = int32(ahead - 1)
                     tile = int32(tile + 1)
                 last_low, last_high = sums(l_low), sums(l_high)
-                if splits > 0:
-                    m_low, a_low, b_low = fold_factors(kept_low, m_low)
-                    m_high, a_high, b_high = fold_factors(kept_high, m_high)
-                    last_low = folded(sum_low, a_low, last_low, b_low)
-                    last_high = folded(sum_high, a_high, last_high, b_high)
-                    if folds:
-                        fold_into(o, mine, a_low, b_low, a_high, b_high)
+                my_least, my_most = ld_shared_b32(own), ld_shared_b32(int32(own + 4))
+                last_split = int32(int32(my_most - 1) >> (TILE_SHIFT + split_shift))
+                if last_split > int32(first_seen(my_least) >> split_shift) and folds:
+                    m_low, m_high, last_low, last_high = fold_into(
+                        o, mine, m_low, m_high, last_low, last_high
+                    )
                 # Where the rows go is read anew: it need not be held until now.
                 head, token0 = ld_shared_b32(int32(record + 4)), ld_shared_b32(int32(record + 16))
                 row0, rows = ld_shared_b32(int32(record + 8)), ld_shared_b32(int32(record + 12))

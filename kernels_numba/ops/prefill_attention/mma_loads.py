@@ -9,8 +9,9 @@ from typing import Any
 
 from kernels_numba.attention_contract import TILE
 from kernels_numba.compiler import cuda, jit
-from kernels_numba.ops.prefill_attention.config import BLOCK_SIZE, BOX_BYTES, WARP, Build
+from kernels_numba.ops.prefill_attention.config import BLOCK_SIZE, BOX_BYTES, Build
 from kernels_numba.ops.prefill_attention.mma_config import (
+    RECORD_SHIFT,
     RECORDS,
     THREADS,
     TILE_ROWS,
@@ -25,10 +26,6 @@ from kernels_numba.ptx.debug import make_mbarrier_wait, make_stress
 from kernels_numba.ptx.ldst import ld_global_i32, ld_shared_b32, st_shared_b32
 from kernels_numba.ptx.mbarrier import mbarrier_arrive
 from kernels_numba.ptx.mbarrier_poll import mbarrier_poll
-from kernels_numba.ptx.shuffle import shfl_idx_i32
-
-PAGE_SHIFT = BLOCK_SIZE.bit_length() - 1
-HELD_TILES = WARP // 2  # whose entries of the block table a warp's lanes hold
 
 
 def make_wait(name: str, build: Build) -> Any:
@@ -80,7 +77,7 @@ def make_post(config: MmaConfig, build: Build) -> tuple[Any, Any]:
             cu, lens, num_seqs, heads, group, lane, target, level, chunk, before, lower
         )
         pause(int32(1))
-        wait_taken(int32(smem + taken_at + 8 * slot), int32(((number // RECORDS) & 1) ^ 1))
+        wait_taken(int32(smem + taken_at + 8 * slot), int32(((number >> RECORD_SHIFT) & 1) ^ 1))
         if lane == 0:
             to = int32(smem + record_at + 32 * slot)
             st_shared_b32(to, select_i32(found, seq, -1))
@@ -101,15 +98,14 @@ def make_post(config: MmaConfig, build: Build) -> tuple[Any, Any]:
 
 
 def make_fill(config: MmaConfig, window: int | None, build: Build) -> Any:
-    """fill(smem, k, v, table, record, heads, table_stride, first_key, most, thread, lane, next, held, page,
-    ahead, stage, phase) -> (next, held, page, ahead), for all warps alike.
+    """fill(smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead, stage, phase)
+    -> (next, ahead), for all warps alike.
 
     Queues chunks of 64 keys of one item until config.ahead of them are on their way or there: of each tile K's
     first half, its second, V's first, its second, without those of which no row sees anything. Keys that no
     row sees, outside [first_key, most), are zeros: 0 x NaN would be NaN, and a page's old tail must not reach
-    another request. table: block_table, entries of which the lanes hold in `page`, for tiles up to `held`; or
-    cu_seqlens_k. next: 4 tile + 2 (of V) + half; stage, phase: of the chunk that is taken next, `ahead` before
-    the one that is loaded next.
+    another request. table: block_table, or cu_seqlens_k; next: 4 tile + 2 (of V) + half; stage, phase: of the
+    chunk that is taken next, `ahead` before the one that is loaded next.
     """
     head_dim, stages, chunk_bytes = config.head_dim, config.stages, config.chunk_bytes
     plan, most_ahead = smem_plan(config), config.ahead
@@ -125,31 +121,23 @@ def make_fill(config: MmaConfig, window: int | None, build: Build) -> Any:
     @jit(device=True)
     def fill(
         smem: Any, k: Any, v: Any, table: Any, record: Any, heads: Any, table_stride: Any, first_key: Any,
-        most: Any, thread: Any, lane: Any, next: Any, held: Any, page: Any, ahead: Any, stage: Any, phase: Any,
+        most: Any, thread: Any, next: Any, ahead: Any, stage: Any, phase: Any,
     ) -> Any:  # fmt: skip
-        while ahead < most_ahead and (next >> 2) * TILE < most:
+        while ahead < most_ahead and int32(int32(next >> 2) * TILE) < most:
             tile, part = int32(next >> 2), int32(next & 1)
             seq, head = ld_shared_b32(record), ld_shared_b32(int32(record + 4))
-            if by_page and tile > held:
-                # The lane's entry of the next 32; one that nobody sees is not read.
-                number = int32(tile * 2 + lane)
-                first_page, last_page = int32(first_key >> PAGE_SHIFT), int32((most - 1) >> PAGE_SHIFT)
-                number = select_i32(int32(number < first_page), first_page, number)
-                number = select_i32(int32(number > last_page), last_page, number)
-                page = ld_global_i32(int64(table + (int64(seq) * table_stride + number) * 4))
-                held = int32(tile + (HELD_TILES - 1))
             first = int32(tile * TILE + part * BLOCK_SIZE)
             step = int32(row_bytes)
             if by_page:
-                place = int32((tile + (HELD_TILES - 1) - held) * 2 + part)
-                number = int32(shfl_idx_i32(page, place) + page_off)
+                entry = int64(table + (int64(seq) * table_stride + (tile * 2 + part)) * 4)
+                number = int32(ld_global_i32(entry) + page_off)
                 at = int64((int64(number) * heads + head) * (BLOCK_SIZE * row_bytes))
             else:
                 step = int32(heads * row_bytes)
                 base = ld_global_i32(int64(table + int64(seq) * 4))
                 at = int64((int64(base + first) * heads + head) * row_bytes)
             source = int64(k + at)
-            if next & 2 != 0:
+            if int32(next & 2) != 0:
                 source = int64(v + at)
             seen_from, seen_to = int32(first_key - first), int32(most - first)
             if not cleaned:
@@ -170,12 +158,12 @@ def make_fill(config: MmaConfig, window: int | None, build: Build) -> Any:
                 line = int32(line + lines)
             cp_async_mbarrier_arrive(int32(smem + full_at + 8 * to_stage))
             ahead = int32(ahead + 1)
-            if part == 1 or tile * TILE + BLOCK_SIZE >= most:
+            if part == 1 or int32(first + BLOCK_SIZE) >= most:
                 next = int32((next | 1) + 1)  # the first half of V, or of the next tile's K
-                if has_window and first_key - (next >> 2) * TILE >= BLOCK_SIZE:
+                if has_window and int32(first_key - int32(next >> 2) * TILE) >= BLOCK_SIZE:
                     next = int32(next + 1)
             else:
                 next = int32(next + 1)
-        return next, held, page, ahead
+        return next, ahead
 
     return fill
