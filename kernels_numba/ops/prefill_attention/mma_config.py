@@ -59,8 +59,8 @@ class MmaConfig:
 
     @property
     def ahead(self) -> int:
-        """Chunks that are on their way or wait to be taken: two less, so that a warp which loads does not wait
-        for those that still multiply with what was taken last."""
+        """Chunks that are on their way or wait to be taken: two less, so that a warp which loads does not
+        wait for those that still multiply with what was taken last."""
         return self.stages - 2
 
     @property
@@ -85,7 +85,7 @@ def _fixed(stages: int) -> tuple[tuple[str, int, int, int], ...]:
 @cache
 def smem_plan(config: MmaConfig) -> SmemPlan:
     """Chunks in panels of 64 columns, 128-byte swizzle; items; where the search for the next one
-    goes on; three numbers of each warp, which has no registers left for them; barriers."""
+    goes on; four numbers of each warp, which has no registers left for them; barriers."""
     return SmemPlan.of(
         ("chunk", config.chunk_bytes, 1024, config.stages), *_fixed(config.stages), limit=SMEM_LIMIT
     )

@@ -57,10 +57,10 @@ def in_numpy(
     """The counters that the launch leaves; out[tokens, Hq, D] and lse[tokens, Hq] are written. bfloat16 bits
     as uint16.
 
-    k, v, table: pages and block_table, or as config.source says rows [keys, Hkv, D] and cu_seqlens_k; the rest
-    as in in_numpy.py. IndexError where the kernel leaves an array, simt_turns.Stuck where it would hang.
+    k, v, table: pages and block_table, or as config.source says rows [keys, Hkv, D] and cu_seqlens_k; the
+    rest as in in_numpy.py. IndexError where the kernel leaves an array, simt_turns.Stuck where it would hang.
     """
-    tokens, num_q_heads, head_dim = out.shape
+    tokens, num_q_heads, _ = out.shape
     num_kv_heads = k.shape[1]
     memory = simt.Memory()
     counters, state = np.zeros(2, np.int32), np.full(grid * config.state_words, np.nan, np.float32)

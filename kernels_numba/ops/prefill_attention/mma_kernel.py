@@ -50,8 +50,8 @@ STATE_STRIDE = THREADS * 16  # bytes from one of a thread's vectors to its next:
 
 
 def make_score(head_dim: int, dtype: str, part: int) -> Any:
-    """f(s, query, keys, base): S = Q K^T of 64 keys at shared address `keys`, the tile's part-th, to s[32 part
-    : 32 part + 32]; base: the lane's place among a chunk's rows and units."""
+    """f(s, query, keys, base): S = Q K^T of 64 keys at shared address `keys`, the tile's part-th, to s[32
+    part : 32 part + 32]; base: the lane's place among a chunk's rows and units."""
     k_steps, first = head_dim // 16, 32 * part
     multiply = mma_m16n8k16_at if dtype == "bfloat16" else mma_m16n8k16_f16_at
     int32, zero = cuda.types.int32, np.float32(0)
@@ -72,8 +72,9 @@ def make_score(head_dim: int, dtype: str, part: int) -> Any:
 
 
 def make_accumulate(head_dim: int, dtype: str, part: int) -> Any:
-    """f(o, p, values, base): o[head_dim / 2] += P V over the tile's part-th 64 keys, whose weights are p[16 part
-    : 16 part + 16]; values: their shared address; base: the lane's place among a chunk's rows and units."""
+    """f(o, p, values, base): o[head_dim / 2] += P V over the tile's part-th 64 keys, whose weights are p[16
+    part : 16 part + 16]; values: their shared address; base: the lane's place among a chunk's rows and
+    units."""
     pairs, first = head_dim // 16, 16 * part
     multiply = mma_m16n8k16_at if dtype == "bfloat16" else mma_m16n8k16_f16_at
     int32 = cuda.types.int32
@@ -93,8 +94,8 @@ def make_accumulate(head_dim: int, dtype: str, part: int) -> Any:
 
 def make_kept(head_dim: int) -> tuple[Any, Any]:
     """(keep, fold_into): a thread's rows of splits that have ended, in global memory, 16 bytes at a time from
-    address `state` on. All of a block's would fill two thirds of its shared memory and are needed once in 1,024
-    keys.
+    address `state` on. All of a block's would fill two thirds of its shared memory, and are needed once in
+    1,024 keys.
 
     keep(o, state, m_low, m_high, l_low, l_high) puts them there; fold_into, of the same -> (m_low, m_high,
     l_low, l_high): what is there, folded with them; o becomes that.
@@ -138,18 +139,20 @@ def make_prefill_mma_kernel(
     Arguments: addresses of: k and v: caches T[num_blocks, num_kv_heads, 64, D], or with rows T[total keys,
     num_kv_heads, D]; q and out T[tokens, num_q_heads, D]; lse f32[tokens, num_q_heads] (with_lse);
     cu_seqlens_q i32[num_seqs + 1]; context_lens i32[num_seqs]; block_table i32[num_seqs, ..], or with rows
-    cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0 again at the end; state f32[blocks, 128, D].
-    Then num_seqs, num_kv_heads, group, bytes from one token to the next of q and of out, entries from one row
-    to the next of block_table; c (attention_contract.py).
-    Who does what: each of eight warps has 16 rows of an item's 128 (a row is (token, head of the group), token
-    first), their queries in registers, and goes its own way; all load together what the item sees, an eighth
-    each (make_fill). Of a tile of 128 keys a warp makes S, then weights, then adds P V; halves of a tile in
-    which its rows see nothing it hands back unread. Warp 0 also finds the next item while this one is computed
-    (make_post); its first keys are asked for before this one's rows are stored.
-    At the end of a split o is folded into what the thread has kept in global memory (make_kept).
+    cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0 again at the end; state f32[blocks,
+    state_words]. Then num_seqs, num_kv_heads, group, bytes from one token to the next of q and of out,
+    entries from one row to the next of block_table; c (attention_contract.py).
+    Who does what: each of eight warps has 16 rows of an item's 128 (a row is (token, head of the group),
+    token first), their queries in registers, and goes its own way; all load together what the item sees, an
+    eighth each (make_fill). Of a tile of 128 keys a warp makes S, then weights, then adds P V; halves of a
+    tile in which its rows see nothing it hands back unread. Warp 0 also finds the next item while this one is
+    computed (make_post).
+    At the end of a split m, l and o are folded into what the thread has kept in global memory (make_kept).
     Shared memory: smem_plan(config), chunks of 64 keys. Barriers: full[s] hands a loaded chunk to all (each
-    thread arrives when its copies have landed), empty[s] hands it back (an arrival a warp); posted[r] an item,
-    taken[r] back. Scores that a row does not see are hidden by selection.
+    thread arrives when its copies have landed), empty[s] hands it back (an arrival a warp); posted[r] an
+    item, taken[r] back. Scores that a row does not see are hidden by selection.
+    Registers: with head_dim 128 S, o and the queries are 160 of a thread's 255. So numbers that are needed
+    once a tile or an item are read anew from shared memory, the record and the warp's own.
     """
     head_dim, stages, chunk_bytes, plan = (
         config.head_dim,
@@ -203,8 +206,8 @@ def make_prefill_mma_kernel(
 
     @jit(device=True, forceinline=True)
     def halves_of(tile: Any, least: Any, most: Any) -> Any:
-        """Whether the first, whether the second half of a tile has keys that one of some rows sees, of which the
-        first sees `least` keys, the last `most`."""
+        """Whether the first, whether the second half of a tile has keys that one of some rows sees, of which
+        the first sees `least` keys, the last `most`."""
         key = int32(tile << TILE_SHIFT)
         middle, end, first_key = int32(key + BLOCK_SIZE), int32(key + TILE), int32(least - width)
         first, second = int32(key < most), int32(middle < most)
@@ -257,196 +260,196 @@ def make_prefill_mma_kernel(
         if warp == 0:
             post(smem, cu, lens, counters, num_seqs, heads, group, int32(0), lane)
         stage, phase, ahead = int32(0), int32(0), int32(0)
-        working = True
-        while working:
+        while True:
             own = int32(smem + own_at + 16 * warp)
             number = ld_shared_b32(int32(own + 8))
             slot = int32(number & (RECORDS - 1))
             record = int32(smem + record_at + 32 * slot)
             wait_posted(int32(smem + posted_at + 8 * slot), int32((number >> RECORD_SHIFT) & 1))
-            working = ld_shared_b32(record) >= 0
+            if ld_shared_b32(record) < 0:
+                break
             number = int32(number + 1)
             cuda.syncwarp()
             if lane == 0:
                 st_shared_b32(int32(own + 8), number)
-            if working:
-                head, row0 = ld_shared_b32(int32(record + 4)), ld_shared_b32(int32(record + 8))
-                rows, token0 = ld_shared_b32(int32(record + 12)), ld_shared_b32(int32(record + 16))
-                start = ld_shared_b32(int32(record + 20))
-                # Keys that the first and last row see: of the block, of this warp, of this thread's rows. A
-                # warp past the sequence's last row does as if it had that one, and sees nothing of its own.
-                last = int32(min(int32(row0 + TILE_ROWS), rows) - 1)
-                my_first = int32(row0 + warp * WARP_ROWS)
-                my_last = int32(min(int32(my_first + (WARP_ROWS - 1)), last))
-                least = int32(start + 1 + int32(uint32(row0) // uint32(group)))
-                most = int32(start + 1 + int32(uint32(last) // uint32(group)))
-                first_key = int32(0)
-                if has_window:
-                    first_key = select_i32(int32(least > width), int32(least - width), 0)
-                first_page = int32(first_key >> PAGE_SHIFT)
-                next = int32(4 * (first_page >> 1) + (first_page & 1))
-                next, ahead = fill(
-                    smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead, stage,
-                    phase,
-                )  # fmt: skip
-                if warp == 0:
-                    post(smem, cu, lens, counters, num_seqs, heads, group, number, lane)
-                my_least = int32(start + 1 + int32(uint32(my_first) // uint32(group)))
-                my_most = int32(start + 1 + int32(uint32(my_last) // uint32(group)))
-                low_row = select_i32(int32(my_first + r < my_last), int32(my_first + r), my_last)
-                high_row = select_i32(int32(my_first + r + 8 < my_last), int32(my_first + r + 8), my_last)
-                low_token = int32(uint32(low_row) // uint32(group))
-                high_token = int32(uint32(high_row) // uint32(group))
-                low_head = int32(head * group + (low_row - low_token * group))
-                high_head = int32(head * group + (high_row - high_token * group))
-                low_at = int64(q + (int64(token0) + low_token) * q_stride + (low_head * row_bytes + i * 4))
-                high_at = int64(q + (int64(token0) + high_token) * q_stride + (high_head * row_bytes + i * 4))
-                for n in range(k_steps):
-                    query[4 * n] = ld_global_i32(int64(low_at + 32 * n))
-                    query[4 * n + 1] = ld_global_i32(int64(high_at + 32 * n))
-                    query[4 * n + 2] = ld_global_i32(int64(low_at + 32 * n + 16))
-                    query[4 * n + 3] = ld_global_i32(int64(high_at + 32 * n + 16))
-                m_low, m_high = lowest, lowest
-                for n in range(outputs):
-                    o[n] = zero
-                for n in range(4):
-                    l_low[n] = zero
-                    l_high[n] = zero
-                if my_first > last:
-                    my_most = int32(0)
-                if lane == 0:
-                    st_shared_b32(own, my_least)
-                    st_shared_b32(int32(own + 4), my_most)
-                cuda.syncwarp()
-                tile = int32(first_key >> TILE_SHIFT)
-                while int32(tile << TILE_SHIFT) < most:
-                    my_least, my_most = ld_shared_b32(own), ld_shared_b32(int32(own + 4))
-                    there_first, there_second = halves_of(tile, least, most)
-                    my_half, my_other = halves_of(tile, my_least, my_most)
-                    next, ahead = fill(
-                        smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead, stage,
-                        phase,
-                    )  # fmt: skip
-                    if int32(my_half | my_other) == 0:
-                        for _ in range(2):
-                            if there_first != 0:
-                                stage, phase = pass_by(smem, stage, phase, lane)
-                                ahead = int32(ahead - 1)
-                            if there_second != 0:
-                                stage, phase = pass_by(smem, stage, phase, lane)
-                                ahead = int32(ahead - 1)
-                    else:
-                        if int32(tile & (split_tiles - 1)) == 0 and tile > first_seen(my_least):
-                            # The split of the tile before this one has ended.
-                            l_first, l_second = sums(l_low), sums(l_high)
-                            if (
-                                int32((tile >> split_shift) - 1) > int32(first_seen(my_least) >> split_shift)
-                                and folds
-                            ):
-                                m_low, m_high, l_first, l_second = fold_into(
-                                    o, mine, m_low, m_high, l_first, l_second
-                                )
-                            keep(o, mine, m_low, m_high, l_first, l_second)
-                            m_low, m_high = lowest, lowest
-                            for n in range(4):
-                                l_low[n] = zero
-                                l_high[n] = zero
-                            for n in range(outputs):
-                                o[n] = zero
-                        if there_first != 0:
-                            wait_full(int32(smem + full_at + 8 * stage), int32(phase ^ wrong_phase))
-                        pause(int32(3))
-                        if my_half != 0:
-                            score_first(s, query, int32(smem + chunk_at + stage * chunk_bytes), k_base)
-                        else:
-                            for n in range(scores // 2):
-                                s[n] = lowest
-                        if there_first != 0:
-                            hand_back(int32(smem + empty_at + 8 * stage), lane)
-                            stage, phase = following(stage, phase)
-                            ahead = int32(ahead - 1)
-                        if there_second != 0:
-                            wait_full(int32(smem + full_at + 8 * stage), phase)
-                        pause(int32(4))
-                        if my_other != 0:
-                            score_second(s, query, int32(smem + chunk_at + stage * chunk_bytes), k_base)
-                        else:
-                            for n in range(scores // 2):
-                                s[scores // 2 + n] = lowest
-                        if there_second != 0:
-                            hand_back(int32(smem + empty_at + 8 * stage), lane)
-                            stage, phase = following(stage, phase)
-                            ahead = int32(ahead - 1)
-                        key = int32(tile << TILE_SHIFT)
-                        edge = int32(key + TILE) > my_least
-                        if has_window:
-                            edge = edge or key < int32(my_most - width)
-                        if edge:
-                            # Read anew: it need not be held until now.
-                            position = ld_shared_b32(int32(record + 20))
-                            row = int32(ld_shared_b32(int32(record + 8)) + warp * WARP_ROWS + r)
-                            low = int32(position + 1 + int32(uint32(row) // uint32(group)))
-                            high = int32(position + 1 + int32(uint32(row + 8) // uint32(group)))
-                            hide(s, int32(key + 2 * i), low, high)
-                        m_low, m_high, f_low, f_high = weigh(s, l_low, l_high, m_low, m_high, c)
-                        pack_weights(s, p)
-                        if ballot(int32(int32(f_low != one) | int32(f_high != one))) != 0:
-                            rescale(o, f_low, f_high)  # times 1 changes nothing
-                        next, ahead = fill(
-                            smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead, stage,
-                            phase,
-                        )  # fmt: skip
-                        if there_first != 0:
-                            wait_full(int32(smem + full_at + 8 * stage), phase)
-                            values = int32(smem + chunk_at + stage * chunk_bytes)
-                            if early:
-                                hand_back(int32(smem + empty_at + 8 * stage), lane)
-                            pause(int32(5))
-                            if my_half != 0:
-                                add_first(o, p, values, v_base)
-                            if not early and handed_back:
-                                hand_back(int32(smem + empty_at + 8 * stage), lane)
-                            stage, phase = following(stage, phase)
-                            ahead = int32(ahead - 1)
-                        if there_second != 0:
-                            wait_full(int32(smem + full_at + 8 * stage), phase)
-                            values = int32(smem + chunk_at + stage * chunk_bytes)
-                            pause(int32(6))
-                            if my_other != 0:
-                                add_second(o, p, values, v_base)
-                            hand_back(int32(smem + empty_at + 8 * stage), lane)
-                            stage, phase = following(stage, phase)
-                            ahead = int32(ahead - 1)
-                    tile = int32(tile + 1)
-                last_low, last_high = sums(l_low), sums(l_high)
+            head, row0 = ld_shared_b32(int32(record + 4)), ld_shared_b32(int32(record + 8))
+            rows, token0 = ld_shared_b32(int32(record + 12)), ld_shared_b32(int32(record + 16))
+            start = ld_shared_b32(int32(record + 20))
+            # Keys that the first and last row see: of the block, of this warp, of this thread's rows. A
+            # warp past the sequence's last row does as if it had that one, and sees nothing of its own.
+            last = int32(min(int32(row0 + TILE_ROWS), rows) - 1)
+            my_first = int32(row0 + warp * WARP_ROWS)
+            my_last = int32(min(int32(my_first + (WARP_ROWS - 1)), last))
+            least = int32(start + 1 + int32(uint32(row0) // uint32(group)))
+            most = int32(start + 1 + int32(uint32(last) // uint32(group)))
+            first_key = int32(0)
+            if has_window:
+                first_key = select_i32(int32(least > width), int32(least - width), 0)
+            first_page = int32(first_key >> PAGE_SHIFT)
+            next = int32(4 * (first_page >> 1) + (first_page & 1))
+            next, ahead = fill(
+                smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead,
+                stage, phase,
+            )  # fmt: skip
+            if warp == 0:
+                post(smem, cu, lens, counters, num_seqs, heads, group, number, lane)
+            my_least = int32(start + 1 + int32(uint32(my_first) // uint32(group)))
+            my_most = int32(start + 1 + int32(uint32(my_last) // uint32(group)))
+            low_row = select_i32(int32(my_first + r < my_last), int32(my_first + r), my_last)
+            high_row = select_i32(int32(my_first + r + 8 < my_last), int32(my_first + r + 8), my_last)
+            low_token = int32(uint32(low_row) // uint32(group))
+            high_token = int32(uint32(high_row) // uint32(group))
+            low_head = int32(head * group + (low_row - low_token * group))
+            high_head = int32(head * group + (high_row - high_token * group))
+            low_at = int64(q + (int64(token0) + low_token) * q_stride + (low_head * row_bytes + i * 4))
+            high_at = int64(q + (int64(token0) + high_token) * q_stride + (high_head * row_bytes + i * 4))
+            for n in range(k_steps):
+                query[4 * n] = ld_global_i32(int64(low_at + 32 * n))
+                query[4 * n + 1] = ld_global_i32(int64(high_at + 32 * n))
+                query[4 * n + 2] = ld_global_i32(int64(low_at + 32 * n + 16))
+                query[4 * n + 3] = ld_global_i32(int64(high_at + 32 * n + 16))
+            m_low, m_high = lowest, lowest
+            for n in range(outputs):
+                o[n] = zero
+            for n in range(4):
+                l_low[n] = zero
+                l_high[n] = zero
+            if my_first > last:
+                my_most = int32(0)
+            if lane == 0:
+                st_shared_b32(own, my_least)
+                st_shared_b32(int32(own + 4), my_most)
+                st_shared_b32(int32(own + 12), most)
+            cuda.syncwarp()
+            tile = int32(first_key >> TILE_SHIFT)
+            while int32(tile << TILE_SHIFT) < ld_shared_b32(int32(own + 12)):
+                most = ld_shared_b32(int32(own + 12))
                 my_least, my_most = ld_shared_b32(own), ld_shared_b32(int32(own + 4))
-                last_split = int32(int32(my_most - 1) >> (TILE_SHIFT + split_shift))
-                if last_split > int32(first_seen(my_least) >> split_shift) and folds:
-                    m_low, m_high, last_low, last_high = fold_into(
-                        o, mine, m_low, m_high, last_low, last_high
+                there_first, there_second = halves_of(tile, least, most)
+                my_half, my_other = halves_of(tile, my_least, my_most)
+                next, ahead = fill(
+                    smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead,
+                    stage, phase,
+                )  # fmt: skip
+                if int32(my_half | my_other) == 0:
+                    for _ in range(2):
+                        if there_first != 0:
+                            stage, phase = pass_by(smem, stage, phase, lane)
+                            ahead = int32(ahead - 1)
+                        if there_second != 0:
+                            stage, phase = pass_by(smem, stage, phase, lane)
+                            ahead = int32(ahead - 1)
+                else:
+                    if int32(tile & (split_tiles - 1)) == 0 and tile > first_seen(my_least):
+                        # The split of the tile before this one has ended.
+                        l_first, l_second = sums(l_low), sums(l_high)
+                        if (
+                            int32((tile >> split_shift) - 1) > int32(first_seen(my_least) >> split_shift)
+                            and folds
+                        ):
+                            m_low, m_high, l_first, l_second = fold_into(
+                                o, mine, m_low, m_high, l_first, l_second
+                            )
+                        keep(o, mine, m_low, m_high, l_first, l_second)
+                        m_low, m_high = lowest, lowest
+                        for n in range(4):
+                            l_low[n] = zero
+                            l_high[n] = zero
+                        for n in range(outputs):
+                            o[n] = zero
+                    if there_first != 0:
+                        wait_full(int32(smem + full_at + 8 * stage), int32(phase ^ wrong_phase))
+                    pause(int32(3))
+                    if my_half != 0:
+                        score_first(s, query, int32(smem + chunk_at + stage * chunk_bytes), k_base)
+                    else:
+                        for n in range(scores // 2):
+                            s[n] = lowest
+                    if there_first != 0:
+                        hand_back(int32(smem + empty_at + 8 * stage), lane)
+                        stage, phase = following(stage, phase)
+                        ahead = int32(ahead - 1)
+                    if there_second != 0:
+                        wait_full(int32(smem + full_at + 8 * stage), phase)
+                    pause(int32(4))
+                    if my_other != 0:
+                        score_second(s, query, int32(smem + chunk_at + stage * chunk_bytes), k_base)
+                    else:
+                        for n in range(scores // 2):
+                            s[scores // 2 + n] = lowest
+                    if there_second != 0:
+                        hand_back(int32(smem + empty_at + 8 * stage), lane)
+                        stage, phase = following(stage, phase)
+                        ahead = int32(ahead - 1)
+                    key = int32(tile << TILE_SHIFT)
+                    edge = int32(key + TILE) > my_least
+                    if has_window:
+                        edge = edge or key < int32(my_most - width)
+                    if edge:
+                        # Read anew: it need not be held until now.
+                        position = ld_shared_b32(int32(record + 20))
+                        row = int32(ld_shared_b32(int32(record + 8)) + warp * WARP_ROWS + r)
+                        low = int32(position + 1 + int32(uint32(row) // uint32(group)))
+                        high = int32(position + 1 + int32(uint32(row + 8) // uint32(group)))
+                        hide(s, int32(key + 2 * i), low, high)
+                    m_low, m_high, f_low, f_high = weigh(s, l_low, l_high, m_low, m_high, c)
+                    pack_weights(s, p)
+                    if ballot(int32(int32(f_low != one) | int32(f_high != one))) != 0:
+                        rescale(o, f_low, f_high)  # times 1 changes nothing
+                    next, ahead = fill(
+                        smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead,
+                        stage, phase,
+                    )  # fmt: skip
+                    if there_first != 0:
+                        wait_full(int32(smem + full_at + 8 * stage), phase)
+                        values = int32(smem + chunk_at + stage * chunk_bytes)
+                        if early:
+                            hand_back(int32(smem + empty_at + 8 * stage), lane)
+                        pause(int32(5))
+                        if my_half != 0:
+                            add_first(o, p, values, v_base)
+                        if not early and handed_back:
+                            hand_back(int32(smem + empty_at + 8 * stage), lane)
+                        stage, phase = following(stage, phase)
+                        ahead = int32(ahead - 1)
+                    if there_second != 0:
+                        wait_full(int32(smem + full_at + 8 * stage), phase)
+                        values = int32(smem + chunk_at + stage * chunk_bytes)
+                        pause(int32(6))
+                        if my_other != 0:
+                            add_second(o, p, values, v_base)
+                        hand_back(int32(smem + empty_at + 8 * stage), lane)
+                        stage, phase = following(stage, phase)
+                        ahead = int32(ahead - 1)
+                tile = int32(tile + 1)
+            last_low, last_high = sums(l_low), sums(l_high)
+            my_least, my_most = ld_shared_b32(own), ld_shared_b32(int32(own + 4))
+            last_split = int32(int32(my_most - 1) >> (TILE_SHIFT + split_shift))
+            if last_split > int32(first_seen(my_least) >> split_shift) and folds:
+                m_low, m_high, last_low, last_high = fold_into(o, mine, m_low, m_high, last_low, last_high)
+            # Where the rows go is read anew: it need not be held until now.
+            head, token0 = ld_shared_b32(int32(record + 4)), ld_shared_b32(int32(record + 16))
+            row0, rows = ld_shared_b32(int32(record + 8)), ld_shared_b32(int32(record + 12))
+            for half in range(2):
+                row = int32(row0 + warp * WARP_ROWS + r + 8 * half)
+                token = int32(uint32(row) // uint32(group))
+                of_head = int32(head * group + (row - token * group))
+                inside = int32(int32(row < row0 + TILE_ROWS) & int32(row < rows))
+                to = int64(out + (int64(token0) + token) * out_stride + (of_head * row_bytes + i * 4))
+                m, total = m_low, last_low
+                if half == 1:
+                    m, total = m_high, last_high
+                inverse = select_f32(int32(total > zero), divide_f32(one, total), zero)
+                for n in range(outputs // 4):
+                    word = pack(
+                        mul_f32(o[4 * n + 2 * half], inverse), mul_f32(o[4 * n + 2 * half + 1], inverse)
                     )
-                # Where the rows go is read anew: it need not be held until now.
-                head, token0 = ld_shared_b32(int32(record + 4)), ld_shared_b32(int32(record + 16))
-                row0, rows = ld_shared_b32(int32(record + 8)), ld_shared_b32(int32(record + 12))
-                for half in range(2):
-                    row = int32(row0 + warp * WARP_ROWS + r + 8 * half)
-                    token = int32(uint32(row) // uint32(group))
-                    of_head = int32(head * group + (row - token * group))
-                    inside = int32(int32(row < row0 + TILE_ROWS) & int32(row < rows))
-                    to = int64(out + (int64(token0) + token) * out_stride + (of_head * row_bytes + i * 4))
-                    m, total = m_low, last_low
-                    if half == 1:
-                        m, total = m_high, last_high
-                    inverse = select_f32(int32(total > zero), divide_f32(one, total), zero)
-                    for n in range(outputs // 4):
-                        word = pack(
-                            mul_f32(o[4 * n + 2 * half], inverse), mul_f32(o[4 * n + 2 * half + 1], inverse)
-                        )
-                        st_global_b32_if(inside, int64(to + 16 * n), word)
-                    if with_lse:
-                        to = int64(lse + ((int64(token0) + token) * (int64(heads) * group) + of_head) * 4)
-                        value = mul_f32(add_f32(m, lg2_f32(total)), ln2)
-                        st_global_f32_if(int32(int32(i == 0) & inside), to, value)
+                    st_global_b32_if(inside, int64(to + 16 * n), word)
+                if with_lse:
+                    to = int64(lse + ((int64(token0) + token) * (int64(heads) * group) + of_head) * 4)
+                    value = mul_f32(add_f32(m, lg2_f32(total)), ln2)
+                    st_global_f32_if(int32(int32(i == 0) & inside), to, value)
+            slot = int32(int32(ld_shared_b32(int32(own + 8)) - 1) & (RECORDS - 1))
             hand_back(int32(smem + taken_at + 8 * slot), lane)
         # Who leaves last sets the counters back, for the next launch.
         if thread == 0:

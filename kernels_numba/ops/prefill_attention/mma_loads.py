@@ -44,8 +44,8 @@ def make_post(config: MmaConfig, build: Build) -> tuple[Any, Any]:
     """(start(smem), post(smem, cu, lens, counters, num_seqs, heads, group, number, lane)).
 
     post, of one warp: finds the block's next item (schedule.py) and posts it as its number-th: i32[8] of
-    sequence (-1: no more), head, first row, rows of the sequence, its first token, the position of that. Where
-    the search goes on stays in shared memory, where start, of one thread, puts its beginning.
+    sequence (-1: no more), head, first row, rows of the sequence, its first token, the position of that.
+    Where the search goes on stays in shared memory, where start, of one thread, puts its beginning.
     """
     plan = smem_plan(config)
     record_at, search_at = plan.offset("record"), plan.offset("search")
@@ -98,14 +98,14 @@ def make_post(config: MmaConfig, build: Build) -> tuple[Any, Any]:
 
 
 def make_fill(config: MmaConfig, window: int | None, build: Build) -> Any:
-    """fill(smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead, stage, phase)
-    -> (next, ahead), for all warps alike.
+    """fill(smem, k, v, table, record, heads, table_stride, first_key, most, thread, next, ahead, stage,
+    phase) -> (next, ahead), for all warps alike.
 
-    Queues chunks of 64 keys of one item until config.ahead of them are on their way or there: of each tile K's
-    first half, its second, V's first, its second, without those of which no row sees anything. Keys that no
-    row sees, outside [first_key, most), are zeros: 0 x NaN would be NaN, and a page's old tail must not reach
-    another request. table: block_table, or cu_seqlens_k; next: 4 tile + 2 (of V) + half; stage, phase: of the
-    chunk that is taken next, `ahead` before the one that is loaded next.
+    Queues chunks of 64 keys of one item until config.ahead of them are on their way or there: of each tile
+    K's first half, its second, V's first, its second, without those of which no row sees anything. Keys that
+    no row sees, outside [first_key, most), are zeros: 0 x NaN would be NaN, and a page's old tail must not
+    reach another request. table: block_table, or cu_seqlens_k; next: 4 tile + 2 (of V) + half; stage, phase:
+    of the chunk that is taken next, `ahead` before the one that is loaded next.
     """
     head_dim, stages, chunk_bytes = config.head_dim, config.stages, config.chunk_bytes
     plan, most_ahead = smem_plan(config), config.ahead

@@ -13,7 +13,7 @@ from typing import Any
 from kernels_numba.attention_contract import SPLIT
 from kernels_numba.launch import Kernel, Launch, address
 from kernels_numba.ops.prefill_attention.config import HEAD_DIMS, PRODUCT, Build, Source
-from kernels_numba.ops.prefill_attention.door import Operands, Workspace, operands, require_capability
+from kernels_numba.ops.prefill_attention.door import MMA, Operands, Workspace, operands, require_capability
 from kernels_numba.ops.prefill_attention.hopper import num_sms
 from kernels_numba.ops.prefill_attention.mma_config import (
     MAX_BLOCKS,
@@ -24,7 +24,6 @@ from kernels_numba.ops.prefill_attention.mma_config import (
 )
 from kernels_numba.ops.prefill_attention.mma_kernel import SIGNATURE, make_prefill_mma_kernel
 
-RUNG = "mma_sync"
 ARCHS = tuple(f"sm_{n}" for n in (80, 86, 87, 89, 90, 100, 103, 110, 120, 121))
 
 
@@ -69,7 +68,7 @@ def prepared(
     Who captures a launch into a graph keeps what this returns as long as the graph. ValueError on a GPU that
     cannot run the rung.
     """
-    require_capability(RUNG)
+    require_capability(MMA)
     workspace.check(o)
     kernel = prefill_mma_kernel(MmaConfig(o.head_dim, source), o.dtype, window, o.lse != 0, build)
     # A sequence's last tile may be any part of one.
