@@ -150,6 +150,7 @@ PARTS = {
     "launcher": Part("test_launch test_launch_gpu"),
     "decode_attention": Part("test_decode", 180, (*DECODE, f"not ({' or '.join(DECODE)})")),
     "prefill_attention": Part("test_prefill", 240, ("against", "not against")),
+    "prefill_mma": Part("test_prefill_mma", 240, ("against", "not against")),
     "warp_ops": Part("test_warp_ops", 180, FLOAT64),  # some forty kernels, a second or two each
     "sampling": Part("test_sample_warp", 180, ("definition", "not definition")),
     "graphs": Part("test_graphs_gpu", 240, ("bits", "not bits"), show=True),

@@ -45,6 +45,10 @@ class MmaWarp(GroupWarp):
         for at in self.per_thread(dst).tolist():
             self.shared(at, 16)[:] = POISON
 
+    def make_stress(self, enabled: bool) -> Callable[[int], None]:
+        """Where a GPU's warps are made to pause, another one may go on."""
+        return lambda place: self.wait_for(lambda: True, "a pause")
+
     def st_global_v4(self, pointer: Any, values: Array) -> None:
         self.st_global_v4_if(1, pointer, values)
 
