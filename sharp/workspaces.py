@@ -74,7 +74,7 @@ class AttentionNeeds:
             sum(aligned(4 * int(np.prod(shape))) for shape, _ in self._decode_shapes()) if self.decode else 0
         )
         total += aligned(4 * PREFILL_COUNTERS) if self.prefill else 0
-        return total + aligned(4 * int(np.prod(self._state_shape)))
+        return total + (aligned(4 * int(np.prod(self._state_shape))) if self.state else 0)
 
     def give(self, ops: SimpleNamespace, device: Device) -> None:
         """Allocate, set the counters to 0 and bind all of it to the ops that want it."""
