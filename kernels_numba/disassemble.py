@@ -76,7 +76,7 @@ def disassemble(kernel: Kernel, arch: str) -> Code:
     if compiler.SIMULATOR:
         raise ToolsMissing("the simulator is on (NUMBA_ENABLE_CUDASIM): it has no compiler")
     nvdisasm = find_tool("nvdisasm")
-    ptx = compile_ptx(kernel.make(), kernel.types, kernel.threads, arch)
+    ptx = compile_ptx(kernel.make(), kernel.types, kernel.threads, arch, kernel.blocks)
     cubin, words = run_ptxas(ptx, arch)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

@@ -42,8 +42,9 @@ def arch_of(capability: tuple[int, int]) -> str:
     return f"sm_{major}{minor}" + ("a" if major >= 9 else "")
 
 
-def compile_ptx(function: Any, types: Sequence[str], threads: int, arch: str) -> str:
-    """PTX of a kernel function of scalars for `arch`, for blocks of `threads`; needs no GPU."""
+def compile_ptx(function: Any, types: Sequence[str], threads: int, arch: str, blocks: int = 1) -> str:
+    """PTX of a kernel function of scalars for `arch`, for blocks of `threads`, of which registers leave room
+    for `blocks` on an SM; needs no GPU."""
     digits = arch.removeprefix("sm_").rstrip("a")
     capability: tuple[Any, ...] = (int(digits[:-1]), int(digits[-1]))
     arguments = tuple(getattr(compiler.cuda.types, name) for name in types)
@@ -55,7 +56,7 @@ def compile_ptx(function: Any, types: Sequence[str], threads: int, arch: str) ->
     try:
         target = (*capability, "a") if arch.endswith("a") else capability
         ptx, _ = compiler.cuda.compile_ptx(
-            function, arguments, cc=target, device=False, abi="numba", launch_bounds=(threads, 1)
+            function, arguments, cc=target, device=False, abi="numba", launch_bounds=(threads, blocks)
         )
     finally:
         dispatcher.get_current_device = asked
@@ -78,10 +79,12 @@ def to_cubin(ptx: str, arch: str) -> bytes:
     return cubin
 
 
-def compile_cubin(function: Any, types: Sequence[str], threads: int, arch: str) -> tuple[str, bytes]:
+def compile_cubin(
+    function: Any, types: Sequence[str], threads: int, arch: str, blocks: int = 1
+) -> tuple[str, bytes]:
     """(entry name, cubin) of a kernel function; needs no GPU. Raises what compiler and assembler raise."""
     global compiles
-    ptx = compile_ptx(function, types, threads, arch)
+    ptx = compile_ptx(function, types, threads, arch, blocks)
     entry = re.search(r"\.entry\s+([\w$]+)", ptx)
     if entry is None:
         raise RuntimeError(f"the compiler made no kernel of {function.__name__}")
@@ -120,7 +123,8 @@ class Kernel:
     beside the source files; signature: like "void(int64, int32)", of int32, int64 (addresses too) and
     float32; threads: a block's; smem: bytes of dynamic shared memory; cluster: blocks of a cluster; pdl:
     start while the kernel before is ending (griddepcontrol); archs: the only targets that have its
-    instructions, like ("sm_90a",), or () for any. ValueError for a signature of other types.
+    instructions, like ("sm_90a",), or () for any; blocks: that an SM must have registers for.
+    ValueError for a signature of other types.
     """
 
     name: str
@@ -132,6 +136,7 @@ class Kernel:
     cluster: int = 1
     pdl: bool = False
     archs: tuple[str, ...] = ()
+    blocks: int = 1
     _function: Any = field(default=None, init=False, repr=False)
     _module: Any = field(default=None, init=False, repr=False)
 
@@ -155,7 +160,7 @@ class Kernel:
 
     def path(self, arch: str, directory: Path | None = None) -> Path:
         """Its file in the cache, whether or not there is one."""
-        return cubin_path(self.name, arch, [self.key, self.signature, self.threads], directory)
+        return cubin_path(self.name, arch, [self.key, self.signature, self.threads, self.blocks], directory)
 
     def cubin(self, arch: str, directory: Path | None = None) -> tuple[str, bytes]:
         """(entry, cubin), from the cache or compiled now. ValueError for a target without its
@@ -164,7 +169,7 @@ class Kernel:
         path = self.path(arch, directory)
         found = None if edited() else read_cubin(path)
         if found is None:
-            found = compile_cubin(self.make(), self.types, self.threads, arch)
+            found = compile_cubin(self.make(), self.types, self.threads, arch, self.blocks)
             if not edited():
                 write_cubin(path, *found)
         return found

@@ -28,6 +28,7 @@ REMEMBERED = {
     "kernels_numba.ops.gemm_few.hopper": ("prepared",),
     "kernels_numba.ops.decode_attention.tensor_core": ("prepared", "own_workspace"),
     "kernels_numba.ops.prefill_attention.hopper": ("prepared", "own_workspace"),
+    "kernels_numba.ops.prefill_attention.mma_sync": ("prepared", "own_workspace"),
     "kernels_numba.ops.warp.lm_head": ("prepared", "own_workspace"),
     "kernels_numba.ops.sample.warp": ("own_workspace",),
 }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sharp.device import Device
 
 ATTENTION_OPS = ("decode_attention", "prefill_attention")
-ATTENTION = ("hopper",)  # rungs of both that keep attention_contract.py, fastest first: equal bits
+ATTENTION = ("hopper", "mma_sync")  # rungs of both that keep attention_contract.py, fastest first: equal bits
 
 
 def _products(model: ModelConfig) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ def attention_rungs(
         return {}
     where = capability, dtype, model.head_dim, model.num_q_heads // model.num_kv_heads, block_size
     for rung in ATTENTION:
-        if not decode_door.refusal(rung, *where) and not prefill_door.refusal(*where):
+        if not decode_door.refusal(rung, *where) and not prefill_door.refusal(*where, rung):
             return {op: rung for op in ATTENTION_OPS if op not in held}
     return {}
 
@@ -91,7 +91,7 @@ def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineCon
             if op in rungs
         },
         "decode_attention": decode_door.refusal(decode, *where),
-        "prefill_attention": prefill_door.refusal(*where) if prefill == prefill_door.RUNG else "",
+        "prefill_attention": prefill_door.refusal(*where, prefill),
     }
     for op, why_not in reasons.items():
         if why_not:

@@ -28,10 +28,11 @@ PREFILL_COUNTERS = 2  # see prefill_attention's Workspace
 @dataclass(frozen=True)
 class AttentionNeeds:
     """Sizes for num_seqs sequences with num_splits splits between them; decode, prefill: whether their rungs
-    want any."""
+    want any; state: whether prefill's keeps what it has folded there."""
 
     decode: bool
     prefill: bool
+    state: bool
     num_seqs: int
     num_splits: int
     num_q_heads: int
@@ -42,7 +43,7 @@ class AttentionNeeds:
     def of(model: ModelConfig, rungs: dict[str, str], num_seqs: int, max_model_len: int) -> AttentionNeeds:
         """Enough for num_seqs sequences of max_model_len tokens. ValueError if that is not countable."""
         decode = rungs.get("decode_attention", "") in decode_door.NEEDS
-        prefill = rungs.get("prefill_attention", "") == prefill_door.RUNG
+        prefill = rungs.get("prefill_attention", "")
         splits = num_seqs * -(-max_model_len // SPLIT)
         if decode and splits * model.num_q_heads >= 1 << 31:
             raise ValueError(
@@ -50,8 +51,13 @@ class AttentionNeeds:
                 "heads; decode attention counts to 2**31; lower max_num_seqs or max_model_len"
             )
         return AttentionNeeds(
-            decode, prefill, num_seqs, splits, model.num_q_heads, model.num_kv_heads, model.head_dim
-        )
+            decode, prefill in prefill_door.NEEDS, prefill == prefill_door.MMA, num_seqs, splits,
+            model.num_q_heads, model.num_kv_heads, model.head_dim,
+        )  # fmt: skip
+
+    @property
+    def _state_shape(self) -> tuple[int, int]:
+        return prefill_door.Workspace.state_shape(self.head_dim) if self.state else (0, 0)
 
     def _decode_shapes(self) -> list[tuple[tuple[int, ...], type]]:
         """As decode_attention's Workspace has them: partial, partial_ml, counters."""
@@ -67,7 +73,8 @@ class AttentionNeeds:
         total = (
             sum(aligned(4 * int(np.prod(shape))) for shape, _ in self._decode_shapes()) if self.decode else 0
         )
-        return total + (aligned(4 * PREFILL_COUNTERS) if self.prefill else 0)
+        total += aligned(4 * PREFILL_COUNTERS) if self.prefill else 0
+        return total + (aligned(4 * int(np.prod(self._state_shape))) if self.state else 0)
 
     def give(self, ops: SimpleNamespace, device: Device) -> None:
         """Allocate, set the counters to 0 and bind all of it to the ops that want it."""
@@ -81,8 +88,9 @@ class AttentionNeeds:
         if self.prefill:
             counters = device.empty((PREFILL_COUNTERS,), np.int32, term=TERM)
             device.fill(counters, 0)
+            kept = _lent(device.empty(self._state_shape, np.float32, term=TERM)) if self.state else None
             ops.prefill_attention = partial(
-                ops.prefill_attention, workspace=prefill_door.Workspace(_lent(counters))
+                ops.prefill_attention, workspace=prefill_door.Workspace(_lent(counters), kept)
             )
         device.synchronize()
 

@@ -29,7 +29,7 @@ TINY = [
     ("sample", {"vocab_size": 1000, "temperatures": (0.0,) * 9}),
     ("sample", {"vocab_size": 1000, "temperatures": (0.7,) * 9}),
 ]
-NO_TWIN = {"sample": (0.7,) * 9, "prefill_attention": (33,)}
+NO_TWIN = {"sample": (0.7,) * 9}
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from bench_fakes import Simulated
 
-from kernels_numba.bench import contest
+from kernels_numba.bench import contest, torch_attention
+from kernels_numba.bench.bound import Bound
 from kernels_numba.bench.torch_side import TorchSide
 from kernels_numba.ops import OPS
 
@@ -103,3 +104,52 @@ def test_what_is_wrong_outside_the_windows_is_seen_beside_the_baseline():
     assert "times the tolerance from F.embedding, outside the windows" in outcome.refused["wrong"]
     bench = contest.Workload("embedding", params, cold=False, lane=Simulated())
     assert bench.compare({"wrong": wrong}, 5).refused == {}  # why --against none proves less
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "contexts"), [((33,), (170,)), ((33, 20), (170, 20)), ((9, 9), (9, 9))]
+)
+def test_a_chunk_sees_its_context_and_another_mask_is_noticed(query_lens, contexts):
+    """torch's is_causal is aligned to the first key, and so wrong for a chunk: such a way is no baseline."""
+    torch.manual_seed(0)
+    q = torch.randn(sum(query_lens), 6, 64).bfloat16()
+    keys = [[torch.randn(2, n, 64).bfloat16() for _ in range(2)] for n in contexts]
+    parts = torch.split(q, query_lens)
+    sequences = [(part.transpose(0, 1), k, v) for part, (k, v) in zip(parts, keys, strict=True)]
+
+    def upper_left():
+        def run():
+            attend = torch.nn.functional.scaled_dot_product_attention
+            return [attend(*x, is_causal=True, scale=0.125, enable_gqa=True) for x in sequences]
+
+        return Bound("mine", run, lambda out: [torch.cat([x.transpose(0, 1) for x in out])])
+
+    bound = torch_attention._sdpa(torch, sequences, 0.125)
+    [out] = bound.outputs(bound.run())
+    assert torch_attention._is_right(torch, out, sequences, 0.125)
+    assert not torch_attention._is_right(torch, out * 1.05, sequences, 0.125)
+    other = upper_left()
+    [out] = other.outputs(other.run())
+    assert torch_attention._is_right(torch, out, sequences, 0.125) == (query_lens == contexts)
+
+
+def test_the_quickest_way_that_is_right_is_the_baseline(monkeypatch):
+    times = {"slow": 3.0, "wrong": float("inf"), "quick": 2.0}
+
+    def way(name):
+        def make():
+            if name not in times:
+                raise NotImplementedError("no kernel for this")
+            return Bound("SDPA, no pages", lambda: name)
+
+        return make
+
+    monkeypatch.setattr(torch_attention, "_QUICKEST", {})
+    monkeypatch.setattr(torch_attention, "_time", lambda torch, bound, *_: times[bound.run()])
+    ways = {name: way(name) for name in ("slow", "wrong", "none", "quick")}
+    bound = torch_attention._quickest(torch, "a case", ways, [], 1.0)
+    assert (bound.name, bound.run()) == ("quick, no pages", "quick")
+    assert (
+        torch_attention._quickest(torch, "another", {"none": ways["none"], "wrong": ways["wrong"]}, [], 1)
+        is None
+    )

@@ -4,6 +4,7 @@ which streams get on. What it costs, and whether the driver is as its model, is 
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import host_driver
@@ -268,3 +269,20 @@ def test_a_dropped_arena_waits_for_its_arrays(host):
     del array
     gc.collect()
     assert host.used() == 0
+
+
+def test_the_mma_rung_of_prefill_keeps_its_state_in_the_arena(host):
+    model = open_checkpoint(TINY).config
+    model = replace(model, head_dim=64)
+    rungs = {"decode_attention": "mma_sync", "prefill_attention": "mma_sync"}
+    needs = AttentionNeeds.of(model, rungs, 3, 5000)
+    device, ops = CudaDevice("bfloat16"), SimpleNamespace(decode_attention=print, prefill_attention=print)
+    with device.arena(needs.num_bytes) as arena:
+        needs.give(ops, device)
+    assert arena.left == 0
+    space = ops.prefill_attention.keywords["workspace"]
+    assert tuple(space.state.shape) == (192, 256 * (64 // 2 + 4))
+    assert device.download(space.counters).tolist() == [0, 0]
+    del arena
+    gc.collect()
+    device.close()

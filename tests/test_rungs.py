@@ -14,6 +14,7 @@ from sharp.weights import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = {"decode_attention": "hopper", "prefill_attention": "hopper"}
+MMA = {"decode_attention": "mma_sync", "prefill_attention": "mma_sync"}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,11 @@ def llama():
     ((9, 0), {"head_dim": 80}, {}),
     ((9, 0), {"num_q_heads": 34, "num_kv_heads": 2}, {}),
     ((9, 0), {"block_size": 32}, {}),
+    ((8, 0), {}, MMA),
+    ((8, 6), {"head_dim": 128, "dtype": "float16"}, MMA),
+    ((12, 0), {"num_q_heads": 28, "num_kv_heads": 4, "head_dim": 128}, MMA),
+    ((8, 9), {"dtype": "float32"}, {}),
+    ((8, 9), {"head_dim": 80}, {}),
     ((7, 5), {}, {}),
     (None, {}, {}),
 ])  # fmt: skip
@@ -47,6 +53,7 @@ def test_who_forces_one_gets_the_partner_that_keeps_its_bits(llama):
     assert picked(gemm="plain") == HOPPER
     assert picked(decode_attention="hopper") == {"prefill_attention": "hopper"}
     assert picked(prefill_attention="hopper") == {"decode_attention": "hopper"}
+    assert picked(decode_attention="mma_sync") == {"prefill_attention": "hopper"}  # equal bits, and faster
     for mine in ("plain", "mine"):
         assert picked(decode_attention=mine) == picked(prefill_attention=mine) == {}
         assert picked(decode_attention="hopper", prefill_attention=mine) == {}

@@ -14,6 +14,7 @@ from kernels_numba.bench.cases import Params
 from kernels_numba.bench.data import Maker, read, read_pages
 from kernels_numba.bench.entry import BenchOp, windows
 from kernels_numba.bench.errors import BF16_ROUNDING, FLOAT32_ROUNDING
+from kernels_numba.cost import Cost
 from kernels_numba.inputs import Call, Cut
 from kernels_numba.ops import (
     decode_attention,
@@ -196,6 +197,16 @@ def _attention_excerpt(call: Call, c: Params, rows: slice) -> Call:
     return Call("prefill_attention", args, ("out",), call.kwargs)
 
 
+def _prefill_cost(c: Params) -> Cost:
+    """The op's, but the two products alone are its work, 4 D a head and pair that the mask lets through: what
+    the figures of FlashAttention and of torch count."""
+    sizes = c["num_q_heads"], c["num_kv_heads"], c["head_dim"]
+    moved = prefill_attention.prefill_attention_cost(c["query_lens"], c["context_lens"], *sizes).bytes
+    lens = zip(c["query_lens"], c["context_lens"], strict=True)
+    pairs = sum(q * n - q * (q - 1) // 2 for q, n in lens)
+    return Cost(moved, 4 * c["head_dim"] * c["num_q_heads"] * pairs)
+
+
 def _silu_mul(m: Maker, c: Params) -> Call:
     tokens, size = c["num_tokens"], c["intermediate_size"]
     args = {"out": m.blank(tokens, size), "gate_up": m.normal(tokens, 2 * size, scale=4)}
@@ -317,9 +328,7 @@ BENCH_OPS: dict[str, BenchOp] = {
     ),
     "prefill_attention": BenchOp(
         lambda m, c: _attention(m, "prefill_attention", c, c["query_lens"]),
-        lambda c: prefill_attention.prefill_attention_cost(
-            c["query_lens"], c["context_lens"], c["num_q_heads"], c["num_kv_heads"], c["head_dim"]
-        ),
+        _prefill_cost,
         lambda c: int(sum(c["query_lens"])), _attention_excerpt, unit="TFLOP/s",
     ),
     "decode_attention": BenchOp(

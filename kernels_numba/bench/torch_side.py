@@ -7,26 +7,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from kernels_numba.bench.bound import Bound, Tensors
 from kernels_numba.bench.cases import Params
+from kernels_numba.bench.torch_attention import attention
 from kernels_numba.inputs import Call
 from kernels_numba.ops.silu_mul import GROUP
-
-Tensors = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Bound:
-    """A baseline tied to its tensors. run(): one call, queued on torch's current stream; outputs(result):
-    what it returned, as tensors shaped like the op's outputs."""
-
-    name: str
-    run: Callable[[], Any]
-    outputs: Callable[[Any], list[Any]] = lambda result: [result]
 
 
 def _embedding(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
@@ -138,84 +127,10 @@ def _sample(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
     return Bound("argmax", lambda: torch.argmax(t["logits"], dim=-1))
 
 
-_QUICKEST: dict[Any, str] = {}  # case -> the backend that was quickest when it was first bound
-
-
-def _quickest(
-    torch: Any, case: Any, run: Callable[[], Any], among: tuple[str, ...] = ("cuDNN", "flash")
-) -> tuple[str, Callable[[], Any]]:
-    """(its name, run with it) of SDPA's backends, each tried four times and timed without its first. A
-    backend that refuses the case is left out; if all do, torch picks."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def with_backend(kind: Any) -> Callable[[], Any]:
-        def inside() -> Any:
-            with sdpa_kernel(kind):
-                return run()
-
-        return inside
-
-    kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-    ways = {name: with_backend(kinds[name]) for name in among}
-    if case not in _QUICKEST:
-        times = {}
-        for name, way in ways.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            try:
-                way()
-                start.record()
-                for _ in range(3):
-                    way()
-                end.record()
-                end.synchronize()
-                times[name] = start.elapsed_time(end)
-            except RuntimeError:  # torch's word for "no kernel for this"
-                continue
-        _QUICKEST[case] = min(times, key=lambda name: times[name]) if times else ""
-    chosen = _QUICKEST[case]
-    return chosen, ways.get(chosen, run)
-
-
-def _attention(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
-    """scaled_dot_product_attention on contiguous keys and values, taken from the pages before (which costs
-    torch nothing here); one call for sequences of one shape, else one a sequence. None for a chunk behind a
-    context: with grouped heads, torch has no fast kernel for that mask. The quickest backend; of decodes of
-    many lengths flash, because cuDNN would make a plan for each length."""
-    contexts = c["context_lens"]
-    query_lens = c.get("query_lens", (1,) * len(contexts))
-    pairs = set(zip(query_lens, contexts, strict=True))
-    if not contexts or any(length != 1 and length != context for length, context in pairs) or 0 in contexts:
-        return None
-    together = len(pairs) == 1
-    table, ends = t["block_table"].tolist(), np.cumsum(query_lens).tolist()
-    groups = []
-    for seq, (end, length, context) in enumerate(zip(ends, query_lens, contexts, strict=True)):
-        pages = table[seq][: -(-context // c["block_size"])]
-        kv = [t[name][pages].transpose(0, 1).flatten(1, 2)[:, :context] for name in ("k_cache", "v_cache")]
-        groups.append((t["q"][end - length : end].transpose(0, 1), *kv))
-    stacked = [torch.stack(part) for part in zip(*groups, strict=True)] if together else []
-    calls = [tuple(stacked)] if together else [tuple(x[None].contiguous() for x in group) for group in groups]
-    attend, scale = torch.nn.functional.scaled_dot_product_attention, call.kwargs["softmax_scale"]
-
-    def run() -> Any:
-        return [attend(q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=True) for q, k, v in calls]
-
-    def outputs(results: Any) -> list[Any]:
-        return [torch.cat([result.transpose(1, 2).flatten(0, 1) for result in results])]
-
-    name, chosen = "SDPA", run
-    if t["q"].is_cuda:
-        among = ("cuDNN", "flash") if together or call.op == "prefill_attention" else ("flash",)
-        case = (call.op, query_lens, contexts, t["q"].shape, t["k_cache"].shape[1])
-        word, chosen = _quickest(torch, case, run, among)
-        name += f" {word}" if word else ""
-    return Bound(f"{name}, no pages" + ("" if together else ", a call a sequence"), chosen, outputs)
-
-
 BINDS: dict[str, Callable[[Any, Tensors, Call, Params], Bound | None]] = {
     "embedding": _embedding, "rms_norm": _rms_norm, "gemm": _gemm, "rope": _rope, "store_kv": _store_kv,
-    "rope_store_kv": _rope_store_kv, "qk_norm": _qk_norm, "prefill_attention": _attention,
-    "decode_attention": _attention, "silu_mul": _silu_mul, "gemm_silu_mul": _gemm_silu_mul,
+    "rope_store_kv": _rope_store_kv, "qk_norm": _qk_norm, "prefill_attention": attention,
+    "decode_attention": attention, "silu_mul": _silu_mul, "gemm_silu_mul": _gemm_silu_mul,
     "lm_head": _lm_head, "sample": _sample,
 }  # fmt: skip
 

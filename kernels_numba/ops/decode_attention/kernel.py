@@ -134,25 +134,26 @@ def make_decode_kernel(
 
         An arrival does not wait for loads that are still under way, and the copy engine may then overwrite
         what they were to read: seen on an H100, where a neighbour's stores keep shared memory busy for longer
-        than a page takes to come from L2. loaded: a word of every load, for the assembler changes their
+        than a page takes to come from L2. loaded: of the products, for the assembler changes the loads'
         order."""
         return int32(bar + int32(loaded & nothing))
 
     @jit(device=True, forceinline=True)
     def accumulate(o: Any, weights: Any, values: Any, line: Any, unit: Any, swizzle: Any) -> Any:
         """o += P V over a page's 64 keys; weights: the lane's place in P, values: the page's, the warp's
-        box. Returns a word of every load in one (read_by)."""
+        box. Returns what no one knows before all products, and so all loads, have ended (read_by)."""
         a = cuda.local.array(4, np.int32)
         b = cuda.local.array(4, np.int32)
-        loaded = int32(0)
         for step in range(4):
             ld_shared_v4(a, int32(weights + 512 * step))
             for pair in range(pairs):
                 at = int32(values + step * 2048 + line + (((unit + 2 * pair) ^ swizzle) << 4))
                 ldmatrix_x4_trans(b, at)
-                loaded = int32(loaded | b[3])
                 multiply(o, 8 * pair, a, 0, b, 0)
                 multiply(o, 8 * pair + 4, a, 0, b, 2)
+        loaded = int32(0)
+        for pair in range(pairs):
+            loaded = int32(loaded + int32(o[8 * pair] == o[8 * pair + 4]))
         return loaded
 
     @jit(device=True)

@@ -20,8 +20,8 @@ from kernels_numba.ptx.vector import ld_shared_v4
 @cache
 def make_score(head_dim: int, dtype: str) -> Any:
     """f(s, at, query, keys, lane): s[at : at + 16] = Q K^T of 16 rows and 32 keys; query: A fragments of all
-    k-steps; keys: shared address of the first key's row, as the 128-byte swizzle lays a page. Returns a
-    word of every load in one."""
+    k-steps; keys: shared address of the first key's row, as the 128-byte swizzle lays a page. Returns
+    what no one knows before all products, and so all loads, have ended."""
     k_steps = head_dim // 16
     multiply = mma_m16n8k16_at if dtype == "bfloat16" else mma_m16n8k16_f16_at
     zero = np.float32(0)
@@ -31,17 +31,15 @@ def make_score(head_dim: int, dtype: str) -> Any:
     def score(s: Any, at: Any, query: Any, keys: Any, lane: Any) -> Any:
         b = cuda.local.array(4, np.int32)
         base = int32(((lane & 7) + ((lane >> 4) << 3)) * 128 + ((((lane >> 3) & 1) ^ (lane & 7)) << 4))
-        loaded = int32(0)
         for i in range(16):
             s[at + i] = zero
         for k in range(k_steps):
             for pair in range(2):
                 row = int32(keys + (k >> 2) * BOX_BYTES + pair * 2048)
                 ldmatrix_x4(b, int32((row + base) ^ ((k & 3) << 5)))
-                loaded = int32(loaded | b[3])
                 multiply(s, at + 8 * pair, query, 4 * k, b, 0)
                 multiply(s, at + 8 * pair + 4, query, 4 * k, b, 2)
-        return loaded
+        return int32(int32(s[at] == s[at + 4]) + int32(s[at + 8] == s[at + 12]))
 
     return score
 

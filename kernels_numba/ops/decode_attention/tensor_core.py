@@ -88,7 +88,7 @@ def decode_kernel(
         lambda: make_decode_kernel(config, dtype, window, with_lse, build, tokens),
         (config, dtype, window, with_lse, build, tokens),
         SIGNATURE, THREADS, smem_plan(config).bytes,
-        pdl=build.pdl and config.feed == "tma", archs=ARCHS[config.feed],
+        pdl=build.pdl and config.feed == "tma", archs=ARCHS[config.feed], blocks=config.blocks,
     )  # fmt: skip
 
 

@@ -191,7 +191,20 @@ def prefill_attention_hopper(
     attend(*arrays, softmax_scale=softmax_scale, window=window, stream=stream, **how)
 
 
+def prefill_attention_mma_sync(
+    out: Any, q: Any, k_cache: Any, v_cache: Any, cu_seqlens_q: Any, context_lens: Any, block_table: Any, *,
+    softmax_scale: float, window: int | None = None, stream: Any = None, **how: Any,
+) -> None:  # fmt: skip
+    """Rung "mma_sync" (sm_80 and newer): mma.sync, pages by cp.async; see mma_sync.py, whose attend takes the
+    rest. Not run on a GPU yet."""
+    from kernels_numba.ops.prefill_attention.mma_sync import attend
+
+    arrays = (out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table)
+    attend(*arrays, softmax_scale=softmax_scale, window=window, stream=stream, **how)
+
+
 rungs: dict[str, Rung] = {
-    "reference": prefill_attention_reference, "plain": prefill_attention, "hopper": prefill_attention_hopper,
+    "reference": prefill_attention_reference, "plain": prefill_attention,
+    "mma_sync": prefill_attention_mma_sync, "hopper": prefill_attention_hopper,
 }  # fmt: skip
 register = make_register(OP, rungs)

@@ -1,4 +1,4 @@
-"""What the Hopper rung of prefill attention takes, checked once, and the memory that it needs beside it.
+"""What the tensor-core rungs of prefill attention take, checked once, and the memory they need beside it.
 
 Knows: dtypes, shapes, strides, alignment, limits. Refuses to know: any kernel.
 """
@@ -17,12 +17,13 @@ from kernels_numba.checks import ALIGNMENT, check, fail
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import address
 from kernels_numba.ops.prefill_attention.config import BLOCK_SIZE, HEAD_DIMS, MAX_GROUP
+from kernels_numba.ops.prefill_attention.mma_config import MAX_BLOCKS, MmaConfig
 
-OP, RUNG = "prefill_attention", "hopper"
+OP, RUNG, MMA = "prefill_attention", "hopper", "mma_sync"
 BFLOAT16, FLOAT16 = np.dtype(np.uint16), np.dtype(np.float16)  # bf16 as bits
 NAMES: dict[Any, str] = {BFLOAT16: "bfloat16", FLOAT16: "float16"}
 INT32, FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
-CAPABILITY = (9, 0)
+NEEDS = {RUNG: ((9, 0), True), MMA: ((8, 0), False)}  # compute capability, whether of that major alone
 MOST_ROWS = 1 << 31  # of a tensor map's coordinates; and of tokens times heads, which one number counts
 MOST_KEYS = 1 << 26  # of a sequence: 16 heads of a kv head times them is counted in 31 bits
 
@@ -139,22 +140,44 @@ def operands(
 @dataclass(frozen=True, eq=False)
 class Workspace:
     """What launches of one stream share: the number of the next item, and how many blocks have left; every
-    launch leaves both at 0."""
+    launch leaves both at 0. For rung "mma_sync" also what each of its blocks keeps of splits that have
+    ended."""
 
     counters: Any  # i32[2]
+    state: Any = None  # f32[MAX_BLOCKS, MmaConfig.state_words]
 
     @staticmethod
-    def of() -> Workspace:
-        return Workspace(cuda.to_device(np.zeros(2, np.int32)))
+    def state_shape(head_dim: int) -> tuple[int, int]:
+        return MAX_BLOCKS, MmaConfig(head_dim).state_words
+
+    @staticmethod
+    def of(head_dim: int | None = None) -> Workspace:
+        """For rung "hopper", or with head_dim for "mma_sync" too."""
+        counters = cuda.to_device(np.zeros(2, np.int32))
+        if head_dim is None:
+            return Workspace(counters)
+        return Workspace(counters, cuda.device_array(Workspace.state_shape(head_dim), np.float32))
+
+    def check(self, o: Operands) -> None:
+        """ValueError if rung "mma_sync" cannot keep its state there."""
+        have = None if self.state is None else tuple(self.state.shape)
+        if have != self.state_shape(o.head_dim):
+            fail(OP, "workspace", f"has state {have}", f"{self.state_shape(o.head_dim)}: of(head_dim)")
 
 
 def refusal(
-    capability: tuple[int, int] | None, dtype: str, head_dim: int, group: int, block_size: int = BLOCK_SIZE
-) -> str:
-    """Why the rung cannot run a model's attention, or "" if it can; capability None: no GPU."""
-    if capability != CAPABILITY:
+    capability: tuple[int, int] | None, dtype: str, head_dim: int, group: int, block_size: int = BLOCK_SIZE,
+    rung: str = RUNG,
+) -> str:  # fmt: skip
+    """Why a rung cannot run a model's attention, or "" if it can; capability None: no GPU. Rungs without
+    needs of their own pass."""
+    if rung not in NEEDS:
+        return ""
+    (major, minor), only_major = NEEDS[rung]
+    if capability is None or capability < (major, minor) or (only_major and capability != (major, minor)):
         have = "no GPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
-        return f"it needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]}, here is {have}"
+        newer = "" if only_major else " or newer"
+        return f"it needs compute capability {major}.{minor}{newer}, here is {have}"
     if dtype not in NAMES.values():
         return f"it takes {' or '.join(NAMES.values())}, not {dtype}"
     if head_dim not in HEAD_DIMS:
@@ -164,12 +187,13 @@ def refusal(
     return "" if block_size == BLOCK_SIZE else f"it takes pages of {BLOCK_SIZE} keys, not {block_size}"
 
 
-def require_capability() -> None:
+def require_capability(rung: str = RUNG) -> None:
     """ValueError unless the current GPU can run it; KernelsUnavailable in the simulator."""
     if compiler.SIMULATOR:
         raise compiler.KernelsUnavailable(
-            f"rung {RUNG} is made of PTX instructions: it needs numba.cuda's compiler, not its simulator"
+            f"rung {rung} is made of PTX instructions: it needs numba.cuda's compiler, not its simulator"
         )
-    why = refusal(tuple(cuda.get_current_device().compute_capability), "bfloat16", HEAD_DIMS[0], 1)
+    have = tuple(cuda.get_current_device().compute_capability)
+    why = refusal(have, "bfloat16", HEAD_DIMS[0], 1, rung=rung)
     if why:
-        raise ValueError(f"{OP}: rung {RUNG}: {why}")
+        raise ValueError(f"{OP}: rung {rung}: {why}")
