@@ -7,10 +7,9 @@ from __future__ import annotations
 import numpy as np
 
 from kernels_numba import simt, simt_warps
-from kernels_numba.ops.gemm.hopper import PRODUCT, X_MAPS
+from kernels_numba.ops.gemm.hopper import PRODUCT, X_MAP
 from kernels_numba.ops.gemm.hopper_config import TILE_K, smem_plan
 from kernels_numba.ptx.epilogue import _XOR, BOX_COLUMNS
-from kernels_numba.ptx.tma_rows import row_boxes
 from kernels_numba.simt_gemm import GemmWarp
 
 GATE = (
@@ -18,7 +17,7 @@ GATE = (
     "kernels_numba.ops.gemm_few.epilogue",
     "kernels_numba.ops.gemm.gate",
 )
-MODULES = ("kernels_numba.ptx.tma_rows", *GATE, "kernels_numba.ops.gemm.hopper")
+MODULES = (*GATE, "kernels_numba.ops.gemm.hopper")
 MAPS = 1 << 10  # stands for the address of the tensor maps
 
 
@@ -89,9 +88,8 @@ def many_in_numpy(config, out, x, weight, bias=None, num_rows=None, *, grid=2, g
     memory = simt.Memory()
     count = np.array([len(x) if num_rows is None else num_rows], np.int32)
     arrays = [(out, (64, columns)) for columns in BOX_COLUMNS]
-    arrays += [(x, (rows, TILE_K)) for rows in row_boxes(config.tile_m)]
-    assert len(arrays) == X_MAPS + len(row_boxes(config.tile_m))
-    arrays += [(weight, (rows, TILE_K)) for rows in row_boxes(config.tile_n)]
+    assert len(arrays) == X_MAP
+    arrays += [(x, (config.tile_m, TILE_K)), (weight, (config.tile_n, TILE_K))]
     maps = {MAPS + 128 * i: pair for i, pair in enumerate(arrays)}
     out_dtype = "float32" if out.dtype == np.float32 else "bfloat16"
     simt_warps.run(

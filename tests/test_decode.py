@@ -302,12 +302,12 @@ def test_two_blocks_of_a_cluster_share_an_sm(head_dim):
 
 
 def test_few_items_get_clusters():
-    """Who has SMs for all of them: 1 x 8000 keys of 4 heads, and of 8 heads of 64; longer contexts count as
+    """Who has an SM for each block: 1 x 4096 keys of 4 heads, and of 8 heads of 64; longer contexts count as
     8 splits."""
-    assert pick_cluster(128, 4, 8, 132) == pick_cluster(128, 4, 98, 132) == ClusterConfig(128)
-    assert pick_cluster(64, 8, 8, 132) == ClusterConfig(64)
-    assert pick_cluster(128, 32, 1, 132) == ClusterConfig(128)
-    assert pick_cluster(128, 8, 8, 132) is None
+    assert pick_cluster(128, 4, 4, 132) == pick_cluster(128, 2, 98, 132) == ClusterConfig(128)
+    assert pick_cluster(64, 8, 4, 132) == ClusterConfig(64)
+    assert pick_cluster(128, 16, 1, 132) == ClusterConfig(128)
+    assert pick_cluster(128, 4, 8, 132) is None
     assert resident_clusters(ClusterConfig(128), 132) == 32
     assert not fits_cluster(100, 1, Build())
     assert not fits_cluster(None, 2, Build())

@@ -240,7 +240,7 @@ MEASURED = {
     (8, 37888, 3584): {"64x8x2": 91.41, "64x16x2": 91.53, "128x8x2": 93.82, "128x16x2": 93.28},
     (32, 4608, 3584): {"64x32x2": 13.12, "64x64x2": 21.42, "128x32x2": 16.62},
     (32, 2048, 8192): {"64x32x2": 16.20, "64x16x2": 18.03},
-    (64, 4096, 14336): {"64x64x2": 47.79, "128x64": 62.91},
+    (64, 4096, 14336): {"64x64": 42.41, "64x64x2": 47.79, "128x64": 62.91},
     (64, 28672, 4096): {"64x64x2": 83.16, "128x64": 81.46, "128x128": 91.86},
     (128, 4096, 4096): {"64x128": 14.16, "128x64": 16.81, "128x128": 20.72},
     (128, 3072, 2048): {"64x128": 7.75, "64x64x2": 12.57, "128x64": 11.39},
@@ -274,8 +274,10 @@ def test_a_pick_is_just_wide_enough():
 
 
 def test_few_tokens_are_few():
-    for m, few in ((1, True), (32, True), (48, True), (64, False), (128, False), (384, False)):
-        assert all(use_few(m, n, k, 132) is few for n, k in ((4096, 4096), (128256, 2048), (576, 576)))
+    for m, small, large in ((1, True, True), (32, True, True), (48, True, False), (64, True, False)):
+        assert all(use_few(m, n, k, 132) is small for n, k in ((4096, 4096), (6144, 4096), (576, 576)))
+        assert all(use_few(m, n, k, 132) is large for n, k in ((128256, 2048), (16384, 2048)))
+    assert not any(use_few(m, 4096, 4096, 132) for m in (65, 128, 384))
 
 
 def test_staged_results_meet_no_bank_conflict():

@@ -46,13 +46,11 @@ def test_the_real_number_of_rows_is_read_by_the_kernel(config):
 
 
 MISTAKES = {
-    "rows of x that M needs are not fetched": ("tma_rows", "int32((left + 7) & -8)", "int32(left & -8)"),
     "fewer bytes are waited for": (
         "hopper",
-        "int32((columns + rows) * ROW_BYTES)",
-        "int32(rows * ROW_BYTES)",
+        "mbarrier_expect_tx(ready, stage_bytes)",
+        "mbarrier_expect_tx(ready, x_bytes)",
     ),
-    "boxes that overlap": ("tma_rows", "at = int32(at + box)", "at = int32(at + 8)"),
     "rows past the last are written": ("hopper", "int32(m - row), int32(n - col)", "64, int32(n - col)"),
     "columns past the last are written": (
         "hopper",

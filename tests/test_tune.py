@@ -209,8 +209,8 @@ def test_few_tokens_are_swept_over_the_grid_and_the_heads():
         tried = tune_gemm_few.rivals(*tune_gemm_few.sizes_of(op, params), 132)
         assert len(set(tried)) == len(tried) <= 6
     for m, names in (
-        (8, "64x8x2 64x16x2 128x8x2 128x16x2"), (32, "64x32x2 64x64x2 128x32x2 128x64 64x64"),
-        (64, "64x64x2 64x128 128x64 128x128 64x64"), (100, "64x128 64x64x2 128x64 128x128 64x64"),
+        (8, "64x8x2 64x16x2 128x8x2 128x16x2"), (32, "64x32x2 64x64 128x32x2 128x64 64x64x2"),
+        (64, "64x64 64x128 128x64 128x128 64x64x2"), (100, "64x128 64x64 128x64 128x128 64x64x2"),
         (384, "64x128 128x128 128x256"),
     ):  # fmt: skip
         assert " ".join(map(str, tune_gemm_few.rivals(m, 4096, 4096, 132))) == names

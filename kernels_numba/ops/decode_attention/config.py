@@ -192,12 +192,13 @@ def resident_clusters(config: ClusterConfig, num_sms: int) -> int:
 
 
 def pick_cluster(head_dim: int, heads: int, max_splits: int, num_sms: int) -> ClusterConfig | None:
-    """The cluster's kernel where all items run at once, and None where not; heads: of all sequences. The
-    longest possible context is taken for 8 splits at most: longer ones are seldom met, and take long in
-    either kernel."""
+    """The cluster's kernel where every block has an SM to itself, and None where not; heads: of all
+    sequences. The longest possible context is taken for 8 splits at most: longer ones are seldom met, and
+    take long in either kernel. Measured on an H100 at head_dim 128: 16 items take 11.7 us instead of 12.9, 32
+    of them 21.7 instead of 13.7."""
     config = ClusterConfig(head_dim)
     items = heads * min(max_splits, SPLIT_TILES)
-    return config if items <= resident_clusters(config, num_sms) else None
+    return config if items <= num_sms // config.blocks else None
 
 
 CONFIGS = tuple(

@@ -65,13 +65,13 @@ from kernels_numba.ptx.tma import (
     bulk_commit,
     bulk_wait_read,
     encode_tensor_map,
+    tma_load_2d,
     tma_prefetch_map,
 )
-from kernels_numba.ptx.tma_rows import ROW_BYTES, make_load_rows, make_rows_there, row_boxes
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
 
 SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32)"
-X_MAPS = len(BOX_COLUMNS)  # the tensor maps before those of x
+X_MAP = len(BOX_COLUMNS)  # the tensor maps before that of x
 MUTANTS = ("", "wrong_phase", "lost_arrival", "no_fence")
 
 
@@ -102,10 +102,9 @@ def make_gemm_hopper_kernel(
     """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once.
     activation "silu": of gates and ups in turn, 8 of each, rounded, silu(gate) up, rounded: N / 2 columns.
 
-    Arguments: maps: address of tensor maps u64[.., 16]: out in boxes of 64, 32 and 16 columns, x in boxes of
-    row_boxes(tile_m) rows x 64, weight in boxes of row_boxes(tile_n) rows x 64; out, bias: addresses;
-    num_rows: address of i32[1], the real M; n, k; out_stride: bytes from one row of out to the next; group:
-    row tiles walked together.
+    Arguments: maps: address of tensor maps u64[5, 16]: out in boxes of 64, 32 and 16 columns, x (boxes
+    [tile_m, 64]), weight ([tile_n, 64]); out, bias: addresses; num_rows: address of i32[1], the real M; n, k;
+    out_stride: bytes from one row of out to the next; group: row tiles walked together.
     Who does what: warpgroups 0 to consumers - 1: wgmma on 64 rows of the tile each, then the epilogue; one
     elected thread of the warp after them: the TMA producer. Blocks walk tiles blockIdx, blockIdx + gridDim,
     ... in groups of `group` row tiles, so that operands that neighbours share stay in L2.
@@ -115,8 +114,7 @@ def make_gemm_hopper_kernel(
     64 rows leave through swizzled shared memory: by TMA if all lie below M; the last, partial ones by
     predicated stores of 16 bytes, because the map's extent is the buffer's, not M; a consumer whose rows are
     all at or past M neither multiplies nor stores. float32 results, and partial rows of the widest tiles
-    (config.sends_rows), leave directly. Of x the rows below M are fetched, to a multiple of 8, of weights
-    those below n (ptx/tma_rows.py says why); a stage's other rows decide nothing.
+    (config.sends_rows), leave directly.
     Programmatic dependent launch: the block lets the next launch start at once, and itself fetches weights
     before it waits for the launches before it. So weights and num_rows must have been written before the
     chain of dependent launches began (a copy is never part of one); x, out and bias may be written by it.
@@ -128,8 +126,7 @@ def make_gemm_hopper_kernel(
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     x_bytes, weight_bytes = tile_m * TILE_K * ITEM, tile_n * TILE_K * ITEM
-    rows_there, load_rows = make_rows_there(tile_m), make_load_rows(tile_m, hint=False)
-    columns_there, load_columns = make_rows_there(tile_n), make_load_rows(tile_n, hint=False)
+    stage_bytes = x_bytes + weight_bytes
     num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * TILE_K * ITEM
     item_out = 4 if out_dtype == "float32" else 2
     multiply, finish = make_wgmma(tile_n, 4, dtype, wait=1), make_wgmma_wait(tile_n, 0)
@@ -142,7 +139,7 @@ def make_gemm_hopper_kernel(
     pause = make_stress(build.stress)
     fenced, wrong_phase = build.mutant != "no_fence", int(build.mutant == "wrong_phase")
     handed_back = build.mutant != "lost_arrival"
-    x_maps, weight_maps = 128 * X_MAPS, 128 * (X_MAPS + len(row_boxes(tile_m)))
+    x_map, weight_map = 128 * X_MAP, 128 * (X_MAP + 1)
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
     @jit(device=True)
@@ -156,39 +153,30 @@ def make_gemm_hopper_kernel(
         return int32(first + rest % height), int32(rest // height)
 
     @jit(device=True)
-    def load_weight(smem: Any, maps: Any, stage: Any, k_at: Any, col: Any, columns: Any, rows: Any) -> None:
-        """Arm a stage's full barrier for `columns` rows of weights and `rows` of x; fetch the weights."""
+    def load_weight(smem: Any, maps: Any, stage: Any, k_at: Any, col: Any) -> None:
+        """Arm a stage's full barrier for all its bytes, and fetch its weights."""
         ready = int32(smem + full_at + 8 * stage)
-        mbarrier_expect_tx(ready, int32((columns + rows) * ROW_BYTES))
+        mbarrier_expect_tx(ready, stage_bytes)
         to = int32(smem + weight_at + stage * weight_bytes)
-        load_columns(to, int64(maps + weight_maps), ready, k_at, col, columns, int64(0))
+        tma_load_2d(to, int64(maps + weight_map), ready, k_at, col)
 
     @jit(device=True)
-    def load(
-        smem: Any, maps: Any, m: Any, n: Any, k_tiles: Any, tiles_m: Any, tiles_n: Any, group: Any
-    ) -> None:  # fmt: skip
+    def load(smem: Any, maps: Any, k_tiles: Any, tiles_m: Any, tiles_n: Any, group: Any) -> None:
         """The producer: every stage of every tile of this block, as fast as stages are handed back."""
         tiles = uint32(tiles_m * tiles_n)
         tile = uint32(cuda.blockIdx.x)
         ahead = int32(0)
         if tile < tiles:
             # Weights depend on no launch: the first stages are on their way before the wait.
-            tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
-            rows = rows_there(int32(tile_row * tile_m), m)
-            col = int32(tile_col * tile_n)
-            columns = columns_there(col, n)
+            _, tile_col = tile_of(tile, tiles_m, tiles_n, group)
             ahead = int32(min(k_tiles, int32(stages)))
             for early in range(ahead):
-                load_weight(smem, maps, int32(early), int32(early * 64), col, columns, rows)
+                load_weight(smem, maps, int32(early), int32(early * 64), int32(tile_col * tile_n))
         griddep_wait()
         stage = int32(0)
         phase = int32(0)
         while tile < tiles:
             tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
-            row = int32(tile_row * tile_m)
-            col = int32(tile_col * tile_n)
-            rows = rows_there(row, m)
-            columns = columns_there(col, n)
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = int32(k_tile * 64)
@@ -197,10 +185,10 @@ def make_gemm_hopper_kernel(
                     ahead = int32(ahead - 1)
                 else:
                     wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))
-                    load_weight(smem, maps, stage, k_at, col, columns, rows)
+                    load_weight(smem, maps, stage, k_at, int32(tile_col * tile_n))
                 to = int32(smem + x_at + stage * x_bytes)
                 ready = int32(smem + full_at + 8 * stage)
-                load_rows(to, int64(maps + x_maps), ready, k_at, row, rows, int64(0))
+                tma_load_2d(to, int64(maps + x_map), ready, k_at, int32(tile_row * tile_m))
                 stage = int32(stage + 1)
                 if stage == stages:
                     stage = int32(0)
@@ -262,15 +250,15 @@ def make_gemm_hopper_kernel(
                 mbarrier_init(int32(full + 8 * i), 1)
                 mbarrier_init(int32(empty + 8 * i), 4 * consumers)
             fence_mbarrier_init()
-            tma_prefetch_map(int64(maps + x_maps))
-            tma_prefetch_map(int64(maps + weight_maps))
+            tma_prefetch_map(int64(maps + x_map))
+            tma_prefetch_map(int64(maps + weight_map))
         cuda.syncthreads()
         k_tiles = int32((k + 63) >> 6)
         tiles_m = uint32(uint32(m + (tile_m - 1)) // uint32(tile_m))
         tiles_n = uint32(uint32(n + (tile_n - 1)) // uint32(tile_n))
         if consumer == consumers:
             if elect_one() == 1:
-                load(smem, maps, m, n, k_tiles, tiles_m, tiles_n, group)
+                load(smem, maps, k_tiles, tiles_m, tiles_n, group)
         else:
             griddep_wait()
             tiles = uint32(tiles_m * tiles_n)
@@ -352,7 +340,7 @@ def prepared(
     o: Operands, num_rows: int, config: HopperConfig, group: int, build: Build = PRODUCT,
     activation: str = "",
 ) -> tuple[Launch, Any]:  # fmt: skip
-    """A launch ready to be repeated, and the tensor maps it reads, u64[.., 16] on the device.
+    """A launch ready to be repeated, and the tensor maps it reads, u64[5, 16] on the device.
 
     num_rows: address of the real M. ValueError on another GPU than Hopper, or for a tile that the activation
     cannot have.
@@ -364,11 +352,11 @@ def prepared(
     if activation and config.tile_n % (2 * PAIR):
         raise ValueError(f"config is {config}; with an activation tile_n must be a multiple of {2 * PAIR}")
     columns = o.n // 2 if activation else o.n
-    x = [encode_tensor_map(o.x, o.dtype, (o.m, o.k), (o.x_stride,), (rows, TILE_K))
-         for rows in row_boxes(config.tile_m)]  # fmt: skip
-    weight = [encode_tensor_map(o.weight, o.dtype, (o.n, o.k), (o.weight_stride,), (rows, TILE_K))
-              for rows in row_boxes(config.tile_n)]  # fmt: skip
-    words = np.stack([*[np.zeros(16, np.uint64)] * X_MAPS, *x, *weight])
+    words = np.zeros((X_MAP + 2, 16), np.uint64)
+    box = (config.tile_m, TILE_K)
+    words[X_MAP] = encode_tensor_map(o.x, o.dtype, (o.m, o.k), (o.x_stride,), box)
+    box = (config.tile_n, TILE_K)
+    words[X_MAP + 1] = encode_tensor_map(o.weight, o.dtype, (o.n, o.k), (o.weight_stride,), box)
     if o.out_dtype != "float32":
         for place, width in enumerate(BOX_COLUMNS):
             words[place] = encode_tensor_map(

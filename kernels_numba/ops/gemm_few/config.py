@@ -126,7 +126,7 @@ def smem_plan(config: FewConfig) -> SmemPlan:
 # Two blocks an SM where half the shared memory holds what must be in flight, and registers allow it: one
 # stores while the other multiplies, and the next launch finds room to fetch its weights before this one ends.
 CONFIGS = (
-    *(FewConfig(64, tile_t, 2) for tile_t in (8, 16, 32, 64)), FewConfig(64, 128),
+    *(FewConfig(64, tile_t, 2) for tile_t in (8, 16, 32)), FewConfig(64, 64), FewConfig(64, 128),
     *(FewConfig(128, tile_t, 2) for tile_t in (8, 16, 32)),
     *(FewConfig(128, tile_t) for tile_t in (64, 128, 256)),
 )  # fmt: skip
@@ -136,20 +136,21 @@ CONFIGS = (
 def pick_few_config(m: int, n: int, k: int, num_sms: int) -> FewConfig:
     """The tile for m tokens: just wide enough, so that one block reads each weight, up to 128 tokens.
 
-    Rows: 64 draw from more SMs at a time than 128, which read x half as often: that pays with more than 64
-    tokens, if every SM has work without. Fitted to `just tune gemm_few` on an H100 (notebooks/LOG.md): up to
-    64 tokens 0.3 % slower than the best tile in the mean, 6 % at most; that two blocks which share weights
-    take up to half longer than one that has them alone is why narrower tiles are not tried.
+    Rows: 64 draw from more SMs at a time than 128, which read x half as often: that pays with more than 32
+    tokens, if every SM has work without. Fitted to `just tune gemm_few` on an H100 (notebooks/LOG.md). With
+    33 to 64 tokens one block an SM is ahead of two (42.4 us against 50.1 at 4096 x 14336): what is short is
+    steps of K in flight. That two blocks which share weights take up to half longer than one that has them
+    alone is why narrower tiles are not tried.
     """
-    if m <= 64:
+    all_at_once = -(-n // 64) <= num_sms
+    if m <= 32:
         return next(c for c in CONFIGS if c.tile_n == 64 and c.tile_t >= m)
-    if -(-n // 64) <= num_sms:
+    if m <= 64:
+        return FewConfig(64 if all_at_once else 128, 64)
+    if all_at_once:
         return FewConfig(64, 128)
     wider = 128 < m <= 256 and -(-n // 128) * 2 > num_sms  # one block still reads each weight
     return FewConfig(128, 256 if wider else 128)
-
-
-FEW_TOKENS = 48
 
 
 def use_few(m: int, n: int, k: int, num_sms: int) -> bool:
@@ -157,8 +158,7 @@ def use_few(m: int, n: int, k: int, num_sms: int) -> bool:
     a launch may find; n, k: of the weights. No bit of a result depends on it.
 
     Measured on an H100, over 16 shapes and 3 heads: up to 32 tokens few takes from 0.4 to 1.02 of the other's
-    time; with 64, few takes 0.93 to 1.12 (mean 1.02), with 256 mostly more: the other's tiles have narrower
-    pieces of weights, and so more SMs read them. The other's times below 64 are those of before it left out
-    rows of x that do not exist (ptx/tma_rows.py); between 32 and 64 nothing was measured.
+    time; with 64 about as long where weights fill the SMs more than once, less where they do not and long
+    pipelines pay; beyond, the other's tiles have narrower pieces of weights, and so more SMs read them.
     """
-    return m <= FEW_TOKENS
+    return m <= (64 if -(-n // 64) <= num_sms else 32)

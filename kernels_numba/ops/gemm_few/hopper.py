@@ -29,7 +29,6 @@ from kernels_numba.ops.gemm_few.door import OP, FewOperands, arguments_of, few_o
 from kernels_numba.ops.gemm_few.kernel import SIGNATURE, make_gemm_few_kernel
 from kernels_numba.ops.warp.door import count_address, view_count
 from kernels_numba.ptx.tma import encode_tensor_map
-from kernels_numba.ptx.tma_rows import row_boxes
 
 # (out_dtype, epilogue, has_bias) of an engine in bfloat16: qkv with and without bias, o and down, gate and
 # up, the head.
@@ -67,16 +66,17 @@ def kernels() -> Iterator[Kernel]:
 
 @lru_cache(maxsize=4096)
 def prepared(o: FewOperands, num_rows: int, config: FewConfig, build: Build = PRODUCT) -> tuple[Launch, Any]:
-    """A launch ready to be repeated, and the tensor maps it reads, u64[.., 16] on the device.
+    """A launch ready to be repeated, and the tensor maps it reads, u64[2, 16] on the device.
 
     num_rows: address of the real M, or 0. Who captures a launch into a graph keeps what this returns as long
     as the graph.
     """
     g = o.given
-    weight = encode_tensor_map(g.weight, g.dtype, (g.n, g.k), (g.weight_stride,), (config.tile_n, TILE_K))
-    x = [encode_tensor_map(g.x, g.dtype, (g.m, g.k), (g.x_stride,), (rows, TILE_K))
-         for rows in row_boxes(config.tile_t)]  # fmt: skip
-    maps = cuda.to_device(np.stack([weight, *x]))
+    words = np.stack([
+        encode_tensor_map(g.weight, g.dtype, (g.n, g.k), (g.weight_stride,), (config.tile_n, TILE_K)),
+        encode_tensor_map(g.x, g.dtype, (g.m, g.k), (g.x_stride,), (config.tile_t, TILE_K)),
+    ])  # fmt: skip
+    maps = cuda.to_device(words)
     kernel = few_kernel(config, g.dtype, g.out_dtype, o.epilogue, g.bias != 0, build)
     tiles = -(-g.n // config.tile_n) * -(-g.m // config.tile_t)
     arguments = arguments_of(o, address(maps), num_rows)

@@ -13,13 +13,11 @@ import numpy as np
 from kernels_numba import simt, simt_warps
 from kernels_numba.ops.gemm_few.config import PRODUCT, TILE_K, Build, FewConfig, smem_plan
 from kernels_numba.ops.gemm_few.door import arguments_of, few_operands
-from kernels_numba.ptx.tma_rows import row_boxes
 from kernels_numba.simt_gemm import GemmWarp
 
 ELEMENTS = "kernels_numba.ops.warp.elements"
 PACKAGE = "kernels_numba.ops.gemm_few"
-TMA_ROWS = "kernels_numba.ptx.tma_rows"
-MODULES = (ELEMENTS, TMA_ROWS, *(f"{PACKAGE}.{part}" for part in ("epilogue", "store", "kernel")))
+MODULES = (ELEMENTS, *(f"{PACKAGE}.{part}" for part in ("epilogue", "store", "kernel")))
 MAPS = 1 << 10  # stands for the address of the tensor maps
 
 
@@ -55,8 +53,9 @@ def in_numpy(
         return None if array is None else Placed(array, memory.put(array))
 
     o = few_operands(placed(out), placed(x), placed(weight), placed(bias), placed(residual), activation)
-    boxes = [(weight, config.tile_n), *((x, rows) for rows in row_boxes(config.tile_t))]
-    maps = {MAPS + 128 * i: (array.view(np.uint16), (rows, TILE_K)) for i, (array, rows) in enumerate(boxes)}
+    bits = [array.view(np.uint16) for array in (weight, x)]
+    boxes = ((config.tile_n, TILE_K), (config.tile_t, TILE_K))
+    maps = {MAPS + 128 * i: pair for i, pair in enumerate(zip(bits, boxes, strict=True))}
     specialised = (config, o.given.dtype, o.given.out_dtype, o.epilogue, bias is not None, build)
     simt_warps.run(
         MODULES, "make_gemm_few_kernel", specialised,

@@ -34,7 +34,6 @@ from kernels_numba.ptx.mbarrier import (
 )
 from kernels_numba.ptx.policy import policy_evict_first, policy_evict_last, policy_evict_normal
 from kernels_numba.ptx.tma import tma_load_2d_hint, tma_prefetch_map
-from kernels_numba.ptx.tma_rows import make_load_rows, make_rows_there
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
 
 SIGNATURE = "void(int64, int64, int64, int64, int64, int32, int32, int32, int32, int32)"
@@ -46,19 +45,18 @@ def make_gemm_few_kernel(
     """out[m, n] = finish(sum over k of x[m, k] weight[n, k] (+ bias[n])), accumulated in float32; epilogue:
     of epilogue.py.
 
-    Arguments: maps: address of tensor maps u64[.., 16]: weight (boxes [tile_n, 64]), then x (boxes of
-    row_boxes(tile_t) rows x 64); out, bias, residual: addresses (0 if unused); num_rows: address of i32[1],
-    the real M, or 0 for `rows`; rows: of x and out, the most that M can be; n: rows of weights; k;
-    out_stride, residual_stride: bytes from one token to the next.
+    Arguments: maps: address of tensor maps u64[2, 16]: weight (boxes [tile_n, 64]), x ([tile_t, 64]); out,
+    bias, residual: addresses (0 if unused); num_rows: address of i32[1], the real M, or 0 for `rows`; rows:
+    of x and out, the most that M can be; n: rows of weights; k; out_stride, residual_stride: bytes from one
+    token to the next.
     Who does what: warpgroups 0 to consumers - 1: wgmma on 64 rows of the tile's weights each, then the
     epilogue; one elected thread of the warp after them: the TMA producer. Blocks walk tiles blockIdx,
     blockIdx + gridDim, ...; neighbours have the same weights where there are several tiles of tokens.
-    Shared memory: smem_plan(config). Barriers: full[s] hands a loaded stage to the consumers (2 arrivals,
-    of weights and tokens, and the bytes), empty[s] hands it back (one arrival a consumer's warp); named
-    barrier 1 + consumer: store.py.
+    Shared memory: smem_plan(config). Barriers: full[s] hands a loaded stage to the consumers (1 arrival and
+    the bytes), empty[s] hands it back (one arrival a consumer's warp); named barrier 1 + consumer: store.py.
     Weights are read once and leave L2 first, unless several tiles of tokens want them; tokens leave it last.
-    Of x the rows below the real M are fetched, to a multiple of 8 (ptx/tma_rows.py says why). What lies in a
-    stage's other rows is multiplied, too, but decides nothing; nothing of out outside [M, N] is written.
+    Rows of x at and past the real M may be read and multiplied, but decide nothing; nothing of out outside
+    [M, N] is written.
     Programmatic dependent launch: the block lets the next launch start at once, and itself fetches its first
     weights before it waits for the launches before it, where the first tile does not depend on M. So only
     weights must have been written before the chain of dependent launches began; x, num_rows, bias, residual
@@ -68,8 +66,7 @@ def make_gemm_few_kernel(
     plan = smem_plan(config)
     weight_at, x_at, out_at = plan.offset("weight"), plan.offset("x"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
-    weight_bytes, x_bytes = tile_n * ROW, tile_t * ROW
-    rows_there, load_rows = make_rows_there(tile_t), make_load_rows(tile_t, hint=True)
+    weight_bytes, x_bytes, stage_bytes = tile_n * ROW, tile_t * ROW, config.stage_bytes
     staged_bytes, accumulators, consumer_weight = config.staged_bytes, tile_t // 2, GROUP_N * ROW
     narrow = out_dtype != "float32"
     out_item = ITEM if narrow else 4
@@ -98,9 +95,9 @@ def make_gemm_few_kernel(
 
     @jit(device=True)
     def load_weight(smem: Any, maps: Any, stage: Any, k_at: Any, row: Any, policy: Any) -> None:
-        """Arm a stage's full barrier for its weights, and fetch them."""
+        """Arm a stage's full barrier for all its bytes, and fetch its weights."""
         ready = int32(smem + full_at + 8 * stage)
-        mbarrier_expect_tx(ready, weight_bytes)
+        mbarrier_expect_tx(ready, stage_bytes)
         tma_load_2d_hint(int32(smem + weight_at + stage * weight_bytes), maps, ready, k_at, row, policy)
 
     @jit(device=True)
@@ -115,8 +112,7 @@ def make_gemm_few_kernel(
             for i in range(early):
                 load_weight(smem, maps, int32(i), k_of(int32(i), k_tiles), int32(tile * tile_n), once)
         griddep_wait()
-        m = real_rows(num_rows, rows)
-        token_tiles = token_tiles_of(m)
+        token_tiles = token_tiles_of(real_rows(num_rows, rows))
         if token_tiles > 1:
             once = policy_evict_normal()
         tiles = uint32(token_tiles * tiles_n)
@@ -126,7 +122,6 @@ def make_gemm_few_kernel(
             tile_row = uint32(tile // token_tiles)
             row = int32(tile_row * tile_n)
             token = int32((tile - tile_row * token_tiles) * tile_t)
-            tokens = rows_there(token, m)
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = k_of(k_tile, k_tiles)
@@ -138,8 +133,7 @@ def make_gemm_few_kernel(
                     load_weight(smem, maps, stage, k_at, row, once)
                 to = int32(smem + x_at + stage * x_bytes)
                 ready = int32(smem + full_at + 8 * stage)
-                mbarrier_expect_tx(ready, int32(tokens * ROW))
-                load_rows(to, int64(maps + 128), ready, k_at, token, tokens, keep)
+                tma_load_2d_hint(to, int64(maps + 128), ready, k_at, token, keep)
                 stage = int32(stage + 1)
                 if stage == stages:
                     stage = int32(0)
@@ -183,7 +177,7 @@ def make_gemm_few_kernel(
         empty = int32(smem + empty_at)
         if thread == 0:
             for i in range(stages):
-                mbarrier_init(int32(full + 8 * i), 2)
+                mbarrier_init(int32(full + 8 * i), 1)
                 mbarrier_init(int32(empty + 8 * i), 4 * consumers)
             fence_mbarrier_init()
             tma_prefetch_map(maps)
