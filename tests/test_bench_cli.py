@@ -273,6 +273,7 @@ def test_failures_are_told_and_nothing_else_stops(capsys, gpu, tmp_path):
     assert {row["op"] for row in rows} == set(OP_NAMES) - {"rope"}
     assert {(row["op"], row["rung"]) for row in rows if row["rung"] not in ("plain", "warp")} == {
         ("decode_attention", "mma_sync"), ("gemm", "mma_sync"), ("gemm_silu_mul", "mma_sync"),
+        ("prefill_attention", "mma_sync"),
     }  # fmt: skip
     told = [line for line in lines if line.startswith("not timed: ")]
     assert any("gemm M=512 N=4096 K=4096 hopper: ArithmeticError: 7.00 times" in line for line in told)
