@@ -4,6 +4,7 @@ attention_contract.py bit by bit, the code that it becomes, the door, and its nu
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import subprocess
@@ -477,7 +478,9 @@ def cuda(gpu_where):
 
 
 class OnGpu:
-    """A batch's arrays on the device, and calls of the rung on them."""
+    """A batch's arrays on the device, and calls of the rung on them (a subclass names another)."""
+
+    rung = "hopper"
 
     def __init__(self, cuda, batch: Batch):
         self.cuda, self.batch = cuda, batch
@@ -494,19 +497,33 @@ class OnGpu:
 
     def __call__(self, source="pages", **how):
         """(out in the element type, log-sum-exp)."""
-        from kernels_numba.ops.prefill_attention.hopper import attend, attend_rows
-
+        module = importlib.import_module(f"kernels_numba.ops.prefill_attention.{self.rung}")
         batch = self.batch
         out = self.cuda.to_device(bits(np.full(batch.q.shape, np.nan, batch.q.dtype)))
         lse = self.cuda.to_device(np.full(batch.q.shape[:2], np.nan, np.float32))
         how = {"softmax_scale": batch.scale, "window": batch.window, "lse": lse, **how}
         if source == "pages":
             k, v, table = self.pages
-            attend(out, self.q, k, v, *self.lens, table, **how)
+            module.attend(out, self.q, k, v, *self.lens, table, **how)
         else:
             k, v, table = (self.cuda.to_device(bits(x)) for x in batch.rows_of_keys())
-            attend_rows(out, self.q, k, v, self.lens[0], table, self.lens[1], **how)
+            module.attend_rows(out, self.q, k, v, self.lens[0], table, self.lens[1], **how)
         self.cuda.synchronize()
+        return out.copy_to_host().view(batch.q.dtype), lse.copy_to_host()
+
+    def decoded(self, rows, length):
+        """(out, log-sum-exp) of the first sequence's `rows` rows, its last of `length` keys, each as a decode
+        of its own over the same pages, by decode's rung of the same name."""
+        from kernels_numba.ops.decode_attention.tensor_core import attend
+
+        cuda, batch, (k, v, _) = self.cuda, self.batch, self.pages
+        mine = batch.q[:rows]
+        table = cuda.to_device(np.repeat(batch.block_table[:1], rows, axis=0))
+        context = cuda.to_device(np.arange(length - rows + 1, length + 1, dtype=np.int32))
+        q, out = cuda.to_device(bits(mine.copy())), cuda.to_device(bits(np.zeros_like(mine)))
+        lse = cuda.to_device(np.zeros(mine.shape[:2], np.float32))
+        attend(self.rung, out, q, k, v, context, table, softmax_scale=batch.scale, lse=lse)
+        cuda.synchronize()
         return out.copy_to_host().view(batch.q.dtype), lse.copy_to_host()
 
     def plain(self):
@@ -569,8 +586,6 @@ def test_prefill_attention_with_a_window(cuda, window):
 @pytest.mark.parametrize(("group", "head_dim"), [(4, 128), (3, 64), (7, 128)])
 def test_prefill_attention_is_the_same_in_chunks_and_alone_and_in_decode(cuda, group, head_dim):
     """Any cut of a prompt, 200 strangers or none, and each token by the decode rung: the same bits."""
-    from kernels_numba.ops.decode_attention.tensor_core import attend as decode
-
     rng = np.random.default_rng(group)
     queries = [1100, *rng.integers(1, 80, 200).tolist()]
     lens = [2300, *(n + int(rng.integers(0, 500)) for n in queries[1:])]
@@ -581,15 +596,7 @@ def test_prefill_attention_is_the_same_in_chunks_and_alone_and_in_decode(cuda, g
     for chunks in ((), (1,), (512, 512), (63, 64, 65, 1), tuple(rng.integers(1, 200, 8).tolist())):
         parts = [OnGpu(cuda, part)() for part in batch.only(0, chunks) if len(part.q)]
         assert same_bits([np.concatenate(arrays) for arrays in zip(*parts, strict=True)], mine), chunks
-    # Every row of the sequence as a decode of its own, over the same pages.
-    k, v, _ = gpu.pages
-    table = cuda.to_device(np.repeat(batch.block_table[:1], 1100, axis=0))
-    context = cuda.to_device(np.arange(1201, 2301, dtype=np.int32))
-    q, out = cuda.to_device(bits(batch.q[:1100].copy())), cuda.to_device(bits(np.zeros_like(batch.q[:1100])))
-    lse = cuda.to_device(np.zeros(batch.q[:1100].shape[:2], np.float32))
-    decode("hopper", out, q, k, v, context, table, softmax_scale=batch.scale, lse=lse)
-    cuda.synchronize()
-    assert same_bits((out.copy_to_host().view(batch.q.dtype), lse.copy_to_host()), mine)
+    assert same_bits(gpu.decoded(1100, 2300), mine)
 
 
 @pytest.mark.gpu

@@ -190,23 +190,9 @@ def cuda(gpu_where):
 
 
 class MmaOnGpu(OnGpu):
-    """A batch's arrays on the device, and calls of this rung on them."""
+    """The same by this rung, and by Hopper's."""
 
-    def __call__(self, source="pages", **how):
-        from kernels_numba.ops.prefill_attention.mma_sync import attend, attend_rows
-
-        batch = self.batch
-        out = self.cuda.to_device(bits(np.full(batch.q.shape, np.nan, batch.q.dtype)))
-        lse = self.cuda.to_device(np.full(batch.q.shape[:2], np.nan, np.float32))
-        how = {"softmax_scale": batch.scale, "window": batch.window, "lse": lse, **how}
-        if source == "pages":
-            k, v, table = self.pages
-            attend(out, self.q, k, v, *self.lens, table, **how)
-        else:
-            k, v, table = (self.cuda.to_device(bits(x)) for x in batch.rows_of_keys())
-            attend_rows(out, self.q, k, v, self.lens[0], table, self.lens[1], **how)
-        self.cuda.synchronize()
-        return out.copy_to_host().view(batch.q.dtype), lse.copy_to_host()
+    rung = MMA
 
     @functools.cached_property
     def hopper(self):
@@ -245,8 +231,6 @@ def test_mma_prefill_with_a_window(cuda, window):
 @pytest.mark.parametrize(("group", "head_dim"), [(3, 64), (7, 128)])
 def test_mma_prefill_is_the_same_in_chunks_and_alone_and_in_decode(cuda, group, head_dim):
     """Any cut of a prompt, 100 strangers or none, and each token by the decode rung: the same bits."""
-    from kernels_numba.ops.decode_attention.tensor_core import attend as decode
-
     rng = np.random.default_rng(group)
     queries = [700, *rng.integers(1, 80, 100).tolist()]
     lens = [2300, *(n + int(rng.integers(0, 500)) for n in queries[1:])]
@@ -258,14 +242,7 @@ def test_mma_prefill_is_the_same_in_chunks_and_alone_and_in_decode(cuda, group, 
     for chunks in ((), (1,), (512,), (63, 64, 65, 1), tuple(rng.integers(1, 200, 5).tolist())):
         parts = [MmaOnGpu(cuda, part)() for part in batch.only(0, chunks) if len(part.q)]
         assert same_bits([np.concatenate(arrays) for arrays in zip(*parts, strict=True)], mine), chunks
-    k, v, _ = gpu.pages
-    table = cuda.to_device(np.repeat(batch.block_table[:1], 700, axis=0))
-    context = cuda.to_device(np.arange(1601, 2301, dtype=np.int32))
-    q, out = cuda.to_device(bits(batch.q[:700].copy())), cuda.to_device(bits(np.zeros_like(batch.q[:700])))
-    lse = cuda.to_device(np.zeros(batch.q[:700].shape[:2], np.float32))
-    decode("mma_sync", out, q, k, v, context, table, softmax_scale=batch.scale, lse=lse)
-    cuda.synchronize()
-    assert same_bits((out.copy_to_host().view(batch.q.dtype), lse.copy_to_host()), mine)
+    assert same_bits(gpu.decoded(700, 2300), mine)
 
 
 @pytest.mark.gpu
