@@ -81,15 +81,15 @@ class Buckets:
 
     def of(self, plan: BatchPlan) -> Bucket:
         """The smallest bucket that holds a plan. ValueError for one that is larger than all."""
-        buckets = self.decode
-        if plan.num_decodes < plan.num_seqs:
-            longest = int(plan.context_lens[: plan.num_decodes].max(initial=0))
-            ride = self.together is None or longest <= self.together
-            buckets = self.mixed if ride else self.apart
+        tokens, seqs, decodes = plan.num_tokens, plan.num_seqs, plan.num_decodes
+        buckets = self.mixed if decodes < seqs else self.decode
+        if self.together is not None and 0 < decodes < seqs:
+            if int(plan.context_lens[:decodes].max()) > self.together:
+                buckets = self.apart
         for bucket in buckets:
-            if plan.num_tokens <= bucket.tokens and plan.num_seqs <= bucket.seqs:
+            if tokens <= bucket.tokens and seqs <= bucket.seqs:
                 return bucket
         raise ValueError(
-            f"a step of {plan.num_tokens} tokens and {len(plan.logits_rows)} logits rows, of {plan.num_seqs} "
+            f"a step of {tokens} tokens and {len(plan.logits_rows)} logits rows, of {seqs} "
             f"sequences, is over the {self.max_tokens} tokens and {self.max_seqs} sequences of the workspace"
         )
