@@ -6,10 +6,18 @@ Knows: counts of tokens and sequences. Refuses to know: graphs, devices, what is
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
 
 from sharp.plan import BatchPlan
 
 SMALLEST_MIXED = 16  # tokens: a prompt chunk's bucket
+# What a block walks meanwhile, in keys of a decode (9 to 11 ns each on an H100): while one launch more is
+# made and waited for; while all SMs read KEYS keys of decodes; while they compute PAIRS pairs of a chunk's
+# query and a key that it sees. Measured at 32/8 heads of 64 and 28/4 of 128, which differ by a sixth.
+LAUNCH_KEYS, KEYS, PAIRS = 1024, 16, 300
+Decodes = Literal["ride", "apart", "either"]
 
 
 @dataclass(frozen=True, order=True)
@@ -58,34 +66,51 @@ def bucket_sizes(most: int) -> tuple[int, ...]:
     return (*sizes, most)
 
 
+def rides(plan: BatchPlan) -> bool:
+    """Whether a mixed step's decodes ride in the chunks' launch of attention, as chunks of one token: where
+    the longest of them, which one block walks alone, is hidden by the rest. No bit depends on it."""
+    decodes = plan.num_decodes
+    keys = plan.context_lens[:decodes]
+    longest = int(keys.max(initial=0))
+    if longest <= LAUNCH_KEYS:
+        return True
+    lens, queries = plan.context_lens[decodes:].astype(np.int64), np.diff(plan.cu_seqlens_q[decodes:])
+    pairs = int((queries * lens - queries * (queries - 1) // 2).sum())
+    return longest <= LAUNCH_KEYS + int(keys.sum()) // KEYS + pairs // PAIRS
+
+
 class Buckets:
     """The buckets of an engine: decodes of up to max_seqs sequences, mixed steps of up to max_tokens tokens.
 
     A mixed step is never launched for fewer than 16 tokens: no tile of a GEMM has fewer rows.
     """
 
-    def __init__(self, max_tokens: int, max_seqs: int, together: int | None = None) -> None:
-        """together: where a mixed step's longest decode has more keys, its decodes have a launch of attention
-        of their own; None: never."""
-        self.max_tokens, self.max_seqs, self.together = max_tokens, max_seqs, together
+    def __init__(self, max_tokens: int, max_seqs: int, decodes: Decodes = "ride") -> None:
+        """decodes: of a mixed step, whether they ride in the chunks' launch of attention, have one of their
+        own, or (either) as rides() says."""
+        self.max_tokens, self.max_seqs, self.decodes = max_tokens, max_seqs, decodes
         self.decode = tuple(Bucket(False, size, size) for size in bucket_sizes(max_seqs))
         mixed = [size for size in bucket_sizes(max_tokens) if size >= min(SMALLEST_MIXED, max_tokens)]
         self.mixed = tuple(Bucket(True, size, min(size, max_seqs)) for size in mixed)
         # A decode beside a chunk: three tokens of two sequences.
-        some = together is not None and max_tokens >= 3 and max_seqs >= 2
+        some = decodes != "ride" and max_tokens >= 3 and max_seqs >= 2
         self.apart = tuple(replace(bucket, apart=True) for bucket in self.mixed) if some else ()
 
     def all(self) -> tuple[Bucket, ...]:
         """Every bucket, the largest first: what it needs, all need."""
         return (*reversed(self.mixed), *reversed(self.apart), *reversed(self.decode))
 
+    def at_start(self) -> tuple[Bucket, ...]:
+        """Those whose graphs are made before the first step: all, but where decodes ride as a rule, the
+        seldom ones in which they do not."""
+        return tuple(bucket for bucket in self.all() if self.decodes == "apart" or not bucket.apart)
+
     def of(self, plan: BatchPlan) -> Bucket:
         """The smallest bucket that holds a plan. ValueError for one that is larger than all."""
         tokens, seqs, decodes = plan.num_tokens, plan.num_seqs, plan.num_decodes
         buckets = self.mixed if decodes < seqs else self.decode
-        if self.together is not None and 0 < decodes < seqs:
-            if int(plan.context_lens[:decodes].max()) > self.together:
-                buckets = self.apart
+        if 0 < decodes < seqs and self.apart and (self.decodes == "apart" or not rides(plan)):
+            buckets = self.apart
         for bucket in buckets:
             if tokens <= bucket.tokens and seqs <= bucket.seqs:
                 return bucket

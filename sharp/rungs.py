@@ -15,6 +15,7 @@ from kernels_numba.ops.gemm_silu_mul import FUSED
 from kernels_numba.ops.prefill_attention import door as prefill_door
 from kernels_numba.ops.sample.warp import refusal as sample_refusal
 from kernels_numba.ops.warp.door import OPS, RUNG, Sizes, refusal, warp_rungs
+from sharp.buckets import LAUNCH_KEYS, Decodes
 from sharp.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 ATTENTION_OPS = ("decode_attention", "prefill_attention")
 ATTENTION = ("hopper", "mma_sync")  # rungs of both that keep attention_contract.py, fastest first: equal bits
-# The most keys of a decode that rides in the chunks' launch, where one block walks all keys of a kv head.
-RIDING_KEYS = 8192
 
 
 def _products(model: ModelConfig) -> tuple[int, ...]:
@@ -73,14 +72,15 @@ def attention_rungs(
     return {}
 
 
-def riding_keys(rungs: Mapping[str, str], default: str, max_model_len: int) -> int | None:
-    """Up to how many keys a decode rides in the chunks' launch of a mixed step (None: always), where that has
-    the bits of decode attention: among ATTENTION, and where both rungs are plain, which are one kernel."""
+def where_decodes(rungs: Mapping[str, str], default: str, max_model_len: int) -> Decodes:
+    """Whether a mixed step's decodes ride in the chunks' launch of attention (Buckets): where that has the
+    bits of decode attention, among ATTENTION, and where both rungs are plain, which are one kernel."""
     decode, prefill = (rungs.get(op, default) for op in ATTENTION_OPS)
     if decode == prefill == "plain":
-        return None
-    most = RIDING_KEYS if {decode, prefill} <= set(ATTENTION) else 0
-    return None if max_model_len <= most else most
+        return "ride"
+    if not {decode, prefill} <= set(ATTENTION):
+        return "apart"
+    return "ride" if max_model_len <= LAUNCH_KEYS else "either"
 
 
 def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineConfig, device: Device) -> None:

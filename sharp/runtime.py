@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from kernels_numba.ops.apply_step import HEADER, StepLayout, prepare_apply_step
 from sharp import driver
-from sharp.buckets import Bucket, Buckets
+from sharp.buckets import Bucket, Buckets, Decodes
 from sharp.counted import counted, uncounted
 from sharp.device import Array
 from sharp.device_clock import DeviceClock
@@ -49,9 +49,9 @@ WORD = 4
 Forward = Callable[[StepArrays, SimpleNamespace, Any], Array]  # (arrays, ops, stream) -> logits
 
 
-def predicted_bytes(layout: StepLayout, num_layers: int, together: int | None = None) -> int:
-    """What the graphs of all buckets take on the device at most; together: as Buckets has it."""
-    return graph_bytes(num_layers, len(Buckets(layout.max_tokens, layout.max_seqs, together).all()))
+def predicted_bytes(layout: StepLayout, num_layers: int, decodes: Decodes = "ride") -> int:
+    """What the graphs of all buckets take on the device at most; decodes: as Buckets has it."""
+    return graph_bytes(num_layers, len(Buckets(layout.max_tokens, layout.max_seqs, decodes).all()))
 
 
 def device_bytes(layout: StepLayout) -> int:
@@ -95,14 +95,14 @@ class Runtime:
         copy_pages: Callable[[Int32], None],
         *,
         graphs: bool,
-        together: int | None = None,
+        decodes: Decodes = "ride",
     ) -> None:
         """forward: the launches of a step from its arrays, into logits f32[max_seqs, V]; sampled:
         i32[max_seqs], which the ids go to; copy_pages: queues copies of (source, destination) pages; graphs:
-        replay instead of launching; together: which decodes ride with chunks, as Buckets has it."""
+        replay instead of launching; decodes: of mixed steps, as Buckets has it."""
         self.layout, self._device, self._forward = layout, device, forward
         self._compute, self._copy = device.compute_stream, device.copy_stream
-        self.buckets = Buckets(layout.max_tokens, layout.max_seqs, together)
+        self.buckets = Buckets(layout.max_tokens, layout.max_seqs, decodes)
         self.buffers, self._packer = StepBuffers(device, layout), StepPacker(layout)
         self._logits, self._sampled, self._copy_pages = logits, sampled, copy_pages
         self._ops = counted(ops, self.buffers.num_tokens, self.buffers.num_rows)
@@ -125,12 +125,12 @@ class Runtime:
         draw(self._sampled[: arrays.num_rows], logits, arrays, self._ops, stream)
 
     def capture(self, progress: bool = False) -> None:
-        """Make all graphs now, while no step is in flight. A bucket that has none gets it behind the launch
-        of its first step, so all do where this is left out: where rungs compute whole buckets (counted.py),
+        """Make graphs now, while no step is in flight. A bucket that has none gets it behind the launch of
+        its first step, so all do where this is left out: where rungs compute whole buckets (counted.py),
         steps without tokens would take as long as full ones."""
         if self.graphs is not None and not uncounted(self._ops):
             with self._or_launch_one_by_one(), driver.during("capturing graphs"):
-                self.graphs.capture_all(self.buckets.all(), self._warm, progress)
+                self.graphs.capture_all(self.buckets.at_start(), self._warm, progress)
 
     def _warm(self, bucket: Bucket) -> None:
         """Queue a bucket's launches over no tokens at all, so that every kernel is loaded and every tensor
@@ -292,5 +292,5 @@ def open_runtime(model: Model, layout: StepLayout, graphs: bool) -> Runtime:
 
     return Runtime(
         queue, model.ops, device, layout, work.logits, work.sampled, copies, graphs=graphs,
-        together=model.together,
+        decodes=model.decodes,
     )  # fmt: skip

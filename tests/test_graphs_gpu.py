@@ -46,7 +46,7 @@ def model(request, on_gpu):
         pytest.skip("no GPU")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "decodes apart":  # from the chunks of a step, however few their keys
-            patch.setattr("sharp.model.riding_keys", lambda *where: 0)
+            patch.setattr("sharp.model.where_decodes", lambda *where: "apart")
         model = open_random(rungs=PLAIN if request.param == "plain" else {})
     assert bool(model.runtime.buckets.apart) == (request.param == "decodes apart")
     capture_all(model)

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from sharp.buckets import LAUNCH_KEYS
 from sharp.config import EngineConfig
-from sharp.rungs import RIDING_KEYS, attention_rungs, choose_rungs, describe_rungs, refuse_rungs, riding_keys
+from sharp.rungs import attention_rungs, choose_rungs, describe_rungs, refuse_rungs, where_decodes
 from sharp.weights import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,16 +71,16 @@ def test_the_engine_says_which(llama):
 @pytest.mark.parametrize(
     ("decode", "prefill", "longest", "wanted"),
     [
-        ("hopper", "hopper", RIDING_KEYS, None),
-        ("hopper", "hopper", RIDING_KEYS + 1, RIDING_KEYS),
-        ("mma_sync", "hopper", 131072, RIDING_KEYS),
-        ("mma_sync", "mma_sync", 4096, None),
-        (None, None, 131072, None),
-        ("hopper", "plain", 100, 0),
-        ("mine", "mine", 100, 0),
+        ("hopper", "hopper", LAUNCH_KEYS, "ride"),
+        ("hopper", "hopper", LAUNCH_KEYS + 1, "either"),
+        ("mma_sync", "hopper", 131072, "either"),
+        ("mma_sync", "mma_sync", 512, "ride"),
+        (None, None, 131072, "ride"),
+        ("hopper", "plain", 100, "apart"),
+        ("mine", "mine", 100, "apart"),
     ],
 )
 def test_decodes_ride_with_chunks_where_they_keep_their_bits(decode, prefill, longest, wanted):
     rungs = {"decode_attention": decode, "prefill_attention": prefill}
     chosen = {op: rung for op, rung in rungs.items() if rung}
-    assert riding_keys(chosen, "plain", longest) == wanted
+    assert where_decodes(chosen, "plain", longest) == wanted

@@ -49,14 +49,14 @@ class Streamed(FakeModel):
 
     overlaps = True
 
-    def open(self, host, config, graphs=True, together=None):
+    def open(self, host, config, graphs=True, decodes="ride"):
         layout = StepLayout(config.max_num_batched_tokens, config.max_num_seqs, 4096 // self.block_size)
         self.host, self.device, self.mixed, self.apart = host, CudaDevice("bfloat16"), 0, 0
         self.logits = self.device.empty((layout.max_seqs, VOCAB), np.float32)
         self.sampled = self.device.empty((layout.max_seqs,), np.int32)
         self.runtime = Runtime(
             self.queue_forward, SimpleNamespace(sample=self.queue_sample), self.device, layout, self.logits,
-            self.sampled, self.copy_pages, graphs=graphs, together=together,
+            self.sampled, self.copy_pages, graphs=graphs, decodes=decodes,
         )  # fmt: skip
         return self
 
@@ -169,8 +169,8 @@ def run_engine(host, seed, graphs=True, interrupted=0.0):
     config = engine_config(
         max_num_batched_tokens=rng.choice([5, 24]), max_num_seqs=4, overlap=True, admission="optimistic"
     )
-    together = rng.choice([None, 0, 9])
-    model = Streamed(num_blocks=24, block_size=4).open(host, config, graphs, together)
+    decodes = rng.choice(["ride", "apart"])
+    model = Streamed(num_blocks=24, block_size=4).open(host, config, graphs, decodes)
     if rng.random() < 0.5:
         model.runtime.capture()
         assert not graphs or len(model.runtime.graphs) == len(model.runtime.buckets.all())
@@ -343,8 +343,9 @@ def open_tiny(host, monkeypatch, **options):
     return Model(open_checkpoint(TINY), config, CudaDevice("float32")), config
 
 
-@pytest.mark.parametrize(("graphs", "together"), [(True, None), (True, 12), (False, None), (False, 0)])
-def test_a_model_answers_as_the_reference(monkeypatch, graphs, together):
+@pytest.mark.parametrize("decodes", ["ride", "apart"])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_model_answers_as_the_reference(monkeypatch, graphs, decodes):
     """Through plan, words, buckets, graphs and ids that only the device knows: the ids of a host engine;
     decodes ride with chunks or have launches of their own."""
     options = {"num_blocks": 16, "max_num_batched_tokens": 40, "max_num_seqs": 4}
@@ -357,10 +358,10 @@ def test_a_model_answers_as_the_reference(monkeypatch, graphs, together):
     for seed in range(4):
         with monkeypatch.context() as patch:
             host = host_driver.install(patch, seed)
-            patch.setattr("sharp.model.riding_keys", lambda *where: together)
+            patch.setattr("sharp.model.where_decodes", lambda *where: decodes)
             model, config = open_tiny(host, patch, graphs=graphs, **options)
             assert model.overlaps
-            assert model.runtime.buckets.together == together
+            assert model.runtime.buckets.decodes == decodes
             engine = Engine(model, model.tokenizer, config)
             found = run(engine, requests)
             assert (host.replays > 10) == graphs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from kernels_numba.compiler import cuda
 from kernels_numba.ops import apply_step as op
 from kernels_numba.ops.apply_step import HEADER, StepLayout, packed_words
-from sharp.buckets import Bucket, Buckets, bucket_sizes
+from sharp.buckets import LAUNCH_KEYS, Bucket, Buckets, bucket_sizes, rides
 from sharp.device import HostDevice
 from sharp.device_array import DeviceArray
 from sharp.plan import BatchPlan
@@ -67,9 +68,9 @@ def random_plan(rng, layout, *, decodes, lengths, rows_before=0, block_size=4, s
 class Steps:
     """One engine's buffers on the host, and plans that go through them; rung: "reference" or "plain"."""
 
-    def __init__(self, layout, rung="reference", together=None):
+    def __init__(self, layout, rung="reference", where="ride"):
         self.layout, self.rung = layout, rung
-        self.buckets = Buckets(layout.max_tokens, layout.max_seqs, together)
+        self.buckets = Buckets(layout.max_tokens, layout.max_seqs, where)
         self.packer, self.buffers = StepPacker(layout), StepBuffers(HOST, layout)
         self.buffers.state[...] = POISON
         self.sampled = np.full(layout.max_seqs, POISON, np.int32)
@@ -146,13 +147,13 @@ class Steps:
     ),
     interrupted=st.integers(0, 5),
     bits=st.sampled_from(["reference", "reference", "reference", "plain"]),
-    together=st.sampled_from([None, 0, 12]),
+    where=st.sampled_from(["ride", "apart"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_buffers_hold_what_stage_gives(seed, sizes, interrupted, bits, together):
+def test_buffers_hold_what_stage_gives(seed, sizes, interrupted, bits, where):
     """Random steps one after the other, of which one is packed and then lost on its way."""
     rng, layout = np.random.default_rng(seed), StepLayout(40, 8, 6)
-    steps, before = Steps(layout, bits, together), 0
+    steps, before = Steps(layout, bits, where), 0
     for number, (decodes, lengths) in enumerate(sizes):
         if not decodes and not lengths:
             continue
@@ -374,16 +375,18 @@ def test_bucket_sizes():
     tokens=st.integers(1, 300),
     seqs=st.integers(1, 300),
     seed=st.integers(0, 999),
-    together=st.sampled_from([None, 0, 200]),
+    where=st.sampled_from(["ride", "apart", "either"]),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_step_has_the_smallest_bucket(tokens, seqs, seed, together):
+def test_every_step_has_the_smallest_bucket(tokens, seqs, seed, where):
     seqs = min(seqs, tokens)
-    buckets, rng = Buckets(tokens, seqs, together), np.random.default_rng(seed)
+    buckets, rng = Buckets(tokens, seqs, where), np.random.default_rng(seed)
     layout = StepLayout(tokens, seqs, 4)
     number = len(buckets.decode) + len(buckets.mixed) + len(buckets.apart)
     assert len(set(buckets.all())) == len(buckets.all()) == number
-    assert bool(buckets.apart) == (together is not None and tokens > 2 and seqs > 1)
+    assert bool(buckets.apart) == (where != "ride" and tokens > 2 and seqs > 1)
+    made = [bucket for bucket in buckets.all() if bucket not in buckets.at_start()]
+    assert made == (list(reversed(buckets.apart)) if where == "either" else [])
     decodes = int(rng.integers(1, seqs + 1))
     bucket = buckets.of(random_plan(rng, layout, decodes=decodes, lengths=(), block_size=99))
     assert bucket == Bucket(
@@ -400,7 +403,7 @@ def test_every_step_has_the_smallest_bucket(tokens, seqs, seed, together):
         plan = random_plan(rng, layout, decodes=1, lengths=(int(rng.integers(2, tokens)),), block_size=99)
         bucket = buckets.of(plan)
         assert bucket.mixed
-        assert bucket.apart == (together is not None and plan.context_lens[0] > together)
+        assert bucket.apart == (where == "apart" or (where == "either" and not rides(plan)))
         assert (bucket.decodes, bucket.chunks) == (bucket.seqs if bucket.apart else 0, bucket.seqs)
 
 
@@ -409,3 +412,28 @@ def test_a_step_over_all_buckets_is_named():
     plan = random_plan(np.random.default_rng(0), layout, decodes=0, lengths=(5, 4), block_size=99)
     with pytest.raises(ValueError, match=r"9 tokens .* is over the 8 tokens and 4 sequences"):
         Buckets(8, 4).of(plan)
+
+
+@pytest.mark.parametrize(
+    ("decodes", "chunks", "wanted"),
+    [  # as one launch or two were faster on an H100
+        ([1024] * 64, [(2048, 2048)], True),
+        ([600] * 200, [(512, 512)], True),
+        ([100, 7990] + [4000] * 62, [(2048, 2048)], True),
+        ([1024] * 8, [(512, 512)], True),
+        ([1024] * 32, [(1024, 17408)], True),
+        ([16384] * 4, [(2048, 2048)], False),
+        ([32768], [(2048, 2048)], False),
+        ([], [(16, 16)], True),
+        ([LAUNCH_KEYS + 2], [(2, 2)], True),  # its own keys are worth 64 more
+        ([LAUNCH_KEYS + 80], [(2, 2)], False),
+    ],
+)
+def test_decodes_ride_where_chunks_hide_the_longest(decodes, chunks, wanted):
+    queries = np.array([1] * len(decodes) + [count for count, _ in chunks], np.int32)
+    plan = SimpleNamespace(
+        num_decodes=len(decodes),
+        context_lens=np.array([*decodes, *(length for _, length in chunks)], np.int32),
+        cu_seqlens_q=np.concatenate([[0], np.cumsum(queries)]).astype(np.int32),
+    )
+    assert rides(plan) == wanted
