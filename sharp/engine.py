@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from sharp import driver
+from sharp import driver, garbage
 from sharp.answer import AnswerText
 from sharp.config import EngineConfig
 from sharp.door import Door
@@ -67,6 +67,7 @@ class Engine:
         self._step_lock = threading.Lock()  # one step at a time
         self._dropped: deque[str] = deque()  # ids to abort before the next plan, see abort_soon
         self._thread: threading.Thread | None = None
+        self._collected = 0  # steps when garbage was last collected in a pause
         self._error: BaseException | None = None
         self._closed = False
         self._model_closed = False
@@ -234,17 +235,15 @@ class Engine:
         with self._lock:
             self._raise_if_over()
             if self._thread is None:
+                garbage.hold()  # the thread releases it
                 self._thread = threading.Thread(target=self._run, name="sharp-engine", daemon=True)
                 self._thread.start()
 
     def _run(self) -> None:
         try:
             while True:
-                with self._work:
-                    while not self._closed and not self._live and not self._pipeline.busy:
-                        self._work.wait()
-                    if self._closed:
-                        return
+                if not self._wait_for_work():
+                    return
                 with suppress(StepFailed):  # its requests have been told
                     self.step()
         except (EngineDead, EngineClosed):
@@ -252,8 +251,23 @@ class Engine:
         except BaseException as error:  # step() has told the callers; this is for an error outside of it
             self._die(error)
         finally:
+            garbage.release()
             if self._closed:
                 self._close_model()
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to do; False once the engine is closed. What a collection of garbage
+        takes is taken here, where nobody waits for it."""
+        steps = self.stats.steps
+        while True:
+            due = steps >= self._collected + garbage.STEPS
+            with self._work:
+                if self._work.wait_for(
+                    lambda: self._closed or self._live or self._pipeline.busy, garbage.IDLE_S if due else None
+                ):
+                    return not self._closed
+            garbage.collect()
+            self._collected = steps
 
     @property
     def error(self) -> BaseException | None:

@@ -64,6 +64,7 @@ class LiveRequest:
     sink: Sink | None
     final_only: bool
     deadline: float | None = None
+    _prompt_token_ids: tuple[int, ...] = ()  # made once: an output is for every token, a prompt may be long
 
     @property
     def request_id(self) -> str:
@@ -79,11 +80,13 @@ class LiveRequest:
     def snapshot(self) -> RequestOutput:
         """The answers so far."""
         first = self.samples[0].request
+        if not self._prompt_token_ids:
+            self._prompt_token_ids = tuple(first.prompt_token_ids)
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
-            prompt_token_ids=tuple(first.prompt_token_ids),
-            outputs=tuple(sample.snapshot() for sample in self.samples),
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=tuple([sample.snapshot() for sample in self.samples]),
             finished=self.finished,
             num_cached_tokens=first.num_cached_tokens,
         )
