@@ -138,19 +138,20 @@ class Runtime:
         packed = words.array.view(np.int32)
         packed[: HEADER + 1] = 0
         packed[4:6] = bucket.tokens, bucket.seqs
-        self._apply(self._next_slot(), words, HEADER + 1)
+        self._apply(self._next_slot(), words, HEADER + 1, launches=True)
         self._queue(bucket, self._device.stream)
 
     def _next_slot(self) -> _Slot:
         self._steps += 1
         return self._slots[self._steps % IN_FLIGHT]
 
-    def _apply(self, slot: _Slot, words: PinnedBuffer, used: int) -> None:
+    def _apply(self, slot: _Slot, words: PinnedBuffer, used: int, *, launches: bool) -> None:
         """Send the words and have them applied behind the step before.
 
-        The copy of the counts behind apply_step puts nothing there that is not there already. It is there
-        because launches after it may begin before those before them have ended (programmatic dependent
-        launch), and some read counts and lengths at once: a copy is never part of such a chain.
+        launches: single launches follow, no graph. They may begin before those before them have ended
+        (programmatic dependent launch), and some read counts and lengths at once; so a copy, which is never
+        part of such a chain, is put between: of the counts, where nothing is changed by it. A graph begins
+        when all before it has ended.
         """
         self._copy.wait(slot.applied)
         self._copy.record(slot.sent)
@@ -159,8 +160,9 @@ class Runtime:
         self._compute.wait(slot.arrived)  # so it has happened when the step has: land() asks when
         words.release()
         slot.apply(self._compute)
-        counts = self.buffers.counts
-        driver.copy_on_device(counts.address, slot.packed.address, counts.nbytes, self._compute, "the counts")
+        if launches:
+            counts, packed = self.buffers.counts, slot.packed
+            driver.copy_on_device(counts.address, packed.address, counts.nbytes, self._compute, "the counts")
         self._compute.record(slot.applied)
 
     def launch(self, plan: BatchPlan) -> Launched:
@@ -184,15 +186,15 @@ class Runtime:
 
     def _launch(self, plan: BatchPlan, bucket: Bucket) -> Launched:
         queued = time.perf_counter()
+        fresh = self.graphs is not None and bucket not in self.graphs
         with self._pinned.take(self.layout.packed_words * WORD) as words:
             used = self._packer.pack(plan, bucket, words.array.view(np.int32))
             slot = self._next_slot()
             slot.queued = queued
-            self._apply(slot, words, used)
+            self._apply(slot, words, used, launches=self.graphs is None or fresh)
         if len(plan.page_copies):
             self._copy_pages(plan.page_copies)
         self._compute.record(slot.start)
-        fresh = self.graphs is not None and bucket not in self.graphs
         if self.graphs is None or fresh:
             self._queue(bucket, self._device.stream)
         else:
