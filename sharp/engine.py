@@ -23,7 +23,7 @@ from sharp.door import Door
 from sharp.event_log import EventLog
 from sharp.failures import StepFailed
 from sharp.interrupts import uninterrupted
-from sharp.live import LiveRequest, LiveRequests, Sample, Sink
+from sharp.live import LiveRequest, LiveRequests, Progress, Sample, Sink
 from sharp.pipeline import Pipeline, overlaps
 from sharp.plan import BatchPlan, StepModel
 from sharp.request import (
@@ -92,8 +92,17 @@ class Engine:
         self.scheduler.pages.extend_keys(request)  # here, where no lock is held: long prompts take a while
         return request
 
-    def submit(self, request: Request, sink: Sink | None = None, *, final_only: bool = False) -> str:
-        """Queue a request made by make_request. Its outputs (or the engine's error) go to `sink` as well.
+    def submit(
+        self,
+        request: Request,
+        sink: Sink | None = None,
+        *,
+        final_only: bool = False,
+        progress: Progress | None = None,
+    ) -> str:
+        """Queue a request made by make_request. Its outputs (or the engine's error) go to `sink`: one for
+        each token, or the finished one alone. progress: called on the engine's thread once a step with the
+        ids of all its requests that have new tokens, which costs next to nothing where outputs are final.
 
         Raises EngineDead, EngineClosed, QueueFull, or ValueError for an id that is in use.
         """
@@ -114,7 +123,7 @@ class Engine:
             self.log.arrive(request)
             limit = request.params.timeout_s
             deadline = None if limit is None else time.monotonic() + limit
-            self._live.add(LiveRequest(samples, sink, final_only, deadline))
+            self._live.add(LiveRequest(samples, sink, final_only, deadline, progress))
             self._work.notify_all()
         return request.request_id
 

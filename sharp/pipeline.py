@@ -190,7 +190,9 @@ class Pipeline:
         self.log.commit(plan, sampled, stopped, record)
         scheduler.policy.observe(plan, record.seconds)
         self.watch.committed(record, flight.launched.streams)
-        self.live.deliver(live for live, _ in moved)
+        lives = [live for live, _ in moved]
+        self.live.tell_progress(lives)
+        self.live.deliver(lives)
 
     # What goes wrong ------------------------------------------------------------------------------
 
