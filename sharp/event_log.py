@@ -40,7 +40,8 @@ def checksum(plan: BatchPlan) -> int:
     value = 0
     for name in ("token_ids", "block_table", "slot_mapping", "positions", "cu_seqlens_q", "logits_rows",
                  "page_copies"):  # fmt: skip
-        value = zlib.crc32(getattr(plan, name).tobytes(), value)
+        array = getattr(plan, name)
+        value = zlib.crc32(array if array.flags.c_contiguous else array.tobytes(), value)
     return value
 
 
@@ -49,7 +50,7 @@ def planned(plan: BatchPlan) -> dict[str, Any]:
     return {
         "event": "plan",
         "step": plan.step,
-        "scheduled": (plan.request_ids, np.diff(plan.cu_seqlens_q)),
+        "scheduled": (plan.request_ids, plan.counts),
         "checksum": checksum(plan),
     }
 
@@ -101,14 +102,7 @@ class EventLog:
     ) -> None:
         """The oldest plan in flight happened. stopped: (id, stop string) of answers that their text ended, in
         order."""
-        event = {
-            "event": "commit",
-            "step": plan.step,
-            "sampled": sampled.token_ids,
-            "stopped": stopped,
-            "times": {name: getattr(record, name) for name in TIMES},
-            **{name: getattr(record, name) for name in STATE},
-        }
+        event = {"event": "commit", "sampled": sampled.token_ids, "stopped": stopped, "record": record}
         self._add(event, TOKEN_BYTES * len(sampled.token_ids))
 
     def header(self) -> dict[str, Any]:
@@ -127,7 +121,7 @@ class EventLog:
 
     def lines(self) -> list[bytes]:
         """The log as JSON lines."""
-        events = [self.header(), *(event for _, event in self._events)]
+        events = [self.header(), *(_written(event) for _, event in self._events)]
         return [msgspec.json.encode(event, enc_hook=_plain) for event in events]
 
     def save(self, path: str | Path) -> None:
@@ -135,6 +129,21 @@ class EventLog:
         from kernels_numba.files import write_whole  # here: an engine that saves nothing needs no kernels
 
         write_whole(Path(path), b"".join(line + b"\n" for line in self.lines()))
+
+
+def _written(event: dict[str, Any]) -> dict[str, Any]:
+    """An event as the file has it: a commit's record is picked apart here, not in each step."""
+    record: StepRecord | None = event.get("record")
+    if record is None:
+        return event
+    return {
+        "event": "commit",
+        "step": record.step,
+        "sampled": event["sampled"],
+        "stopped": event["stopped"],
+        "times": {name: getattr(record, name) for name in TIMES},
+        **{name: getattr(record, name) for name in STATE},
+    }
 
 
 def _plain(value: Any) -> Any:

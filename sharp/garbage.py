@@ -2,7 +2,7 @@
 
 Python's collector, now and then, looks at every object of the process: with the kernels' compiler imported
 that are hundreds of thousands, and tens of milliseconds. While an engine's thread runs, what was there when it
-started is left out of it (gc.freeze), so that a collection looks at what came since. When an engine has had
+started is left out (gc.freeze), so that a collection looks at what came since. When an engine has had
 nothing to do for a while, all is looked at once, and what is left is left out again; when the last engine
 ends, everything is as it was. Frozen garbage is kept until then: nothing is lost by it but time. Knows: gc.
 Refuses to know engines.

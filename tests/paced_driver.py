@@ -118,7 +118,8 @@ class PacedModel(NoModel):
         sampled = self.device.empty((max_seqs,), np.int32)
         ops = SimpleNamespace(sample=lambda *arguments, **options: None)
         self.runtime = runtime.Runtime(
-            lambda *arguments: logits, ops, self.device, layout, logits, sampled, lambda pairs: None, graphs=True
+            lambda *arguments: logits, ops, self.device, layout, logits, sampled, lambda pairs: None,
+            graphs=True,
         )  # fmt: skip
 
     def capture(self, progress=False):
