@@ -1,11 +1,11 @@
 """Collections of garbage that do not stop a loop of steps of a millisecond.
 
-Python's collector, now and then, looks at every object of the process: with the kernels' compiler imported
-that are hundreds of thousands, and tens of milliseconds. While an engine's thread runs, what was there when it
-started is left out (gc.freeze), so that a collection looks at what came since. When an engine has had
-nothing to do for a while, all is looked at once, and what is left is left out again; when the last engine
-ends, everything is as it was. Frozen garbage is kept until then: nothing is lost by it but time. Knows: gc.
-Refuses to know engines.
+Python's collector, now and then, looks at every object of the process: with the kernels' compiler imported,
+hundreds of thousands, and tens of milliseconds. While an engine's thread runs, what was there when it started
+is left out (gc.freeze), so that a collection looks at what came since. When an engine has had nothing to do
+for a while after many steps, everything is looked at once, and what remains is left out again; when the last
+engine ends, nothing is left out any more. Garbage among what is left out is kept so long. Knows: gc. Refuses
+to know engines.
 """
 
 from __future__ import annotations

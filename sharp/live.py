@@ -75,10 +75,8 @@ class LiveRequest:
 
     @property
     def finished(self) -> bool:
-        for sample in self.samples:  # asked of every request in every step: no generator
-            if sample.request.status is not Status.FINISHED:
-                return False
-        return True
+        # A list, which is faster than a generator: this is asked of every request in every step.
+        return all([sample.request.status is Status.FINISHED for sample in self.samples])  # noqa: C419
 
     def unfinished(self) -> list[Request]:
         return [sample.request for sample in self.samples if not sample.finished]
