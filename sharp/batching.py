@@ -48,7 +48,7 @@ def build_plan(
     at = alone
     for request, count in chunks:
         first = request.num_computed_tokens
-        token_ids[at : at + count] = request.known_tokens(first, first + count)
+        token_ids[at : at + count] = request.known_array(first, first + count)
         at += count
     block_table = table.pages[rows, : -(-int(context_lens.max()) // block_size)]
     ends = table.known[rows] + table.coming[rows]

@@ -80,8 +80,9 @@ class EventLog:
         event = {
             "event": "arrive",
             "id": request.request_id,
-            "prompt": np.array(request.prompt_token_ids, np.int32),
-            "params": replace(request.params, seed=request.seed),
+            "prompt": request.prompt_array,
+            "params": request.params,
+            "seed": request.seed,
             "priority": request.priority,
         }
         self._add(event, TOKEN_BYTES * len(request.prompt_token_ids))
@@ -132,10 +133,14 @@ class EventLog:
 
 
 def _written(event: dict[str, Any]) -> dict[str, Any]:
-    """An event as the file has it: a commit's record is picked apart here, not in each step."""
-    record: StepRecord | None = event.get("record")
-    if record is None:
+    """An event as the file has it: parameters with the seed that was chosen, a record picked apart. Here, and
+    not where an engine waits for it."""
+    if event["event"] == "arrive":
+        rest = {name: value for name, value in event.items() if name != "seed"}
+        return {**rest, "params": replace(event["params"], seed=event["seed"])}
+    if event["event"] != "commit":
         return event
+    record: StepRecord = event["record"]
     return {
         "event": "commit",
         "step": record.step,
