@@ -180,7 +180,7 @@ class Request:
 
     @property
     def prompt_array(self) -> npt.NDArray[np.int32]:
-        """The token ids of the prompt as an array, made once: for plans and logs, as lists are slow to read."""
+        """The prompt as an array, made once, for plans and logs: lists are slow to read."""
         if self._prompt_array is None:
             self._prompt_array = np.array(self.prompt_token_ids, np.int32)
             self._prompt_array.setflags(write=False)
