@@ -94,6 +94,10 @@ class EventLog:
     def plan(self, plan: BatchPlan) -> None:
         self._add(planned(plan), SEQUENCE_BYTES * plan.num_seqs)
 
+    def plan_nothing(self) -> None:
+        """A plan of nothing, which all the same preempted or admitted a request."""
+        self._add({"event": "nothing"})
+
     def rollback(self) -> None:
         """The newest plan in flight did not happen."""
         self._add({"event": "rollback"})
