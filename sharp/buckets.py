@@ -63,11 +63,11 @@ class Buckets:
 
     def of(self, plan: BatchPlan) -> Bucket:
         """The smallest bucket that holds a plan. ValueError for one that is larger than all."""
-        mixed = plan.num_decodes < plan.num_seqs
-        for bucket in self.mixed if mixed else self.decode:
-            if plan.num_tokens <= bucket.tokens and plan.num_seqs <= bucket.seqs:
+        tokens, seqs = plan.num_tokens, plan.num_seqs
+        for bucket in self.mixed if plan.num_decodes < seqs else self.decode:
+            if tokens <= bucket.tokens and seqs <= bucket.seqs:
                 return bucket
         raise ValueError(
-            f"a step of {plan.num_tokens} tokens and {len(plan.logits_rows)} logits rows, of {plan.num_seqs} "
+            f"a step of {tokens} tokens and {len(plan.logits_rows)} logits rows, of {seqs} "
             f"sequences, is over the {self.max_tokens} tokens and {self.max_seqs} sequences of the workspace"
         )
