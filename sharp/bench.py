@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sharp import bench_ops, results
+from sharp.cli.errors import INTERRUPTED, say
 
 LEAST_ROUNDS = 5
 
@@ -262,7 +263,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command; raises SystemExit with a status other than 0 if something was not measured."""
     words = sys.argv[1:] if argv is None else argv
     command = COMMANDS.get(words[0]) if words else None
-    status = command(words[1:]) if command else _kernels(words)
+    try:
+        status = command(words[1:]) if command else _kernels(words)
+    except KeyboardInterrupt:
+        say("sharp.bench: interrupted; what --out names holds the rows that were done")
+        sys.exit(INTERRUPTED)
     if status:
         sys.exit(status)
 
