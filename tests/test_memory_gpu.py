@@ -19,7 +19,6 @@ from sharp.bench_startup import write_weights
 from sharp.config import EngineConfig
 from sharp.cuda_device import CudaDevice
 from sharp.engine import Engine
-from sharp.hf_dir import HFDirectory
 from sharp.layout import ALIGNMENT
 from sharp.memory import Arena, PinnedPool, device_array, download_async, upload_async
 from sharp.model import Model
@@ -205,7 +204,7 @@ def test_weights_stream_at_four_fifths_of_the_bus(tmp_path):
     """From files that the operating system holds in memory into an engine's one allocation, beside what one
     copy after another from pinned memory takes; both the quickest of three."""
     write_weights(RandomCheckpoint("llama-3.2-1b"), tmp_path)
-    checkpoint, device = HFDirectory(tmp_path), CudaDevice("bfloat16")
+    checkpoint, device = open_checkpoint(tmp_path), CudaDevice("bfloat16")
     total, pieces = 2 * checkpoint.config.num_parameters, 16
     room, streamed, copied = total + (1 << 20), [], []  # each array starts on a multiple of 256 bytes
     for _ in range(3):
