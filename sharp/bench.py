@@ -278,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         status = command(words[1:]) if command else _kernels(words)
     except KeyboardInterrupt:
-        say("sharp.bench: interrupted; what --out names holds the rows that were done")
+        say("sharp.bench: interrupted; rows that were done are in the file of --out, if one was named")
         sys.exit(INTERRUPTED)
     if status:
         sys.exit(status)
