@@ -20,6 +20,7 @@ from typing import Any
 from sharp.bench_model import OPTIONS, Opened, known_ids, open_model
 from sharp.bench_startup import measure_startup, weights_on_disk
 from sharp.random_model import SHAPES
+from sharp.results import check_out
 from sharp.workloads import VOCABULARY, documents, online
 
 KINDS = ("decode1", "busy64", "online", "offline", "documents", "startup")
@@ -213,8 +214,7 @@ def check(args: argparse.Namespace) -> None:
     for shape in args.model:
         if shape not in SHAPES:
             raise ValueError(f"--model is {shape!r}; one of {', '.join(SHAPES)} is required")
-    if args.out is not None and not args.out.parent.is_dir():
-        raise ValueError(f"--out is {args.out}, but there is no folder {args.out.parent}")
+    check_out("--out", args.out)
 
 
 def bench_cases(args: argparse.Namespace) -> int:

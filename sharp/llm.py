@@ -60,7 +60,7 @@ class LLM:
         progress: bool = True,
         **options: Any,
     ) -> None:
-        config = EngineConfig(device=device, dtype=dtype, rungs=dict(rungs or {}), **options)
+        config = EngineConfig(device=device, dtype=dtype, rungs={} if rungs is None else rungs, **options)
         predictor, found = None, "the model was not opened from a file"
         if isinstance(model, (str, Path)):
             from sharp.model import Model
@@ -71,6 +71,8 @@ class LLM:
                 from sharp.probe_cache import kept_predictor
 
                 predictor, found = kept_predictor(path, model.device, config)
+        elif not hasattr(model, "launch"):
+            raise TypeError(f"model must be a path or the name of a model, not {model!r}")
         if config.scheduling_policy == LatencyTarget.name:
             config = with_step_times(config, predictor, found)
         self.model = model
@@ -174,7 +176,7 @@ class LLM:
         self.engine.raise_if_over()
         if isinstance(prompts, (str, bytes)):
             prompts = [prompts]
-        elif not isinstance(prompts, (list, tuple, np.ndarray)):
+        elif not isinstance(prompts, (list, tuple, np.ndarray)) or getattr(prompts, "ndim", 1) < 1:
             raise TypeError(
                 f"prompts must be text, token ids or a list of them, not {type(prompts).__name__}"
             )
