@@ -33,6 +33,7 @@ class Shared:
         self.smem = np.full(smem, 0xFF, np.uint8)
         self.barriers: dict[int, Barrier] = {}
         self.named: dict[int, list[int]] = {}
+        self.clock = 0  # goes on where it is read
 
 
 class Warp(Block):
@@ -253,6 +254,13 @@ class Warp(Block):
         barrier = self.both.barriers[self.one(bar)]
         barrier.flying.append(land)
         barrier.arrive(WARP)
+
+    def now_ns(self) -> int:
+        self.both.clock += 1
+        return self.both.clock
+
+    def sm_id(self) -> int:
+        return int(self.cuda.blockIdx.x)
 
     def make_stress(self, enabled: bool) -> Callable[[int], None]:
         return lambda place: None

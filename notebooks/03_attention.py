@@ -9,11 +9,14 @@
 # %% [markdown]
 # # Attention over pages
 #
-# Where keys and values lie, the way of one query through them, who does what in a batch of prompts, and what
-# the heads of a real model look at. Everything here runs without a GPU: the definition and its order of
-# operations are numpy, and the Hopper kernel's own text runs on numpy arrays.
+# Where keys and values lie, the way of one query through them, who does what in a batch of prompts, how fast
+# that can be, and what the heads of a real model look at. Everything here runs without a GPU: the definition
+# and its order of operations are numpy, and the Hopper kernel's own text runs on numpy arrays. With a Hopper
+# GPU the schedule is read off its clocks and the speeds are its own; elsewhere the one is counted, and the
+# other was recorded.
 
 # %%
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -22,6 +25,12 @@ import numpy as np
 
 import sharp
 from kernels_numba import attention_contract as contract
+from kernels_numba import compiler
+from kernels_numba.bench.peers import datasheet
+from kernels_numba.compiler import cuda
+from kernels_numba.ops.decode_attention import decode_attention_cost, decode_attention_hopper
+from kernels_numba.ops.prefill_attention import prefill_attention_cost, prefill_attention_hopper
+from kernels_numba.ops.prefill_attention.clocks import attend_clocked
 from kernels_numba.ops.prefill_attention.config import PrefillConfig, smem_plan
 from kernels_numba.ops.prefill_attention.in_numpy import in_numpy
 from kernels_numba.ops.prefill_attention.scores import attention_scores
@@ -31,6 +40,13 @@ from sharp.model import Model
 from sharp.model_config import ModelFileError
 from sharp.pull import resolve
 from sharp.request import SamplingParams
+from sharp.results import read_rows
+
+GPU = compiler.AVAILABLE and not compiler.SIMULATOR and cuda.is_available()
+HOPPER = GPU and tuple(cuda.get_current_device().compute_capability) == (9, 0)
+print(
+    "schedule and speeds: " + ("those of this GPU" if HOPPER else "counted, and recorded; no Hopper GPU here")
+)
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PAGE = 64
@@ -139,41 +155,162 @@ for seed in range(3):
 
 # %% [markdown]
 # ## Who does what
-# Work is cut into items: 128 rows of a sequence's kv head, a row being (token, head of the group). Items are
-# numbered by how many tiles of keys they see, the most first; an SM that is free takes the next number.
-# Below: 64 prompts of 16 to 2,048 tokens, 8 kv heads of 4 query heads, 132 SMs, an item costing one for each
-# tile and two beside. Counted, not measured.
+# Work is cut into items: 192 rows of a sequence's kv head (128 where head_dim is 128), a row being (token,
+# head of the group). Items are numbered by how many tiles of keys they see, the most first; an SM that is
+# free takes the next number. A decode beside prompts is an item too, of as many rows as its group has heads:
+# so a mixed step can be one launch. Below: 64 prompts of 16 to 2,048 tokens, 8 kv heads of 4 query heads, 132
+# SMs, an item costing one for each tile and two beside: counted, not measured.
 
 # %%
+ROWS, GROUP, KV_HEADS = config.tile_rows, 4, 8
 lens = np.random.default_rng(0).integers(16, 2049, 64)
-items = [
-    -(-min((tile + 1) * config.tile_rows // 4, n) // contract.TILE) + 2
-    for n in lens.tolist()
-    for tile in range(-(-n * 4 // config.tile_rows))
-    for _ in range(8)
-]
+
+
+def tiles_seen(length, first_row):
+    """Tiles of keys that an item from this row of a prompt on sees."""
+    return -(-min(-(-(first_row + ROWS) // GROUP), length) // contract.TILE)
+
+
+costs = [tiles_seen(n, row) + 2 for n in lens.tolist() for row in range(0, n * GROUP, ROWS) for _ in range(8)]
 
 
 def spread(costs, sms=132):
-    """(start, cost, SM) of each item, each taken by the SM that is free first."""
+    """(start, end, SM, tiles) of each item, each taken by the SM that is free first."""
     free, placed = np.zeros(sms), []
     for cost in costs:
         sm = int(free.argmin())
-        placed.append((free[sm], cost, sm))
+        placed.append((free[sm], free[sm] + cost, sm, cost - 2))
         free[sm] += cost
-    return placed, free.max()
+    return placed
+
+
+def draw(axis, placed, title, sms=132):
+    """A bar an item, its colour by the tiles that it sees."""
+    start, end, sm, tiles = np.array(placed, float).T
+    colours = plt.cm.viridis(tiles / tiles.max())
+    axis.barh(sm, end - start, left=start, color=colours, height=1.0)
+    busy = (end - start).sum() / (sms * end.max())
+    axis.set(ylabel="SM", title=f"{title}: {busy:.1%} busy", yticks=[])
 
 
 figure, axes = plt.subplots(2, 1, figsize=(9, 5), sharex=True)
-for axis, (name, costs) in zip(
-    axes, {"as they come": items, "most tiles first": sorted(items, reverse=True)}.items(), strict=True
-):
-    placed, end = spread(costs)
-    for start, cost, sm in placed:
-        axis.barh(sm, cost, left=start, color=plt.cm.viridis(cost / max(items)), height=1.0)
-    axis.set(ylabel="SM", title=f"{name}: {sum(items) / (132 * end):.1%} busy", yticks=[])
+draw(axes[0], spread(costs), "as they come")
+draw(axes[1], spread(sorted(costs, reverse=True)), "most tiles first")
 axes[1].set_xlabel("tiles of keys")
 plt.show()
+
+# %% [markdown]
+# On a Hopper GPU, the same batch by the kernel's debug build: `Build(clock=True)` lets the warp that hands
+# items out read the clock (`kernels_numba/ops/prefill_attention/clocks.py`). What it costs beside the kernel
+# as it is shows in the two times.
+
+# %%
+pool = rng.standard_normal(4_000_037).astype(BF16).view(np.uint16)  # a prime: no two pages are equal
+
+
+def on_device(query_lens, context_lens, heads, kv_heads, head_dim):
+    """(out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table) of random numbers on the GPU."""
+    counts = -(-np.asarray(context_lens) // PAGE)
+    table = np.full((len(counts), counts.max()), -1, np.int32)
+    pages = np.random.default_rng(1).permutation(counts.sum()).astype(np.int32)
+    table[np.arange(counts.max()) < counts[:, None]] = pages
+    shape = (int(sum(query_lens)), heads, head_dim)
+    caches = [np.resize(pool[at:], (len(pages), kv_heads, PAGE, head_dim)) for at in (0, 7)]
+    cu = np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)
+    arrays = (np.zeros(shape, np.uint16), np.resize(pool, shape), *caches, cu, np.int32(context_lens), table)
+    return [cuda.to_device(array) for array in arrays]
+
+
+def microseconds(call, calls=20):
+    """The best of five bursts."""
+    call()
+    best, start, end = float("inf"), cuda.event(), cuda.event()
+    for _ in range(5):
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        best = min(best, start.elapsed_time(end) * 1e3 / calls)
+    return best
+
+
+if HOPPER:
+    arrays, scale = on_device(lens, lens, GROUP * KV_HEADS, KV_HEADS, dim), dim**-0.5
+    attend_clocked(*arrays, softmax_scale=scale)  # compiled, and warm
+    items = attend_clocked(*arrays, softmax_scale=scale)
+    usual = microseconds(partial(prefill_attention_hopper, *arrays, softmax_scale=scale))
+    seen_tiles = [tiles_seen(int(lens[item["seq"]]), int(item["first_row"])) for item in items]
+    placed = list(zip(items["start_us"], items["end_us"], items["sm"], seen_tiles, strict=True))
+    figure, axis = plt.subplots(figsize=(9, 3))
+    sms = cuda.get_current_device().MULTIPROCESSOR_COUNT
+    draw(axis, placed, f"{len(items)} items on this GPU", sms)
+    axis.set_xlabel("microseconds")
+    plt.show()
+    took = items["end_us"].max()
+    print(f"{took:.0f} us from the first start to the last end; a whole launch without clocks {usual:.0f} us")
+    slope, base = np.polyfit(seen_tiles, items["end_us"] - items["start_us"], 1)
+    print(f"an item takes {base:.1f} us and {slope:.2f} more for each tile")
+else:
+    print("no Hopper GPU here: nothing to read clocks on")
+
+# %% [markdown]
+# ## How fast
+# A prompt's queries share its keys, so it is short of arithmetic; a decode reads every key for a few products
+# and is short of bandwidth. Work over traffic says which: left of the edge the roof is memory, right of it
+# the tensor cores. Each number read or written is counted once.
+
+# %%
+HEADS = (32, 8, 128)
+BATCHES = {
+    "8 prompts of 2,048": ([2048] * 8, [2048] * 8),
+    "64 prompts of 16 to 2,048": (lens.tolist(), lens.tolist()),
+    "chunk of 512 behind 8,192": ([512], [8704]),
+    "64 decodes of 4,096, as chunks": ([1] * 64, [4096] * 64),
+    "64 decodes of 4,096": None,
+}
+KINDS = {"prefill_attention": "o", "decode_attention": "s"}
+
+
+def measured_points():
+    """(op, name, flops a byte, TFLOP/s) on this GPU."""
+    for name, lengths in BATCHES.items():
+        queries, contexts = lengths or ([1] * 64, [4096] * 64)
+        out, q, k, v, cu, context_lens, table = on_device(queries, contexts, *HEADS)
+        how = {"softmax_scale": HEADS[2] ** -0.5}
+        if lengths is None:
+            op, cost = "decode_attention", decode_attention_cost(contexts, *HEADS)
+            call = partial(decode_attention_hopper, out, q, k, v, context_lens, table, **how)
+        else:
+            op, cost = "prefill_attention", prefill_attention_cost(queries, contexts, *HEADS)
+            call = partial(prefill_attention_hopper, out, q, k, v, cu, context_lens, table, **how)
+        yield op, name, cost.intensity, cost.flops / microseconds(call) / 1e6
+
+
+def recorded_points():
+    """The same of the rows in notebooks/results."""
+    for row in read_rows():
+        if row["op"] in KINDS and row["rung"] == "hopper" and row["tflops"] and row["gbs"]:
+            yield row["op"], row["case"], 1e3 * row["tflops"] / row["gbs"], row["tflops"]
+
+
+points = list(measured_points() if HOPPER else recorded_points())
+where = str(cuda.get_current_device().name) if HOPPER else "NVIDIA H100 80GB HBM3"
+peaks = datasheet(where)
+figure, axis = plt.subplots(figsize=(9, 4))
+if peaks:
+    x = np.geomspace(1, 1e4, 200)
+    axis.loglog(x, np.minimum(x * peaks.bytes_per_s, peaks.flops_per_s) / 1e12, color="#888888")
+for op, marker in KINDS.items():
+    mine = np.array([point[2:] for point in points if point[0] == op]).reshape(-1, 2)
+    axis.loglog(*mine.T, marker, label=op.replace("_", " "))
+axis.set(xlabel="flops a byte", ylabel="TFLOP/s", title=where + (", measured" if HOPPER else ", recorded"))
+axis.legend()
+plt.show()
+for op, name, intensity, tflops in sorted(points, key=lambda point: point[2]):
+    roof = min(intensity * peaks.bytes_per_s, peaks.flops_per_s) / 1e12 if peaks else None
+    share = f", {tflops / roof:.1%} of its roof" if roof else ""
+    print(f"{op:17} {name:32} {intensity:7.1f} flops a byte, {tflops:6.1f} TFLOP/s{share}")
 
 # %% [markdown]
 # ## What a model looks at

@@ -5,7 +5,7 @@ Knows: counts of tokens and sequences. Refuses to know: graphs, devices, what is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sharp.plan import BatchPlan
 
@@ -15,14 +15,27 @@ SMALLEST_MIXED = 16  # tokens: a prompt chunk's bucket
 @dataclass(frozen=True, order=True)
 class Bucket:
     """A step of up to `tokens` tokens of up to `seqs` sequences, a logits row each. mixed: it may hold
-    sequences of several tokens; else all are decodes, and nothing is launched for the others."""
+    sequences of several tokens; else all are decodes. A layer has one launch of attention: decode's where all
+    are decodes, else prefill's, in which a decode is a chunk of one token. apart: both, decode's for the
+    decodes of a mixed step."""
 
     mixed: bool
     tokens: int
     seqs: int
+    apart: bool = False
+
+    @property
+    def decodes(self) -> int:
+        """Sequences that decode attention is launched for."""
+        return self.seqs if self.apart or not self.mixed else 0
+
+    @property
+    def chunks(self) -> int:
+        """Sequences that prefill attention is launched for."""
+        return self.seqs if self.mixed else 0
 
     def __str__(self) -> str:
-        return f"{'mixed' if self.mixed else 'decode'} {self.tokens}"
+        return f"{'mixed' if self.mixed else 'decode'} {self.tokens}{' apart' if self.apart else ''}"
 
 
 def bucket_sizes(most: int) -> tuple[int, ...]:
@@ -51,20 +64,29 @@ class Buckets:
     A mixed step is never launched for fewer than 16 tokens: no tile of a GEMM has fewer rows.
     """
 
-    def __init__(self, max_tokens: int, max_seqs: int) -> None:
-        self.max_tokens, self.max_seqs = max_tokens, max_seqs
+    def __init__(self, max_tokens: int, max_seqs: int, together: int | None = None) -> None:
+        """together: where a mixed step's longest decode has more keys, its decodes have a launch of attention
+        of their own; None: never."""
+        self.max_tokens, self.max_seqs, self.together = max_tokens, max_seqs, together
         self.decode = tuple(Bucket(False, size, size) for size in bucket_sizes(max_seqs))
         mixed = [size for size in bucket_sizes(max_tokens) if size >= min(SMALLEST_MIXED, max_tokens)]
         self.mixed = tuple(Bucket(True, size, min(size, max_seqs)) for size in mixed)
+        # A decode beside a chunk: three tokens of two sequences.
+        some = together is not None and max_tokens >= 3 and max_seqs >= 2
+        self.apart = tuple(replace(bucket, apart=True) for bucket in self.mixed) if some else ()
 
     def all(self) -> tuple[Bucket, ...]:
         """Every bucket, the largest first: what it needs, all need."""
-        return (*reversed(self.mixed), *reversed(self.decode))
+        return (*reversed(self.mixed), *reversed(self.apart), *reversed(self.decode))
 
     def of(self, plan: BatchPlan) -> Bucket:
         """The smallest bucket that holds a plan. ValueError for one that is larger than all."""
-        tokens, seqs = plan.num_tokens, plan.num_seqs
-        for bucket in self.mixed if plan.num_decodes < seqs else self.decode:
+        tokens, seqs, decodes = plan.num_tokens, plan.num_seqs, plan.num_decodes
+        buckets = self.mixed if decodes < seqs else self.decode
+        if self.together is not None and 0 < decodes < seqs:
+            if int(plan.context_lens[:decodes].max()) > self.together:
+                buckets = self.apart
+        for bucket in buckets:
             if tokens <= bucket.tokens and seqs <= bucket.seqs:
                 return bucket
         raise ValueError(

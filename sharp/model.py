@@ -41,7 +41,7 @@ from sharp.fits import refuse_if_too_large
 from sharp.layout import aligned, workspace
 from sharp.plan import BatchPlan, Int32, SampleOutput
 from sharp.rope import rope_table
-from sharp.rungs import choose_rungs, describe_rungs, refuse_rungs
+from sharp.rungs import choose_rungs, describe_rungs, refuse_rungs, riding_keys
 from sharp.runtime import device_bytes, open_runtime, predicted_bytes
 from sharp.sampling import sample
 from sharp.staging import DeviceBatch, StepArrays, stage, staging_bytes
@@ -180,6 +180,7 @@ class Model(Eager):
         self.rungs = choose_rungs(c, config, device)
         self.ops = resolve(device.default_rung, self.rungs)
         refuse_rungs(self.rungs, c, config, device)
+        self.together = riding_keys(self.rungs, device.default_rung, self.max_model_len)
         rows = min(config.max_num_seqs, config.max_num_batched_tokens)
         layout = StepLayout(config.max_num_batched_tokens, rows, -(-self.max_model_len // self.block_size))
         staging = staging_bytes(layout.max_tokens, rows, layout.max_pages)
@@ -191,7 +192,8 @@ class Model(Eager):
         shape["staging"] = 2 * aligned(staging) if asynchronous else 0
         if self.overlaps:
             shape["staging"] += device_bytes(layout)
-            shape["graphs"] = predicted_bytes(layout, c.num_layers) if config.graphs else 0
+            graphs = predicted_bytes(layout, c.num_layers, self.together)
+            shape["graphs"] = graphs if config.graphs else 0
         free = device.free_bytes()
         refuse_if_too_large(self.config, config, where=str(checkpoint.path), free=free, **shape)
         self.tokenizer = checkpoint.tokenizer()

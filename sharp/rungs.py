@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 ATTENTION_OPS = ("decode_attention", "prefill_attention")
 ATTENTION = ("hopper", "mma_sync")  # rungs of both that keep attention_contract.py, fastest first: equal bits
+# The most keys of a decode that rides in the chunks' launch, where one block walks all keys of a kv head.
+RIDING_KEYS = 8192
 
 
 def _products(model: ModelConfig) -> tuple[int, ...]:
@@ -70,6 +72,16 @@ def attention_rungs(
         if not decode_door.refusal(rung, *where) and not prefill_door.refusal(*where, rung):
             return {op: rung for op in ATTENTION_OPS if op not in held}
     return {}
+
+
+def riding_keys(rungs: Mapping[str, str], default: str, max_model_len: int) -> int | None:
+    """Up to how many keys a decode rides in the chunks' launch of a mixed step (None: always), where that has
+    the bits of decode attention: among ATTENTION, and where both rungs are plain, which are one kernel."""
+    decode, prefill = (rungs.get(op, default) for op in ATTENTION_OPS)
+    if decode == prefill == "plain":
+        return None
+    most = RIDING_KEYS if {decode, prefill} <= set(ATTENTION) else 0
+    return None if max_model_len <= most else most
 
 
 def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineConfig, device: Device) -> None:

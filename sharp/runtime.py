@@ -49,9 +49,9 @@ WORD = 4
 Forward = Callable[[StepArrays, SimpleNamespace, Any], Array]  # (arrays, ops, stream) -> logits
 
 
-def predicted_bytes(layout: StepLayout, num_layers: int) -> int:
-    """What the graphs of all buckets take on the device at most."""
-    return graph_bytes(num_layers, len(Buckets(layout.max_tokens, layout.max_seqs).all()))
+def predicted_bytes(layout: StepLayout, num_layers: int, together: int | None = None) -> int:
+    """What the graphs of all buckets take on the device at most; together: as Buckets has it."""
+    return graph_bytes(num_layers, len(Buckets(layout.max_tokens, layout.max_seqs, together).all()))
 
 
 def device_bytes(layout: StepLayout) -> int:
@@ -97,13 +97,14 @@ class Runtime:
         copy_pages: Callable[[Int32], None],
         *,
         graphs: bool,
+        together: int | None = None,
     ) -> None:
         """forward: the launches of a step from its arrays, into logits f32[max_seqs, V]; sampled:
         i32[max_seqs], which the ids go to; copy_pages: queues copies of (source, destination) pages; graphs:
-        replay instead of launching."""
+        replay instead of launching; together: which decodes ride with chunks, as Buckets has it."""
         self.layout, self._device, self._forward = layout, device, forward
         self._compute, self._copy = device.compute_stream, device.copy_stream
-        self.buckets = Buckets(layout.max_tokens, layout.max_seqs)
+        self.buckets = Buckets(layout.max_tokens, layout.max_seqs, together)
         self.buffers, self._packer = StepBuffers(device, layout), StepPacker(layout)
         self._logits, self._sampled, self._copy_pages = logits, sampled, copy_pages
         self._ops = counted(ops, self.buffers.num_tokens, self.buffers.num_rows)
@@ -297,4 +298,7 @@ def open_runtime(model: Model, layout: StepLayout, graphs: bool) -> Runtime:
     def copies(pairs: Int32) -> None:
         copy_pages(device, kv, pairs)
 
-    return Runtime(queue, model.ops, device, layout, work.logits, work.sampled, copies, graphs=graphs)
+    return Runtime(
+        queue, model.ops, device, layout, work.logits, work.sampled, copies, graphs=graphs,
+        together=model.together,
+    )  # fmt: skip

@@ -72,7 +72,8 @@ class StepPacker:
             self._table.fill(UNKNOWN)
         known = self._table[:seqs, : changed.shape[1]]
         row, column = np.nonzero(known != changed)
-        header = (plan.num_tokens, rows, plan.num_decodes, seqs, bucket.tokens, bucket.seqs, len(row), 0)
+        decodes = plan.num_decodes if bucket.decodes else 0  # else they are chunks of one token
+        header = (plan.num_tokens, rows, decodes, seqs, bucket.tokens, bucket.seqs, len(row), 0)
         assert len(header) == HEADER
         columns = [_words(getattr(plan, name)) for name in (*ROW_COLUMNS, "seeds")]
         total = packed_words(plan.num_tokens, seqs, rows, len(row))
@@ -121,19 +122,18 @@ class StepBuffers:
         return view if dtype is np.int32 else view.view(np.dtype(dtype))
 
     def arrays(self, bucket: Bucket) -> StepArrays:
-        """What the launches of a bucket read: always the same addresses. All sequences are in the arrays for
-        sequences of several tokens, where decodes have no rows: so sequence b has row b of one block
-        table, wherever the decodes end."""
-        tokens, seqs = bucket.tokens, bucket.seqs
-        several = seqs if bucket.mixed else 0
+        """What the launches of a bucket read: always the same addresses. Where decodes have a launch of their
+        own, all sequences are in the arrays of both launches, without rows in one and without keys in the
+        other: so sequence b has row b of one block table, wherever the decodes end."""
+        tokens, seqs, alone, several = bucket.tokens, bucket.seqs, bucket.decodes, bucket.chunks
         pages = self.layout.max_pages
         table = self.section("block_table", seqs * pages).reshape(seqs, pages)
         return StepArrays(
             token_ids=self.section("token_ids", tokens),
             positions=self.section("positions", tokens),
             slot_mapping=self.section("slot_mapping", tokens),
-            decode_context_lens=self.section("decode_context_lens", seqs),
-            decode_block_table=table,
+            decode_context_lens=self.section("decode_context_lens", alone),
+            decode_block_table=table[:alone],
             prefill_cu_seqlens_q=self.section("cu_seqlens_q", several + 1),
             prefill_context_lens=self.section("context_lens", several),
             prefill_block_table=table[:several],

@@ -12,6 +12,7 @@ from kernels_numba.compiler import cuda
 from kernels_numba.ptx import (
     arith,
     atomics,
+    clock,
     cluster,
     control,
     cp_async,
@@ -590,12 +591,13 @@ def make_vectors():
 
 
 def make_warps():
-    """(x, out), 64 threads: out i32[64, 12]: shuffles and the like, as the test lists them."""
+    """(x, out), 64 threads: out i32[64, 14]: shuffles and the like, as the test lists them."""
 
     def warps(x, out):
         thread = cuda.threadIdx.x
         lane = control.lane_id()
-        at = out + 48 * thread
+        at = out + 56 * thread
+        begun = clock.now_ns()
         value = cuda.local.array(2, np.float32)
         vector.ld_global_v2(value, x + 8 * thread)
         st_global_f32(at, shuffle.shfl_xor_f32(value[0], 5))
@@ -613,6 +615,9 @@ def make_warps():
         st_global_f32(at + 36, shuffle.shfl_up_f32(value[0], 3))
         st_global_f32(at + 40, shuffle.shfl_idx_f32(value[0], lane ^ 9))
         st_global_b32(at + 44, shuffle.shfl_xor_i32(thread, 6))
+        control.nanosleep(20000)
+        st_global_b32(at + 48, i32(clock.now_ns() - begun))
+        st_global_b32(at + 52, clock.sm_id())
 
     return warps
 

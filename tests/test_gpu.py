@@ -179,7 +179,7 @@ PARTS = {
     # A hundred kernels by numba's own compiler, a wait that times out.
     "ptx": Part("test_ptx_gpu", 150, ("wgmma", "not wgmma")),
     "decode_attention": Part("test_decode", 180, rest(DECODE)),
-    "prefill_attention": Part("test_prefill", 240, rest(PREFILL)),
+    "prefill_attention": Part("test_prefill test_prefill_clocks", 240, rest(PREFILL)),
     "prefill_mma": Part("test_prefill_mma", 240, ("against", "not against")),
     "warp_ops": Part("test_warp_ops", 180, FLOAT64),  # some forty kernels, a second or two each
     "engine": Part("test_engine_gpu", marks="gpu or not gpu", rungs=True),

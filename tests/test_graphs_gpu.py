@@ -40,11 +40,15 @@ def open_random(**options):
     return Model(RandomCheckpoint("smollm2-135m"), config, open_device("cuda", "bfloat16"))
 
 
-@pytest.fixture(scope="module", params=["default", "plain"])
+@pytest.fixture(scope="module", params=["default", "plain", "decodes apart"])
 def model(request, on_gpu):
     if not on_gpu:
         pytest.skip("no GPU")
-    model = open_random(rungs=PLAIN if request.param == "plain" else {})
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "decodes apart":  # from the chunks of a step, however few their keys
+            patch.setattr("sharp.model.riding_keys", lambda *where: 0)
+        model = open_random(rungs=PLAIN if request.param == "plain" else {})
+    assert bool(model.runtime.buckets.apart) == (request.param == "decodes apart")
     capture_all(model)
     yield model
     model.close()
@@ -115,11 +119,19 @@ def random_step(rng, model, decodes, lengths, step):
 
 def a_step_for(rng, model, bucket, step):
     """A random step whose bucket this is, rarely as large as it."""
-    smaller = [b.tokens for b in model.runtime.buckets.all() if b.mixed == bucket.mixed and b < bucket]
-    least = max(smaller, default=0) + 1
+    kind = bucket.mixed, bucket.apart
+    of_kind = [b.tokens for b in model.runtime.buckets.all() if (b.mixed, b.apart) == kind]
+    least = max((size for size in of_kind if size < bucket.tokens), default=0) + 1
     if not bucket.mixed:
         return random_step(rng, model, int(rng.integers(least, bucket.tokens + 1)), (), step)
-    tokens = int(rng.integers(max(least, 2), bucket.tokens + 1))
+    tokens = int(rng.integers(max(least, 3), bucket.tokens + 1))
+    if bucket.apart:
+        alone = int(rng.integers(1, min(tokens - 1, 20)))
+        chunk = tokens - alone
+        lengths = (chunk // 2, chunk - chunk // 2) if chunk >= 4 else (chunk,)
+        return random_step(rng, model, alone, lengths, step)
+    if model.runtime.buckets.apart:
+        return random_step(rng, model, 0, (tokens,), step)
     lengths, room = [], min(bucket.seqs, 40)
     while tokens >= 2 and len(lengths) < min(4, room):
         lengths.append(int(rng.integers(2, min(tokens, 120) + 1)))

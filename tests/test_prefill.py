@@ -21,6 +21,7 @@ from tolerance import error_ratio
 from kernels_numba import simt, simt_warps
 from kernels_numba.attention_contract import TILE
 from kernels_numba.compiler import KernelsUnavailable
+from kernels_numba.ops.prefill_attention import prefill_attention_spec, rows_attention, rows_attention_spec
 from kernels_numba.ops.prefill_attention.config import (
     HEAD_DIMS,
     MUTANTS,
@@ -143,6 +144,23 @@ def test_any_order_of_warps_gives_the_same_bits():
     batch = make_batch(np.random.default_rng(2), [130, 0, 1, 40], [130, 0, 1, 1100], 1, 2, 64)
     want = by_contract(batch)
     assert all(same_bits(run_in_numpy(batch, grid=1 + seed % 3, seed=seed), want) for seed in range(6))
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_the_definition_over_packed_keys_is_that_over_pages(window):
+    rng = np.random.default_rng(11)
+    batch = make_batch(rng, [40, 0, 1, 33], [110, 5, 60, 33], 2, 3, 64, window=window, spread=2)
+    how = {"softmax_scale": batch.scale, "window": window}
+    pages = np.where(batch.block_table < 0, 0, batch.block_table)
+    lens = batch.cu_seqlens_q, batch.context_lens
+    want = prefill_attention_spec(batch.q, batch.k_cache, batch.v_cache, *lens, pages, **how)
+    k, v, cu_seqlens_k = batch.rows_of_keys()
+    got = rows_attention_spec(batch.q, k, v, batch.cu_seqlens_q, cu_seqlens_k, batch.context_lens, **how)
+    assert np.array_equal(got, want)
+    truth = batch.truth()[0]
+    np.testing.assert_allclose(got[~np.isnan(truth)], truth[~np.isnan(truth)], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="rung 'plain' has no form for packed keys"):
+        rows_attention(*[None] * 7, softmax_scale=1.0, rung="plain")
 
 
 def is_right(batch, want, **how):
@@ -507,7 +525,8 @@ class OnGpu:
             module.attend(out, self.q, k, v, *self.lens, table, **how)
         else:
             k, v, table = (self.cuda.to_device(bits(x)) for x in batch.rows_of_keys())
-            module.attend_rows(out, self.q, k, v, self.lens[0], table, self.lens[1], **how)
+            arrays = (out, self.q, k, v, self.lens[0], table, self.lens[1])
+            rows_attention(*arrays, rung=self.rung, **how)
         self.cuda.synchronize()
         return out.copy_to_host().view(batch.q.dtype), lse.copy_to_host()
 

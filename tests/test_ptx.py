@@ -30,6 +30,8 @@ CALLS = {
     "shfl_idx_f32": ("shuffle", "f, 4", "shfl.sync.idx.b32"),
     "shfl_xor_i32": ("shuffle", "i, 4", "shfl.sync.bfly.b32"),
     "lane_id": ("control", "", "%laneid"),
+    "now_ns": ("clock", "", "%globaltimer_lo"),
+    "sm_id": ("clock", "", "%smid"),
     "named_barrier_sync": ("named_barrier", "1, 128", "bar.sync"),
     "named_barrier_arrive": ("named_barrier", "1, 128", "bar.arrive"),
     "nanosleep": ("control", "i", "nanosleep.u32"),

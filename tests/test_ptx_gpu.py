@@ -564,11 +564,13 @@ def test_vector_loads_and_stores(rng):
 def test_shuffles_lanes_and_packing(rng):
     import ml_dtypes
 
+    from kernels_numba.compiler import cuda
+
     x = rng.standard_normal((64, 2)).astype(np.float32)
     x[:4, 0] = np.array([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF], np.uint32).view(
         np.float32
     )  # ties, over
-    out = empty((64, 12), np.int32)
+    out = empty((64, 14), np.int32)
     run(jitted("make_warps"), (device(x), out), threads=64)
     got = out.copy_to_host()
     thread = np.arange(64)
@@ -587,6 +589,10 @@ def test_shuffles_lanes_and_packing(rng):
     np.testing.assert_array_equal(got[:, 9], as_bits[np.where(lane >= 3, thread - 3, thread)])
     np.testing.assert_array_equal(got[:, 10], as_bits[thread ^ 9])
     np.testing.assert_array_equal(got[:, 11], thread ^ 6)
+    assert 0 <= got[:, 12].min() <= got[:, 12].max() < 10_000_000  # ns, of a pause of up to 40,000
+    assert got[:, 12].max() > 0
+    assert len(set(got[:, 13].tolist())) == 1
+    assert 0 <= got[0, 13] < cuda.get_current_device().MULTIPROCESSOR_COUNT
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from sharp.config import EngineConfig
-from sharp.rungs import attention_rungs, choose_rungs, describe_rungs, refuse_rungs
+from sharp.rungs import RIDING_KEYS, attention_rungs, choose_rungs, describe_rungs, refuse_rungs, riding_keys
 from sharp.weights import open_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,3 +65,21 @@ def test_the_engine_says_which(llama):
     rungs = choose_rungs(llama, config, device)
     refuse_rungs(rungs, llama, config, device)
     assert ", decode_attention + prefill_attention hopper, " in describe_rungs(rungs, "plain")
+
+
+@pytest.mark.parametrize(
+    ("decode", "prefill", "longest", "wanted"),
+    [
+        ("hopper", "hopper", RIDING_KEYS, None),
+        ("hopper", "hopper", RIDING_KEYS + 1, RIDING_KEYS),
+        ("mma_sync", "hopper", 131072, RIDING_KEYS),
+        ("mma_sync", "mma_sync", 4096, None),
+        (None, None, 131072, None),
+        ("hopper", "plain", 100, 0),
+        ("mine", "mine", 100, 0),
+    ],
+)
+def test_decodes_ride_with_chunks_where_they_keep_their_bits(decode, prefill, longest, wanted):
+    rungs = {"decode_attention": decode, "prefill_attention": prefill}
+    chosen = {op: rung for op, rung in rungs.items() if rung}
+    assert riding_keys(chosen, "plain", longest) == wanted

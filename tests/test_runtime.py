@@ -49,36 +49,42 @@ class Streamed(FakeModel):
 
     overlaps = True
 
-    def open(self, host, config, graphs=True):
+    def open(self, host, config, graphs=True, together=None):
         layout = StepLayout(config.max_num_batched_tokens, config.max_num_seqs, 4096 // self.block_size)
-        self.host, self.device, self.mixed = host, CudaDevice("bfloat16"), 0
+        self.host, self.device, self.mixed, self.apart = host, CudaDevice("bfloat16"), 0, 0
         self.logits = self.device.empty((layout.max_seqs, VOCAB), np.float32)
         self.sampled = self.device.empty((layout.max_seqs,), np.int32)
         self.runtime = Runtime(
             self.queue_forward, SimpleNamespace(sample=self.queue_sample), self.device, layout, self.logits,
-            self.sampled, self.copy_pages, graphs=graphs,
+            self.sampled, self.copy_pages, graphs=graphs, together=together,
         )  # fmt: skip
         return self
 
     def read(self, arrays):
         """The plan that the buffers hold, at the time that they are read."""
         view, buffers = self.host.view, self.runtime.buffers
-        tokens, rows, decodes, seqs = view(buffers.counts).tolist()
+        tokens, rows, apart, seqs = view(buffers.counts).tolist()
         row_names = (*op.ROW_COLUMNS, "seeds")
         columns = {
             name: view(getattr(arrays, name))[: rows if name in row_names else tokens].copy()
             for name in (*op.TOKEN_COLUMNS, *row_names)
         }
         cu = view(buffers.section("cu_seqlens_q", seqs + 1)).copy()
-        cu[:decodes] = np.arange(decodes)
+        assert (cu[:apart] == apart).all(), "a decode is launched for twice"
+        cu[:apart] = np.arange(apart)
+        decodes = int((np.diff(cu) == 1).sum())
+        alone = view(arrays.decode_context_lens)
+        assert np.count_nonzero(alone) == apart == (decodes if len(alone) else 0), "a decode is left out"
         self.mixed += 0 < decodes < seqs
+        self.apart += 0 < apart < seqs
+        table = arrays.prefill_block_table if arrays.num_prefills else arrays.decode_block_table
         return BatchPlan(
             step=0,
             request_ids=tuple(map(str, range(seqs))),
             num_decodes=decodes,
             cu_seqlens_q=cu,
             context_lens=view(buffers.section("context_lens", seqs)).copy(),
-            block_table=view(arrays.decode_block_table)[:seqs].copy(),
+            block_table=view(table)[:seqs].copy(),
             num_logprobs=np.full(rows, -1, np.int32),
             **columns,
         )
@@ -163,7 +169,8 @@ def run_engine(host, seed, graphs=True, interrupted=0.0):
     config = engine_config(
         max_num_batched_tokens=rng.choice([5, 24]), max_num_seqs=4, overlap=True, admission="optimistic"
     )
-    model = Streamed(num_blocks=24, block_size=4).open(host, config, graphs)
+    together = rng.choice([None, 0, 9])
+    model = Streamed(num_blocks=24, block_size=4).open(host, config, graphs, together)
     if rng.random() < 0.5:
         model.runtime.capture()
         assert not graphs or len(model.runtime.graphs) == len(model.runtime.buckets.all())
@@ -187,14 +194,16 @@ def run_engine(host, seed, graphs=True, interrupted=0.0):
 
 @pytest.mark.parametrize("graphs", [True, False])
 def test_every_answer_as_if_alone_in_any_order_that_events_allow(monkeypatch, graphs):
-    mixed = replays = 0
+    mixed = apart = replays = 0
     for seed in range(10):
         host = host_driver.install(monkeypatch, seed)
-        mixed += run_engine(host, seed, graphs).mixed
+        model = run_engine(host, seed, graphs)
+        mixed, apart = mixed + model.mixed, apart + model.apart
         replays += host.replays
         assert all(graph is None for graph in host.graphs.values())
         assert all(executable is None for executable in host.executables.values())
-    assert mixed > 20
+    assert mixed > apart + 10
+    assert apart > 10
     assert (replays > 200) == graphs
 
 
@@ -334,9 +343,10 @@ def open_tiny(host, monkeypatch, **options):
     return Model(open_checkpoint(TINY), config, CudaDevice("float32")), config
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-def test_a_model_answers_as_the_reference(monkeypatch, graphs):
-    """Through plan, words, buckets, graphs and ids that only the device knows: the ids of a host engine."""
+@pytest.mark.parametrize(("graphs", "together"), [(True, None), (True, 12), (False, None), (False, 0)])
+def test_a_model_answers_as_the_reference(monkeypatch, graphs, together):
+    """Through plan, words, buckets, graphs and ids that only the device knows: the ids of a host engine;
+    decodes ride with chunks or have launches of their own."""
     options = {"num_blocks": 16, "max_num_batched_tokens": 40, "max_num_seqs": 4}
     rng = random.Random(5)
     requests = [([1 + t % 250 for t in prompt], params) for prompt, params in some_requests(rng, 8)]
@@ -347,8 +357,10 @@ def test_a_model_answers_as_the_reference(monkeypatch, graphs):
     for seed in range(4):
         with monkeypatch.context() as patch:
             host = host_driver.install(patch, seed)
+            patch.setattr("sharp.model.riding_keys", lambda *where: together)
             model, config = open_tiny(host, patch, graphs=graphs, **options)
             assert model.overlaps
+            assert model.runtime.buckets.together == together
             engine = Engine(model, model.tokenizer, config)
             found = run(engine, requests)
             assert (host.replays > 10) == graphs
@@ -427,9 +439,10 @@ def test_what_launches_read_lives_as_long_as_the_graph(monkeypatch):
 def test_whatever_ops_allocate_by_themselves_is_kept():
     """A function of an op that takes device memory is one that graphs.py knows, or a workspace's maker, whose
     caller keeps it, or a count for callers without num_rows: hopper's, who capture nothing, and the heads',
-    which `prepared` there returns, and that is known."""
+    which `prepared` there returns, and that is known; or a debug launch's, which is waited for."""
     known = {(module.__name__, name) for module, name in remembered()}
     known |= {("kernels_numba.ops.gemm.hopper", "_count"), ("kernels_numba.ops.warp.lm_head", "_many")}
+    known.add(("kernels_numba.ops.prefill_attention.clocks", "attend_clocked"))
     unknown = []
     for path in sorted((ROOT / "kernels_numba" / "ops").rglob("*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -67,9 +67,9 @@ def random_plan(rng, layout, *, decodes, lengths, rows_before=0, block_size=4, s
 class Steps:
     """One engine's buffers on the host, and plans that go through them; rung: "reference" or "plain"."""
 
-    def __init__(self, layout, rung="reference"):
+    def __init__(self, layout, rung="reference", together=None):
         self.layout, self.rung = layout, rung
-        self.buckets = Buckets(layout.max_tokens, layout.max_seqs)
+        self.buckets = Buckets(layout.max_tokens, layout.max_seqs, together)
         self.packer, self.buffers = StepPacker(layout), StepBuffers(HOST, layout)
         self.buffers.state[...] = POISON
         self.sampled = np.full(layout.max_seqs, POISON, np.int32)
@@ -99,7 +99,8 @@ class Steps:
         arrays, wanted = self.buffers.arrays(bucket), stage(plan, HOST)
         tokens, seqs, decodes = plan.num_tokens, plan.num_seqs, plan.num_decodes
         rows, several = len(plan.logits_rows), seqs - decodes
-        counts = (tokens, rows, decodes, seqs)
+        apart = decodes if bucket.apart or not bucket.mixed else 0
+        counts = (tokens, rows, apart, seqs)
         assert self.buffers.counts.tolist() == list(counts)
         assert (self.buffers.num_tokens.tolist(), self.buffers.num_rows.tolist()) == ([tokens], [rows])
         assert (arrays.num_tokens, arrays.num_rows) == (bucket.tokens, bucket.seqs)
@@ -115,18 +116,25 @@ class Steps:
         assert (arrays.token_ids[tokens:] == 0).all()
         same("positions", tokens, 0)
         same("slot_mapping", tokens, -1)
-        same("decode_context_lens", decodes, 0)
+        if apart:
+            same("decode_context_lens", decodes, 0)
+        else:
+            assert arrays.num_decodes == (bucket.seqs if bucket.apart or not bucket.mixed else 0)
+            assert (arrays.decode_context_lens == 0).all()
         for name in (*op.ROW_COLUMNS, "seeds"):
             same(name, rows, 0)
         pages = plan.block_table.shape[1]
-        np.testing.assert_array_equal(arrays.decode_block_table[:seqs, :pages], plan.block_table)
+        tables = [t for t in (arrays.decode_block_table, arrays.prefill_block_table) if len(t)]
+        for table in tables:
+            np.testing.assert_array_equal(table[:seqs, :pages], plan.block_table)
+            assert np.shares_memory(table, tables[0])
         assert arrays.num_prefills == (bucket.seqs if bucket.mixed else 0)
         if bucket.mixed:  # as stage() has them, from the first sequence of several tokens on
-            assert (arrays.prefill_cu_seqlens_q[:decodes] == decodes).all()
+            before = decodes if apart else np.arange(decodes)
+            assert (arrays.prefill_cu_seqlens_q[:decodes] == before).all()
             same("prefill_cu_seqlens_q", several + 1, tokens, arrays.prefill_cu_seqlens_q[decodes:])
             same("prefill_context_lens", several, 0, arrays.prefill_context_lens[decodes:])
-            assert np.shares_memory(arrays.prefill_block_table, arrays.decode_block_table)
-            assert arrays.prefill_block_table.shape == arrays.decode_block_table.shape
+            np.testing.assert_array_equal(arrays.prefill_context_lens[:seqs], plan.context_lens)
         else:
             assert several == 0
 
@@ -138,12 +146,13 @@ class Steps:
     ),
     interrupted=st.integers(0, 5),
     bits=st.sampled_from(["reference", "reference", "reference", "plain"]),
+    together=st.sampled_from([None, 0, 12]),
 )
 @settings(max_examples=60, deadline=None)
-def test_buffers_hold_what_stage_gives(seed, sizes, interrupted, bits):
+def test_buffers_hold_what_stage_gives(seed, sizes, interrupted, bits, together):
     """Random steps one after the other, of which one is packed and then lost on its way."""
     rng, layout = np.random.default_rng(seed), StepLayout(40, 8, 6)
-    steps, before = Steps(layout, bits), 0
+    steps, before = Steps(layout, bits, together), 0
     for number, (decodes, lengths) in enumerate(sizes):
         if not decodes and not lengths:
             continue
@@ -181,12 +190,13 @@ class ThroughBuffers(FakeModel):
         self.steps.check(replace(plan, token_ids=given))
         arrays = self.steps.buffers.arrays(self.steps.buckets.of(plan))
         tokens, rows = plan.num_tokens, len(plan.logits_rows)
+        table = arrays.prefill_block_table if arrays.num_prefills else arrays.decode_block_table
         staged = replace(
             plan,
             token_ids=arrays.token_ids[:tokens].copy(),
             positions=arrays.positions[:tokens].copy(),
             slot_mapping=arrays.slot_mapping[:tokens].copy(),
-            block_table=arrays.decode_block_table[: plan.num_seqs].copy(),
+            block_table=table[: plan.num_seqs].copy(),
             logits_rows=arrays.logits_rows[:rows].copy(),
         )
         return super().forward(staged)
@@ -360,13 +370,20 @@ def test_bucket_sizes():
         bucket_sizes(0)
 
 
-@given(tokens=st.integers(1, 300), seqs=st.integers(1, 300), seed=st.integers(0, 999))
+@given(
+    tokens=st.integers(1, 300),
+    seqs=st.integers(1, 300),
+    seed=st.integers(0, 999),
+    together=st.sampled_from([None, 0, 200]),
+)
 @settings(max_examples=60, deadline=None)
-def test_every_step_has_the_smallest_bucket(tokens, seqs, seed):
+def test_every_step_has_the_smallest_bucket(tokens, seqs, seed, together):
     seqs = min(seqs, tokens)
-    buckets, rng = Buckets(tokens, seqs), np.random.default_rng(seed)
+    buckets, rng = Buckets(tokens, seqs, together), np.random.default_rng(seed)
     layout = StepLayout(tokens, seqs, 4)
-    assert len(set(buckets.all())) == len(buckets.all()) == len(buckets.decode) + len(buckets.mixed)
+    number = len(buckets.decode) + len(buckets.mixed) + len(buckets.apart)
+    assert len(set(buckets.all())) == len(buckets.all()) == number
+    assert bool(buckets.apart) == (together is not None and tokens > 2 and seqs > 1)
     decodes = int(rng.integers(1, seqs + 1))
     bucket = buckets.of(random_plan(rng, layout, decodes=decodes, lengths=(), block_size=99))
     assert bucket == Bucket(
@@ -378,6 +395,13 @@ def test_every_step_has_the_smallest_bucket(tokens, seqs, seed):
         assert bucket.mixed
         assert bucket.tokens == min(b.tokens for b in buckets.mixed if b.tokens >= plan.num_tokens)
         assert bucket.seqs == min(bucket.tokens, seqs)
+        assert not bucket.apart
+    if tokens >= 3 and seqs >= 2:
+        plan = random_plan(rng, layout, decodes=1, lengths=(int(rng.integers(2, tokens)),), block_size=99)
+        bucket = buckets.of(plan)
+        assert bucket.mixed
+        assert bucket.apart == (together is not None and plan.context_lens[0] > together)
+        assert (bucket.decodes, bucket.chunks) == (bucket.seqs if bucket.apart else 0, bucket.seqs)
 
 
 def test_a_step_over_all_buckets_is_named():

@@ -42,10 +42,10 @@ class StepLayout:
     """Where the sections of the fixed buffers are, in words of 4 bytes, for steps of up to T = max_tokens
     tokens of S = max_seqs sequences (a logits row each) with P = max_pages pages each.
 
-    counts i32[4] (tokens, logits rows, decodes, sequences); token_ids, positions, slot_mapping i32[T];
-    decode_context_lens, context_lens i32[S], cu_seqlens_q i32[S + 1]; logits_rows, top_ks, output_indices
-    i32[S], temperatures, top_ps f32[S], seeds u64[S]; block_table i32[S, P]. ValueError for sizes under 1, or
-    of more than 2**31 - 1 words.
+    counts i32[4] (tokens, logits rows, decodes that have a launch of their own, sequences); token_ids,
+    positions, slot_mapping i32[T]; decode_context_lens, context_lens i32[S], cu_seqlens_q i32[S + 1];
+    logits_rows, top_ks, output_indices i32[S], temperatures, top_ps f32[S], seeds u64[S]; block_table
+    i32[S, P]. ValueError for sizes under 1, or of more than 2**31 - 1 words.
     """
 
     max_tokens: int

@@ -28,6 +28,7 @@ shuffle.py        values from other lanes: shfl.sync
 
 Finding what is wrong
 debug.py          waits that end with their barrier's name, warps that pause at random
+clock.py          when and on which SM a thread runs: %globaltimer, %smid
 
 How a function becomes an instruction
 asm.py            one PTX text with scalar operands, checked when the kernel is compiled

@@ -60,6 +60,29 @@ def prefill_attention_spec(
     return out
 
 
+def rows_attention_spec(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    context_lens: Any,
+    *,
+    softmax_scale: float,
+    window: int | None = None,
+) -> Any:
+    """prefill_attention_spec without pages, for one-shot scoring: k, v[keys, Hkv, D] are packed, those of
+    sequence b from row cu_seqlens_k[b] on, context_lens[b] of them -> float32[T, Hq, D]."""
+    out = np.zeros_like(wide(q))
+    for b, length in enumerate(np.asarray(context_lens).tolist()):
+        first, last, at = int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]), int(cu_seqlens_k[b])
+        if last > first and length > 0:
+            keys, values = (wide(x[at : at + length]).transpose(1, 0, 2) for x in (k, v))
+            start = length - (last - first)
+            out[first:last] = attention_spec(q[first:last], keys, values, start, softmax_scale, window)
+    return out
+
+
 def prefill_attention_cost(
     query_lens: Any,
     context_lens: Any,
@@ -201,6 +224,22 @@ def prefill_attention_mma_sync(
 
     arrays = (out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table)
     attend(*arrays, softmax_scale=softmax_scale, window=window, stream=stream, **how)
+
+
+def rows_attention(
+    out: Any, q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, context_lens: Any, *,
+    softmax_scale: float, window: int | None = None, stream: Any = None, rung: str = "hopper", **how: Any,
+) -> None:  # fmt: skip
+    """rows_attention_spec by the same kernel as rung "hopper" or "mma_sync", with the bits that it has over
+    pages; see their attend_rows. ValueError for another rung."""
+    if rung == "hopper":
+        from kernels_numba.ops.prefill_attention.hopper import attend_rows
+    elif rung == "mma_sync":
+        from kernels_numba.ops.prefill_attention.mma_sync import attend_rows
+    else:
+        raise ValueError(f"{OP}: rung {rung!r} has no form for packed keys; hopper and mma_sync have one")
+    arrays = (out, q, k, v, cu_seqlens_q, cu_seqlens_k, context_lens)
+    attend_rows(*arrays, softmax_scale=softmax_scale, window=window, stream=stream, **how)
 
 
 rungs: dict[str, Rung] = {

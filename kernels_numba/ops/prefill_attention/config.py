@@ -129,17 +129,18 @@ def smem_plan(config: PrefillConfig) -> SmemPlan:
 @dataclass(frozen=True)
 class Build:
     """How a kernel is built beside its numbers. debug: every wait for a barrier is bounded and fails with the
-    barrier's name; stress: warps pause at random; pdl: the launch may begin while the one before it ends;
-    split: its keys, a power of two; another than the contract's gives other bits, for measuring what it
-    costs. mutant: one known mistake, which the tests must catch: a wrong scale, a mask that lets one key too
-    many in, a page too far, V's stale tail left in place, splits that are not folded, V handed back before it
-    is read, a wrong phase, a stage of V never handed back."""
+    barrier's name; stress: warps pause at random; clock: it notes what runs when (clocks.py); pdl: the launch
+    may begin while the one before it ends; split: its keys, a power of two; another than the contract's gives
+    other bits, for measuring what it costs. mutant: one known mistake, which the tests must catch: a wrong
+    scale, a mask that lets one key too many in, a page too far, V's stale tail left in place, splits that are
+    not folded, V handed back before it is read, a wrong phase, a stage of V never handed back."""
 
     debug: bool = False
     stress: bool = False
     pdl: bool = True
     split: int = SPLIT
     mutant: str = ""
+    clock: bool = False
 
     def __post_init__(self) -> None:
         if self.split < TILE or self.split & (self.split - 1) or self.split > WHOLE:

@@ -51,7 +51,7 @@ def prefill_kernel(
     words += [f"consumers{config.consumers}"] if config.consumers != CONSUMERS[config.head_dim] else []
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
-    words += [name for name in ("debug", "stress") if getattr(build, name)]
+    words += [name for name in ("debug", "stress", "clock") if getattr(build, name)]
     words += [f"split{build.split}"] if build.split != SPLIT else []
     words += [build.mutant] if build.mutant else []
     return Kernel(

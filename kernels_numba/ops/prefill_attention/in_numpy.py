@@ -13,6 +13,7 @@ import numpy as np
 
 from kernels_numba import simt, simt_warps
 from kernels_numba.attention_contract import exponent_scale
+from kernels_numba.ops.prefill_attention.clocks import blank_notes
 from kernels_numba.ops.prefill_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
@@ -24,7 +25,7 @@ from kernels_numba.ops.prefill_attention.config import (
 from kernels_numba.simt_warpgroups import GroupWarp
 
 PACKAGE = "kernels_numba.ops.prefill_attention"
-PARTS = ("schedule", "rows", "producers", "kernel")
+PARTS = ("schedule", "rows", "clocks", "producers", "kernel")
 MODULES = ("kernels_numba.attention_tile", *(f"{PACKAGE}.{part}" for part in PARTS))
 MAPS = 1 << 10  # stands for the address of the tensor maps
 
@@ -34,8 +35,8 @@ def in_numpy(
     table: Any, *, softmax_scale: float, window: int | None = None, lse: Any = None, grid: int = 2,
     seed: int = 0, build: Build = PRODUCT, change: Callable[[str, str], str] = lambda name, text: text,
 ) -> Any:  # fmt: skip
-    """The counters that the launch leaves; out[tokens, Hq, D] and lse[tokens, Hq] are written. bfloat16 bits
-    as uint16.
+    """The counters that the launch leaves, with build.clock the notes behind them too; out[tokens, Hq, D] and
+    lse[tokens, Hq] are written. bfloat16 bits as uint16.
 
     k, v, table: pages and block_table, or as config.source says rows [keys, Hkv, D] and cu_seqlens_k; grid:
     blocks; seed: of the order in which warps go on; change: see simt_warps.link. IndexError where the kernel
@@ -47,7 +48,7 @@ def in_numpy(
     matrices = [
         x.reshape(-1, head_dim if config.source == "pages" else num_kv_heads * head_dim) for x in (k, v)
     ]
-    counters = np.zeros(2, np.int32)
+    counters = blank_notes(grid) if build.clock else np.zeros(2, np.int32)
     q2, out2 = (x.reshape(tokens, -1) for x in (q, out))
     lse_at = 0 if lse is None else memory.put(lse.reshape(-1))
     box = (BLOCK_SIZE, BOX_COLUMNS)

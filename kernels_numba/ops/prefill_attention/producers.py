@@ -12,6 +12,7 @@ from typing import Any
 
 from kernels_numba.attention_contract import TILE
 from kernels_numba.compiler import cuda, jit
+from kernels_numba.ops.prefill_attention.clocks import make_note
 from kernels_numba.ops.prefill_attention.config import (
     BLOCK_SIZE,
     BOX_BYTES,
@@ -106,6 +107,7 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
     wait_empty = make_mbarrier_wait("empty", build.debug)
     wait_taken, (take, after) = make_mbarrier_wait("taken", build.debug), make_records(config, build)
     pause = make_stress(build.stress)
+    clock, note = build.clock, make_note(build.clock)
     int32, int64 = cuda.types.int32, cuda.types.int64
 
     @jit(device=True)
@@ -115,7 +117,7 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
         target = int32(cuda.blockIdx.x)
         begin, end = span(cu, num_seqs, lane)
         level, chunk, before, lower = int32(TOP), begin, int32(0), int32(-1)
-        slot, phase = int32(0), int32(0)
+        slot, phase, number = int32(0), int32(0), int32(0)
         waited = False
         working = True
         while working:
@@ -129,6 +131,7 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
             wait_taken(int32(smem + taken_at + 8 * slot), int32(phase ^ 1))
             following = int32(0)
             if lane == 0:
+                note(counters, number, select_i32(found, seq, -1), head, row0)
                 to = int32(smem + record_at + 32 * slot)
                 st_shared_b32(to, select_i32(found, seq, -1))
                 st_shared_b32(int32(to + 4), head)
@@ -141,7 +144,15 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
                     following = int32(atom_add_i32(counters, 1) + cuda.gridDim.x)
             target = shfl_idx_i32(following, 0)
             slot, phase = after(slot, phase)
+            number = int32(number + 1)
             working = found == 1
+        if clock:  # when the last ones were taken
+            for _ in range(RECORDS):
+                wait_taken(int32(smem + taken_at + 8 * slot), int32(phase ^ 1))
+                if lane == 0:
+                    note(counters, number, int32(-1), int32(0), int32(0))
+                slot, phase = after(slot, phase)
+                number = int32(number + 1)
         # Who leaves last sets the counters back, for the next launch.
         if lane == 0:
             if atom_add_i32(int64(counters + 4), 1) == cuda.gridDim.x - 1:
