@@ -86,7 +86,7 @@ def shares(name):
     print(f"{name:<28} {1e3 * whole:7.3f} ms a step: {line} (texts {1e6 * texts:.0f} us)")
     work = [(span.start, span.end) for span in spans if span.row == COMPUTE]
     if work:
-        host = np.median([r.host_s / r.gpu_s for r in steady])
+        host = np.median([r.host_s / r.gpu_s for r in steady if r.gpu_s])
         print(f"{'':<28} device busy {steps_busy(work, 30):.1%} of 30 steps; host / device time {host:.0%}")
 
 

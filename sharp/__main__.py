@@ -328,6 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"sharp: {error.format_message()} (see sharp --help)")
             return int(getattr(error, "exit_code", 2))
         if type(error).__name__ == "Abort":  # Ctrl-C, as the option parser reports it
+            say("sharp: interrupted")
             return INTERRUPTED
         shown = explain(error)
         say(f"sharp: {shown}")

@@ -31,12 +31,16 @@ def build_plan(
     """
     block_size, alone = config.block_size, len(decodes)
     chunks = sorted(chunks, key=lambda chunk: chunk[1] > 1)  # stable
-    rows = np.concatenate([decodes, np.array([request.row for request, _ in chunks], np.int32)])
-    counts = np.ones(len(rows), np.int32)
-    counts[alone:] = [count for _, count in chunks]
+    rows, num_decodes = decodes, alone
+    if chunks:
+        rows = np.concatenate([decodes, np.array([request.row for request, _ in chunks], np.int32)])
+        num_decodes += sum(count == 1 for _, count in chunks)
     starts = table.computed[rows]
-    cu_seqlens_q = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum(counts, out=cu_seqlens_q[1:])
+    cu_seqlens_q = np.arange(len(rows) + 1, dtype=np.int32)
+    if chunks:
+        np.cumsum([count for _, count in chunks], out=cu_seqlens_q[alone + 1 :])
+        cu_seqlens_q[alone + 1 :] += np.int32(alone)
+    counts = cu_seqlens_q[1:] - cu_seqlens_q[:-1]
     context_lens = starts + counts
     token_ids = np.empty(cu_seqlens_q[-1], np.int32)
     coming = table.coming[decodes] > 0  # the value is known to the device alone: ~(where it will be)
@@ -44,19 +48,22 @@ def build_plan(
     at = alone
     for request, count in chunks:
         first = request.num_computed_tokens
-        token_ids[at : at + count] = request.known_tokens(first, first + count)
+        token_ids[at : at + count] = request.known_array(first, first + count)
         at += count
     block_table = table.pages[rows, : -(-int(context_lens.max()) // block_size)]
-    owner = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
-    positions = np.arange(at, dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
-    slot_mapping = block_table[owner, positions // block_size] * block_size + positions % block_size
     ends = table.known[rows] + table.coming[rows]
-    complete = np.flatnonzero(context_lens == ends).astype(np.int32)
+    if chunks:
+        owner = np.repeat(np.arange(len(rows), dtype=np.int32), counts)
+        positions = np.arange(at, dtype=np.int32) + (starts - cu_seqlens_q[:-1])[owner]
+        complete = (context_lens == ends).nonzero()[0].astype(np.int32)
+    else:  # as in most steps: a token of each, and each gets the next one
+        owner, positions, complete = cu_seqlens_q[:-1], starts, cu_seqlens_q[:-1].copy()
+    slot_mapping = block_table[owner, positions // block_size] * block_size + positions % block_size
     sampled = rows[complete]
     plan = BatchPlan(
         step=step,
         request_ids=tuple(table.name[rows].tolist()),
-        num_decodes=int(np.count_nonzero(counts == 1)),
+        num_decodes=num_decodes,
         token_ids=token_ids,
         positions=positions,
         cu_seqlens_q=cu_seqlens_q,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sharp import bench_ops, results
+from sharp.cli.errors import INTERRUPTED, say
 
 LEAST_ROUNDS = 5
 
@@ -90,6 +91,7 @@ def bench_kernels(args: argparse.Namespace) -> int:
     ValueError for words that fit nothing, NoGpu."""
     from tqdm.auto import tqdm
 
+    from kernels_numba.bench import gpu as gpu_bench
     from kernels_numba.bench import targets, tune_decode
     from kernels_numba.bench.contest import torch_side
     from kernels_numba.ops import OP_NAMES
@@ -112,20 +114,31 @@ def bench_kernels(args: argparse.Namespace) -> int:
         print(f"{left_out} long cases of plain kernels are left out; --rung plain measures them")
     if not args.against:
         print(f"baseline: {against}" + ("" if against == "torch" else " (torch is not installed)"))
-    side, read = torch_side(against), None
+    side, read, copied = torch_side(against), None, None
     if options.cold and any(targets.reads_weights(item.op, item.params) for item in items):
         read = tune_decode.read_gbs()
         print(f"reading alone: {read:.0f} GB/s")
+    if options.cold and any(targets.copies(item.op, item.params) for item in items):
+        copied = gpu_bench.copy_gbs()
+        print(f"copying alone: {copied:.0f} GB/s, read and written")
     with tqdm(total=sum(len(item.rungs) for item in items), desc=args.op or "bench", unit="case") as bar:
         try:
             failures = bench_ops.run(
-                items, options, gpu, file, side=side, write=bar.write, advance=bar.update, read_gbs=read
+                items,
+                options,
+                gpu,
+                file,
+                side=side,
+                write=bar.write,
+                advance=bar.update,
+                read_gbs=read,
+                copy_gbs=copied,
             )
         except KeyboardInterrupt:
             kept = f"; {args.out} holds them, --resume goes on" if args.out else ""
             bar.write(f"interrupted after {len(file.rows)} rows{kept}")
             return 130
-    lines = [*bench_ops.summary(file.rows), *targets.summary(file.rows, read)]
+    lines = [*bench_ops.summary(file.rows), *targets.summary(file.rows, read, copied)]
     for line in [*lines, *(f"not timed: {failure}" for failure in failures)]:
         print(line)
     print(json.dumps(file.rows))
@@ -262,7 +275,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command; raises SystemExit with a status other than 0 if something was not measured."""
     words = sys.argv[1:] if argv is None else argv
     command = COMMANDS.get(words[0]) if words else None
-    status = command(words[1:]) if command else _kernels(words)
+    try:
+        status = command(words[1:]) if command else _kernels(words)
+    except KeyboardInterrupt:
+        say("sharp.bench: interrupted; rows that were done are in the file of --out, if one was named")
+        sys.exit(INTERRUPTED)
     if status:
         sys.exit(status)
 

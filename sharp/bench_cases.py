@@ -1,9 +1,10 @@
 """The engine end to end on random weights of real shapes: batch-1 decoding, an online load, documents, start.
 
 Knows the cases, the peers' figures and what makes a row. busy64 is 64 sequences that decode: how busy the GPU
-is kept. Refuses to know kernels, and to make a row of
-answers that are not what each request gets alone (bench_model.py). The requests are those on which the peers
-were measured (workloads.py), and of two other seeds.
+is kept. offline is online in the order in which LLM.generate starts requests, which no peer was measured in.
+Refuses to know kernels, and to make a row of answers that are not what each request gets alone
+(bench_model.py). The requests are those on which the peers were measured (workloads.py), and of two other
+seeds.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from typing import Any
 from sharp.bench_model import OPTIONS, Opened, known_ids, open_model
 from sharp.bench_startup import measure_startup, weights_on_disk
 from sharp.random_model import SHAPES
+from sharp.results import check_out
 from sharp.workloads import VOCABULARY, documents, online
 
-KINDS = ("decode1", "busy64", "online", "documents", "startup")
+KINDS = ("decode1", "busy64", "online", "offline", "documents", "startup")
 DECODE_PROMPT, DECODE_NEW = 128, 256
 STEADY_SEQS, STEADY_NEW = 64, 640  # for 500 steps in which all of them decode
-SEEDS = {"online": (11, 12, 13), "documents": (13, 14, 15)}  # the first is the peers'
+# The first is the peers'. offline: the requests of online in the order in which LLM.generate starts them.
+SEEDS = {"online": (11, 12, 13), "offline": (11, 12, 13), "documents": (13, 14, 15)}
 ROUNDS = 3  # of a case; the median counts
 # Measured on an NVIDIA H100 80GB on 2026-11-23, with the requests of the first seeds, where there is one:
 # milliseconds a token, new tokens/s, tokens/s, seconds from a process's start on a fresh machine until ready.
@@ -90,9 +93,11 @@ def cases(kinds: Sequence[str], shape: str, vocab_size: int, size: Size) -> Iter
         crowd = [[rng.randint(1, VOCABULARY) for _ in range(DECODE_PROMPT)] for _ in range(STEADY_SEQS)][few]
         new = [cut(STEADY_NEW)] * len(crowd)
         yield Case(f"busy64/{shape}", "busy64", known_ids(crowd, vocab_size), new, "token/s")
-    for kind in ("online", "documents"):
+    for kind in SEEDS:
         for place, seed in enumerate(SEEDS[kind][: size.seeds] if kind in kinds else ()):
-            made = online(seed=seed) if kind == "online" else [(ids, 1) for ids in documents(seed=seed)]
+            made = [(ids, 1) for ids in documents(seed=seed)] if kind == "documents" else online(seed=seed)
+            if kind == "offline":
+                made.sort(key=lambda request: -request[1])
             name = f"{kind}/{shape}" + (f" seed {seed}" if place else "")
             prompts = known_ids((ids for ids, _ in made[few]), vocab_size)
             yield Case(name, kind, prompts, [cut(new) for _, new in made[few]], "token/s")
@@ -209,8 +214,7 @@ def check(args: argparse.Namespace) -> None:
     for shape in args.model:
         if shape not in SHAPES:
             raise ValueError(f"--model is {shape!r}; one of {', '.join(SHAPES)} is required")
-    if args.out is not None and not args.out.parent.is_dir():
-        raise ValueError(f"--out is {args.out}, but there is no folder {args.out.parent}")
+    check_out("--out", args.out)
 
 
 def bench_cases(args: argparse.Namespace) -> int:

@@ -235,11 +235,12 @@ def run(
     items: list[Item], options: Options, gpu: Gpu, file: RowFile, *, side: Any = None,
     open_workload: Callable[..., Any] | None = None, write: Callable[[str], None] = print,
     advance: Callable[[int], Any] = lambda n: None, read_gbs: float | None = None,
+    copy_gbs: float | None = None,
 ) -> list[str]:  # fmt: skip
     """Measure each item that the file does not hold; returns what failed. A failure stops nothing else.
 
     side: the baseline's (contest.torch_side); open_workload: contest.Workload, or what stands in for it;
-    read_gbs: what the card reads, for the lines of few tokens."""
+    read_gbs, copy_gbs: what the card reads and copies, for lines that are held against it."""
     from kernels_numba.bench import contest, targets
     from kernels_numba.ops import OPS
 
@@ -267,7 +268,8 @@ def run(
                     rows = make_rows(item, rung, outcome, workload.cost, options, gpu)
                     for row, measured in zip(rows, (outcome.measured, outcome.sustained), strict=False):
                         other = measured.get(contest.BASELINE)
-                        note = targets.note(item.op, item.params, measured[rung].us, read_gbs)
+                        us, moved = measured[rung].us, row["gbs"]
+                        note = targets.note(item.op, item.params, us, read_gbs, copy_gbs, moved)
                         write(describe(row, measured[rung], other, outcome.l2, options.rounds, note))
                     if rows:
                         file.add(rows)

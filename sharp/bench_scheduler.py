@@ -20,6 +20,7 @@ import numpy as np
 
 from sharp import results
 from sharp.accuracy import compare_runs
+from sharp.bench_model import rung_of
 from sharp.config import EngineConfig
 from sharp.curves import StepCurve
 from sharp.host_time import measure_host
@@ -60,7 +61,7 @@ class Bench:
 
     def row(self, case: str, value: float, unit: str, us: float, err: float, **more: Any) -> dict[str, Any]:
         return results.make_row(
-            op="scheduler", case=case, rung=self.model.device.default_rung, dtype=self.model.device.dtype,
+            op="scheduler", case=case, rung=rung_of(self.model), dtype=self.model.device.dtype,
             value=round(value, 4), unit=unit, us=round(us, 2), err=round(err, 3), commit=self.commit,
             source_hash=results.source_hash(SOURCES), date=date.today().isoformat(), gpu=self.gpu,
             driver=self.driver, **more,

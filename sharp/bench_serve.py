@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sharp.bench_model import OPTIONS, Opened, known_ids, open_model
+from sharp.results import RowFile, check_out
 from sharp.serving import Served, metrics, parse_limits, table, unit_of
 from sharp.workloads import online, poisson
 
@@ -27,13 +29,29 @@ def positive(name: str, value: float, *, finite: bool = True) -> None:
 
 
 def serve(
-    opened: Opened, rates: list[float], count: int, limits: dict[str, float], seed: int
+    opened: Opened,
+    rates: list[float],
+    count: int,
+    limits: dict[str, float],
+    seed: int,
+    take: Callable[[list[dict[str, Any]]], object] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """A run a rate: their rows, none of a run whose answers are not right, and how many those are."""
+    """A run a rate: their rows, none of a run whose answers are not right, and how many those are.
+
+    take: called with the rows of each run as soon as it is over. ValueError if a request is longer than the
+    engine takes."""
     requests = online(count, seed=seed)
     prompts = known_ids((ids for ids, _ in requests), opened.model.config.vocab_size)
     new = [tokens for _, tokens in requests]
-    rows, refused = [], 0
+    longest = max(len(ids) + tokens for ids, tokens in requests)
+    limit = opened.config.max_model_len or opened.model.config.max_position_embeddings
+    if longest > limit:
+        raise ValueError(
+            f"the longest of the {count} requests is {longest} tokens with its answer, but max_model_len is "
+            f"{limit}"
+        )
+    rows: list[dict[str, Any]] = []
+    refused = 0
     for rate in rates:
         times = poisson(count, rate, seed=seed)
         load = opened.run(prompts, new, times)
@@ -49,10 +67,13 @@ def serve(
         opened.say(f"{case}: {len(served)} of {count} requests in {load.seconds:.2f} s, {load.steps} steps")
         opened.say(table(found))
         under = " ".join(f"{name}:{limit:g}" for name, limit in limits.items())
+        own = []
         for name, value in () if wrong else found.items():
             what = f"{name} {under}" if name == "request_goodput" else name
             us = 1e3 * value if unit_of(name) == "ms" else 1e6 * load.seconds
-            rows.append(opened.row("serve", f"{case} {what}", value, unit_of(name), us))
+            own.append(opened.row("serve", f"{case} {what}", value, unit_of(name), us))
+        take(own)
+        rows += own
     return rows, refused
 
 
@@ -97,22 +118,25 @@ def main(words: list[str]) -> int:
             raise ValueError(f"--num-prompts is {args.num_prompts}; from 1 to {MAX_PROMPTS} is required")
         if args.seed < 0:
             raise ValueError(f"--seed is {args.seed}; at least 0 is required")
-        for name, path in (("--out", args.out), ("--trace-out", args.trace_out)):
-            if path is not None and not path.parent.is_dir():
-                raise ValueError(f"{name} is {path}, but there is no folder {path.parent}")
+        check_out("--trace-out", args.trace_out)
         commit = check_commit(args.commit) if args.commit else head_commit(args.out is not None)
+        file = RowFile(args.out, commit)
         opened = open_model(args.model, args.device, args.dtype, commit, options)
     except (ValueError, RuntimeError, MemoryError) as error:
         print(f"not measured: {error}")
         return 1
     try:
         opened.warm()
-        rows, refused = serve(opened, args.request_rate, args.num_prompts, limits, args.seed)
+        rows, refused = serve(
+            opened, args.request_rate, args.num_prompts, limits, args.seed,
+            lambda found: file.take(found, opened.say),
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"not measured: {error}")
+        return 1
     finally:
         opened.model.close()
-    if args.trace_out is not None:
-        opened.seen[-1].trace.save(args.trace_out)
-    if args.out is not None:
-        args.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        if args.trace_out is not None and opened.seen:  # also of a run that was interrupted
+            opened.seen[-1].trace.save(args.trace_out)
     print(json.dumps(rows))
     return 1 if refused else 0

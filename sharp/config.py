@@ -20,6 +20,10 @@ DTYPES = ("auto", "float32", "bfloat16")
 MAX_INT32 = 2**31 - 1
 
 
+class RungRefused(ValueError):
+    """A kernel that was asked for does not run this model, or not here."""
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Options of the engine; the names are the field's. Raises TypeError or ValueError naming option and

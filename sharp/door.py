@@ -105,6 +105,7 @@ class Door:
             for index in range(params.n)
         ]
         first, *first.samples = samples
+        _ = first.prompt_array  # made here, where no lock is held
         for sample in first.samples:
             sample.first = first
         return first

@@ -16,14 +16,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from sharp import driver
+from sharp import driver, garbage
 from sharp.answer import AnswerText
 from sharp.config import EngineConfig
 from sharp.door import Door
 from sharp.event_log import EventLog
 from sharp.failures import StepFailed
 from sharp.interrupts import uninterrupted
-from sharp.live import LiveRequest, LiveRequests, Sample, Sink
+from sharp.live import LiveRequest, LiveRequests, Progress, Sample, Sink
 from sharp.pipeline import Pipeline, overlaps
 from sharp.plan import BatchPlan, StepModel
 from sharp.request import (
@@ -67,6 +67,7 @@ class Engine:
         self._step_lock = threading.Lock()  # one step at a time
         self._dropped: deque[str] = deque()  # ids to abort before the next plan, see abort_soon
         self._thread: threading.Thread | None = None
+        self._collected = 0  # steps when garbage was last collected in a pause
         self._error: BaseException | None = None
         self._closed = False
         self._model_closed = False
@@ -91,8 +92,17 @@ class Engine:
         self.scheduler.pages.extend_keys(request)  # here, where no lock is held: long prompts take a while
         return request
 
-    def submit(self, request: Request, sink: Sink | None = None, *, final_only: bool = False) -> str:
-        """Queue a request made by make_request. Its outputs (or the engine's error) go to `sink` as well.
+    def submit(
+        self,
+        request: Request,
+        sink: Sink | None = None,
+        *,
+        final_only: bool = False,
+        progress: Progress | None = None,
+    ) -> str:
+        """Queue a request made by make_request. Its outputs (or the engine's error) go to `sink`: one for
+        each token, or the finished one alone. progress: called on the engine's thread once a step with the
+        ids of all its requests that have new tokens, which costs next to nothing where outputs are final.
 
         Raises EngineDead, EngineClosed, QueueFull, or ValueError for an id that is in use.
         """
@@ -113,7 +123,7 @@ class Engine:
             self.log.arrive(request)
             limit = request.params.timeout_s
             deadline = None if limit is None else time.monotonic() + limit
-            self._live.add(LiveRequest(samples, sink, final_only, deadline))
+            self._live.add(LiveRequest(samples, sink, final_only, deadline, progress))
             self._work.notify_all()
         return request.request_id
 
@@ -234,17 +244,15 @@ class Engine:
         with self._lock:
             self._raise_if_over()
             if self._thread is None:
+                garbage.hold()  # the thread releases it
                 self._thread = threading.Thread(target=self._run, name="sharp-engine", daemon=True)
                 self._thread.start()
 
     def _run(self) -> None:
         try:
             while True:
-                with self._work:
-                    while not self._closed and not self._live and not self._pipeline.busy:
-                        self._work.wait()
-                    if self._closed:
-                        return
+                if not self._wait_for_work():
+                    return
                 with suppress(StepFailed):  # its requests have been told
                     self.step()
         except (EngineDead, EngineClosed):
@@ -252,8 +260,23 @@ class Engine:
         except BaseException as error:  # step() has told the callers; this is for an error outside of it
             self._die(error)
         finally:
+            garbage.release()
             if self._closed:
                 self._close_model()
+
+    def _wait_for_work(self) -> bool:
+        """Wait until there is something to do; False once the engine is closed. What a collection of garbage
+        takes is taken here, where nobody waits for it."""
+        steps = self.stats.steps
+        while True:
+            due = steps >= self._collected + garbage.STEPS
+            with self._work:
+                if self._work.wait_for(
+                    lambda: self._closed or self._live or self._pipeline.busy, garbage.IDLE_S if due else None
+                ):
+                    return not self._closed
+            garbage.collect()
+            self._collected = steps
 
     @property
     def error(self) -> BaseException | None:

@@ -40,7 +40,8 @@ def checksum(plan: BatchPlan) -> int:
     value = 0
     for name in ("token_ids", "block_table", "slot_mapping", "positions", "cu_seqlens_q", "logits_rows",
                  "page_copies"):  # fmt: skip
-        value = zlib.crc32(getattr(plan, name).tobytes(), value)
+        array = getattr(plan, name)
+        value = zlib.crc32(array if array.flags.c_contiguous else array.tobytes(), value)
     return value
 
 
@@ -49,7 +50,7 @@ def planned(plan: BatchPlan) -> dict[str, Any]:
     return {
         "event": "plan",
         "step": plan.step,
-        "scheduled": (plan.request_ids, np.diff(plan.cu_seqlens_q)),
+        "scheduled": (plan.request_ids, plan.counts),
         "checksum": checksum(plan),
     }
 
@@ -79,8 +80,9 @@ class EventLog:
         event = {
             "event": "arrive",
             "id": request.request_id,
-            "prompt": np.array(request.prompt_token_ids, np.int32),
-            "params": replace(request.params, seed=request.seed),
+            "prompt": request.prompt_array,
+            "params": request.params,
+            "seed": request.seed,
             "priority": request.priority,
         }
         self._add(event, TOKEN_BYTES * len(request.prompt_token_ids))
@@ -92,6 +94,10 @@ class EventLog:
     def plan(self, plan: BatchPlan) -> None:
         self._add(planned(plan), SEQUENCE_BYTES * plan.num_seqs)
 
+    def plan_nothing(self) -> None:
+        """A plan of nothing, which all the same preempted or admitted a request."""
+        self._add({"event": "nothing"})
+
     def rollback(self) -> None:
         """The newest plan in flight did not happen."""
         self._add({"event": "rollback"})
@@ -101,14 +107,7 @@ class EventLog:
     ) -> None:
         """The oldest plan in flight happened. stopped: (id, stop string) of answers that their text ended, in
         order."""
-        event = {
-            "event": "commit",
-            "step": plan.step,
-            "sampled": sampled.token_ids,
-            "stopped": stopped,
-            "times": {name: getattr(record, name) for name in TIMES},
-            **{name: getattr(record, name) for name in STATE},
-        }
+        event = {"event": "commit", "sampled": sampled.token_ids, "stopped": stopped, "record": record}
         self._add(event, TOKEN_BYTES * len(sampled.token_ids))
 
     def header(self) -> dict[str, Any]:
@@ -127,7 +126,7 @@ class EventLog:
 
     def lines(self) -> list[bytes]:
         """The log as JSON lines."""
-        events = [self.header(), *(event for _, event in self._events)]
+        events = [self.header(), *(_written(event) for _, event in self._events)]
         return [msgspec.json.encode(event, enc_hook=_plain) for event in events]
 
     def save(self, path: str | Path) -> None:
@@ -135,6 +134,25 @@ class EventLog:
         from kernels_numba.files import write_whole  # here: an engine that saves nothing needs no kernels
 
         write_whole(Path(path), b"".join(line + b"\n" for line in self.lines()))
+
+
+def _written(event: dict[str, Any]) -> dict[str, Any]:
+    """An event as the file has it: parameters with the seed that was chosen, a record picked apart. Here, and
+    not where an engine waits for it."""
+    if event["event"] == "arrive":
+        rest = {name: value for name, value in event.items() if name != "seed"}
+        return {**rest, "params": replace(event["params"], seed=event["seed"])}
+    if event["event"] != "commit":
+        return event
+    record: StepRecord = event["record"]
+    return {
+        "event": "commit",
+        "step": record.step,
+        "sampled": event["sampled"],
+        "stopped": event["stopped"],
+        "times": {name: getattr(record, name) for name in TIMES},
+        **{name: getattr(record, name) for name in STATE},
+    }
 
 
 def _plain(value: Any) -> Any:

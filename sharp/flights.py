@@ -84,7 +84,7 @@ class Flights:
             raise ValueError(f"the plan of step {plan.step} is not the {self._which('newest')} in flight")
         flight, table = self._flights.pop(), self._table
         alive = flight.alive(table)
-        table.computed[flight.rows[alive]] -= np.diff(plan.cu_seqlens_q)[alive]
+        table.computed[flight.rows[alive]] -= plan.counts[alive]
         table.coming[self._own(flight, alive)] -= 1
         for before in self._flights:  # its ids are the latest again
             own = before.rows[before.sampled]

@@ -5,7 +5,7 @@ Reads Requests; refuses to change one (that is the scheduler's), and to know ste
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
@@ -13,6 +13,7 @@ from sharp.answer import AnswerText
 from sharp.request import CompletionOutput, Request, RequestOutput, Status
 
 Sink = SimpleQueue["RequestOutput | BaseException"]
+Progress = Callable[[list[str]], object]
 
 
 @dataclass(eq=False)
@@ -58,12 +59,15 @@ class Sample:
 @dataclass(eq=False)
 class LiveRequest:
     """A prompt and its n answers. sink: where outputs go, and the engine's error if it dies; final_only: the
-    finished output alone; deadline: when it ends with "timeout", in time.monotonic()'s seconds."""
+    finished output alone; deadline: when it ends with "timeout", in time.monotonic()'s seconds; progress: is
+    called once a step with the ids of all its requests that have new tokens, before any of their outputs."""
 
     samples: list[Sample]
     sink: Sink | None
     final_only: bool
     deadline: float | None = None
+    progress: Progress | None = None
+    _prompt_token_ids: tuple[int, ...] = ()  # made once: an output is for every token, a prompt may be long
 
     @property
     def request_id(self) -> str:
@@ -71,7 +75,8 @@ class LiveRequest:
 
     @property
     def finished(self) -> bool:
-        return all(sample.finished for sample in self.samples)
+        # A list, which is faster than a generator: this is asked of every request in every step.
+        return all([sample.request.status is Status.FINISHED for sample in self.samples])  # noqa: C419
 
     def unfinished(self) -> list[Request]:
         return [sample.request for sample in self.samples if not sample.finished]
@@ -79,11 +84,13 @@ class LiveRequest:
     def snapshot(self) -> RequestOutput:
         """The answers so far."""
         first = self.samples[0].request
+        if not self._prompt_token_ids:
+            self._prompt_token_ids = tuple(first.prompt_token_ids)
         return RequestOutput(
             request_id=first.request_id,
             prompt=first.prompt,
-            prompt_token_ids=tuple(first.prompt_token_ids),
-            outputs=tuple(sample.snapshot() for sample in self.samples),
+            prompt_token_ids=self._prompt_token_ids,
+            outputs=tuple([sample.snapshot() for sample in self.samples]),
             finished=self.finished,
             num_cached_tokens=first.num_cached_tokens,
         )
@@ -127,6 +134,15 @@ class LiveRequests:
         rest = (live.deadline for live in timed if live.deadline is not None and live.deadline > now)
         self._earliest = min(rest, default=float("inf"))
         return late
+
+    def tell_progress(self, moved: Sequence[LiveRequest]) -> None:
+        """Tell those who want to hear of new tokens and not be handed an output for each."""
+        told: dict[Progress, dict[str, None]] = {}
+        for live in moved:
+            if live.progress is not None:
+                told.setdefault(live.progress, {})[live.request_id] = None
+        for progress, names in told.items():
+            progress(list(names))
 
     def deliver(self, moved: Iterable[LiveRequest]) -> None:
         """Hand out an output of each, once; what has finished is forgotten."""

@@ -60,7 +60,7 @@ class LLM:
         progress: bool = True,
         **options: Any,
     ) -> None:
-        config = EngineConfig(device=device, dtype=dtype, rungs=dict(rungs or {}), **options)
+        config = EngineConfig(device=device, dtype=dtype, rungs={} if rungs is None else rungs, **options)
         predictor, found = None, "the model was not opened from a file"
         if isinstance(model, (str, Path)):
             from sharp.model import Model
@@ -71,6 +71,8 @@ class LLM:
                 from sharp.probe_cache import kept_predictor
 
                 predictor, found = kept_predictor(path, model.device, config)
+        elif not hasattr(model, "launch"):
+            raise TypeError(f"model must be a path or the name of a model, not {model!r}")
         if config.scheduling_policy == LatencyTarget.name:
             config = with_step_times(config, predictor, found)
         self.model = model
@@ -103,11 +105,15 @@ class LLM:
         anything is queued; raises StepFailed if a step of one of them fails, and the engine's error if it
         dies. Such an error or a Ctrl-C ends all requests of this call; StepFailed and Ctrl-C leave the engine
         usable.
+
+        Only the last answer's end counts here, so of one priority those that may take the most tokens start
+        first (longest processing time first, Graham 1969): short answers then fill the end instead of a few
+        long ones. No answer depends on it.
         """
         requests = self._requests(prompts, sampling_params, priority)
         finished: dict[str, RequestOutput] = {}
         with _progress_bar(len(requests), use_tqdm) as bar:
-            for output in self._run(requests, final_only=True):
+            for output in self._run(sorted(requests, key=longest_first), final_only=True):
                 finished[output.request_id] = output
                 bar.update()
         return [finished[request.request_id] for request in requests]
@@ -170,7 +176,7 @@ class LLM:
         self.engine.raise_if_over()
         if isinstance(prompts, (str, bytes)):
             prompts = [prompts]
-        elif not isinstance(prompts, (list, tuple, np.ndarray)):
+        elif not isinstance(prompts, (list, tuple, np.ndarray)) or getattr(prompts, "ndim", 1) < 1:
             raise TypeError(
                 f"prompts must be text, token ids or a list of them, not {type(prompts).__name__}"
             )
@@ -293,6 +299,11 @@ class _Outputs(Iterator[RequestOutput]):
 
     def __del__(self) -> None:
         self._engine.abort_soon(self._in_flight)  # the garbage collector's moment is no moment for a lock
+
+
+def longest_first(request: Request) -> tuple[int, int]:
+    """Sorts by priority, then by how many tokens an answer may have, the most first."""
+    return request.priority, -request.params.max_tokens
 
 
 def prompt_index(output: RequestOutput) -> int:

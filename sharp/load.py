@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -55,13 +55,14 @@ class Load:
 
 
 class _Listener:
-    """The sink of all requests: times each token as the engine hands it over, on the engine's thread."""
+    """The sink of all requests. It is told of each step's tokens on the engine's thread and only writes down
+    when that was: what it means is counted by settle(), when somebody asks."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.clock = TokenClock()
-        self.started: set[int] = set()
-        self.finished: set[int] = set()
+        self.started: set[str] = set()  # ids: they are places as text
+        self.finished: set[str] = set()
         self.answers: dict[int, tuple[int, ...]] = {}
         self.arrived: dict[int, float] = {}
         self.times: dict[int, array[float]] = {}  # 8 bytes a token
@@ -69,42 +70,57 @@ class _Listener:
         self.standing = 0  # streams that begin again when all have ended,
         self.over: set[int] = set()  # those that have
         self.again: Callable[[], None] | None = None  # and what begins them
+        self._heard: list[tuple[float, list[str]]] = []  # tokens; or the end of one, at a time below 0
 
     def arrive(self, place: int, now: float) -> None:
         with self.changed:
             self.clock.arrive(place, now)
             self.arrived[place], self.times[place] = now, array("d")
 
-    def put(self, output: RequestOutput | BaseException) -> None:
+    def progress(self, names: list[str]) -> None:
+        """A token of each."""
         now = time.perf_counter()
+        with self.changed:
+            self._heard.append((now, names))
+            if not self.started.issuperset(names):  # not at every token: it wakes a thread
+                self.started.update(names)
+                self.changed.notify_all()
+
+    def put(self, output: RequestOutput | BaseException) -> None:
+        """The end of one, or of all."""
         with self.changed:
             if isinstance(output, BaseException):
                 self.error = output
-                self.changed.notify_all()
-                return
-            place, ids = int(output.request_id), output.outputs[0].token_ids
-            if len(ids) > len(self.answers.get(place, ())):
-                self.clock.token(place, now)
-                self.times[place].append(now - self.arrived[place])
-                self.answers[place] = ids
-            if output.finished:
-                self.finished.add(place)
-                self.clock.end(place)
+            else:
+                name, place = output.request_id, int(output.request_id)
+                self.answers[place] = output.outputs[0].token_ids
+                self.finished.add(name)
+                self._heard.append((-1.0, [name]))
                 if place < 0:
                     self.over.add(place)
-            if output.finished or place not in self.started:  # not at every token: it wakes a thread
-                self.started.add(place)
-                self.changed.notify_all()
+            self.changed.notify_all()
 
-    def wait_for(self, places: set[int], among: str, until: float | None = None) -> bool:
+    def settle(self) -> None:
+        """Count what was heard. The caller holds `changed`."""
+        for now, names in self._heard:
+            for place in map(int, names):
+                if now < 0:
+                    self.clock.end(place)
+                else:
+                    self.clock.token(place, now)
+                    self.times[place].append(now - self.arrived[place])
+        self._heard.clear()
+
+    def wait_for(self, places: Collection[int], among: str, until: float | None = None) -> bool:
         """Wait until all `places` are among the started or finished ones; False if `until` comes first.
         Meanwhile `again` is called when all standing streams have ended. Raises the engine's error, and
         TimeoutError if nothing moves for STALL_LIMIT_S."""
+        names = set(map(str, places))
         while True:
             with self.changed:
                 if self.error is not None:
                     raise self.error
-                if places <= getattr(self, among):
+                if names <= getattr(self, among):
                     return True
                 over = 0 < self.standing == len(self.over)
                 if over:
@@ -151,6 +167,9 @@ def run_load(
         params = SamplingParams(max_tokens=arrival.output_tokens, temperature=0.0, ignore_eos=True)
         return engine.make_request(ids, params, str(place), arrival.priority)
 
+    def send(one: Request) -> None:
+        engine.submit(one, cast(Sink, listener), final_only=True, progress=listener.progress)
+
     requests: list[tuple[int, Arrival, Any]] = []
     refused = 0
     for place, arrival in enumerate(workload):  # made ahead: drawing thousands of ids takes time
@@ -162,7 +181,7 @@ def run_load(
     engine.start()
     for place, one in background.items():
         listener.arrive(place, time.perf_counter())
-        engine.submit(one, cast(Sink, listener))
+        send(one)
     listener.wait_for(set(background), "started")
 
     streams = len(standing)
@@ -176,7 +195,7 @@ def run_load(
         for place, one in ready:
             background[place] = one
             listener.arrive(place, time.perf_counter())
-            engine.submit(one, cast(Sink, listener))
+            send(one)
         ready.clear()
         make_ready()
 
@@ -185,6 +204,7 @@ def run_load(
         with listener.changed:
             listener.standing, listener.again = streams, begin_again
     with listener.changed:
+        listener.settle()
         before = listener.clock.tokens
         listener.clock.forget_gaps()
     tokens, steps = engine.stats.tokens, engine.stats.steps
@@ -199,7 +219,7 @@ def run_load(
             listener.wait_for({len(workload)}, "finished", due)  # nobody has this place: wait until due
         listener.arrive(place, due)
         try:
-            engine.submit(one, cast(Sink, listener))
+            send(one)
             sent.add(place)
         except QueueFull:
             refused += 1
@@ -210,11 +230,13 @@ def run_load(
     seconds = time.perf_counter() - start
     tokens, steps = engine.stats.tokens - tokens, engine.stats.steps - steps
     with listener.changed:
+        listener.settle()
+        finished = set(map(int, listener.finished))
         itl, answered = listener.clock.itl, listener.clock.tokens - before
         ttft = {int(str(p)): s for p, s in listener.clock.ttft.items() if int(str(p)) >= 0}
-        unfinished = len(sent - listener.finished)
-        times = {place: listener.times[place] for place in sorted(sent & listener.finished)}
-    for place in (sent | set(background)) - listener.finished:
+        unfinished = len(sent - finished)
+        times = {place: listener.times[place] for place in sorted(sent & finished)}
+    for place in (sent | set(background)) - finished:
         engine.abort(str(place))
     return Load(
         seconds, itl, ttft, dict(listener.answers), tokens, answered, steps, refused, unfinished, times

@@ -103,11 +103,8 @@ class PinnedBuffer:
         self._pool, self._memory, self.event = pool, memory, event
         self.capacity = memory.nbytes
         self.array = memory
+        self.address = int(memory.ctypes.data)
         self.taken = False
-
-    @property
-    def address(self) -> int:
-        return int(self._memory.ctypes.data)
 
     def cut(self, num_bytes: int) -> npt.NDArray[np.uint8]:
         """Make .array its first num_bytes, and return it. ValueError if it has fewer."""
@@ -223,33 +220,42 @@ def _require_pinned(name: str, buffer: Any) -> None:
         raise ValueError(f"{name} has been released: take a buffer from the pool first")
 
 
-def _check_copy(array: DeviceArray, buffer: PinnedBuffer, offset: int) -> None:
+def _checked_bytes(array: DeviceArray, buffer: PinnedBuffer, offset: int, num_bytes: int | None) -> int:
     if not array.contiguous:
         raise ValueError(f"a copy of a DeviceArray with shape {array.shape} and strides {array.strides}")
-    if offset < 0 or offset + array.nbytes > buffer.array.nbytes:
+    size = array.nbytes if num_bytes is None else num_bytes
+    if not 0 <= size <= array.nbytes:
+        raise ValueError(f"{size:,} bytes of a DeviceArray of {array.nbytes:,}")
+    if offset < 0 or offset + size > buffer.array.nbytes:
         raise ValueError(
-            f"{array.nbytes:,} bytes at offset {offset:,} are not inside a pinned buffer of "
-            f"{buffer.array.nbytes:,}"
+            f"{size:,} bytes at offset {offset:,} are not inside a pinned buffer of {buffer.array.nbytes:,}"
         )
+    return size
 
 
-def upload_async(target: DeviceArray, source: PinnedBuffer, stream: Any, *, offset: int = 0) -> None:
+def upload_async(
+    target: DeviceArray, source: PinnedBuffer, stream: Any, *, offset: int = 0, num_bytes: int | None = None
+) -> None:
     """Queue a copy of source.array[offset:] to a contiguous array, and record source.event behind it.
 
-    stream: a driver.Stream. TypeError for pageable memory; ValueError for sizes that do not fit.
+    stream: a driver.Stream. num_bytes: of the array's beginning, None: all of it. TypeError for pageable
+    memory; ValueError for sizes that do not fit.
     """
     _require_pinned("source", source)
-    _check_copy(target, source, offset)
-    if target.nbytes:
-        driver.copy_to_device(target.address, source.address + offset, target.nbytes, stream)
+    size = _checked_bytes(target, source, offset, num_bytes)
+    if size:
+        driver.copy_to_device(target.address, source.address + offset, size, stream)
     stream.record(source.event)
 
 
-def download_async(target: PinnedBuffer, source: DeviceArray, stream: Any, *, offset: int = 0) -> None:
-    """Queue a copy of a contiguous array to target.array[offset:], and record target.event behind it: wait
-    for it before reading. TypeError for pageable memory; ValueError for sizes that do not fit."""
+def download_async(
+    target: PinnedBuffer, source: DeviceArray, stream: Any, *, offset: int = 0, num_bytes: int | None = None
+) -> None:
+    """Queue a copy of a contiguous array (num_bytes: of its beginning) to target.array[offset:], and record
+    target.event behind it: wait for it before reading. TypeError for pageable memory; ValueError for sizes
+    that do not fit."""
     _require_pinned("target", target)
-    _check_copy(source, target, offset)
-    if source.nbytes:
-        driver.copy_to_host(target.address + offset, source.address, source.nbytes, stream)
+    size = _checked_bytes(source, target, offset, num_bytes)
+    if size:
+        driver.copy_to_host(target.address + offset, source.address, size, stream)
     stream.record(target.event)

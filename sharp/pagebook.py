@@ -8,8 +8,6 @@ Refuses to know queues, budgets and who is preempted.
 
 from __future__ import annotations
 
-import numpy as np
-
 from sharp.batching import Rows
 from sharp.blocks import BlockAllocator
 from sharp.config import EngineConfig
@@ -110,7 +108,7 @@ class PageBook:
         if not self.prefix_caching:
             return
         table, whole = self.table, context_lens // self.block_size
-        filled = np.flatnonzero(whole > table.published[planned])
+        filled = (whole > table.published[planned]).nonzero()[0]
         for row, stop in zip(planned[filled].tolist(), whole[filled].tolist(), strict=True):
             request: Request = table.request[row]
             if len(request.page_keys) < stop:

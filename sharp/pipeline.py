@@ -105,10 +105,14 @@ class Pipeline:
         of step() left out: a notebook's reader is no part of a step."""
         return self.watch.lap(phase, step) - self._away
 
+    def _moves(self) -> tuple[int, int]:
+        return self.scheduler.preemptions, len(self.scheduler.table)
+
     def _launch(self) -> tuple[_Flight | None, tuple[BatchPlan, BaseException] | None]:
         """The step that was launched, or None; and the plan that could not be, with its error."""
         began = self._lap("plan")
         with uninterrupted(), self._lock:
+            before = self._moves()
             plan = self.scheduler.plan()
             if plan is None and self.live and not self._flights:
                 # Rather an error that reaches everybody than a loop for ever.
@@ -116,6 +120,8 @@ class Pipeline:
                     f"{len(self.live)} requests are unfinished, but the scheduler plans nothing"
                 )
             if plan is None:
+                if self._moves() != before:
+                    self.log.plan_nothing()
                 self.watch.cut()
                 return None, None
             self.log.plan(plan)
@@ -190,7 +196,9 @@ class Pipeline:
         self.log.commit(plan, sampled, stopped, record)
         scheduler.policy.observe(plan, record.seconds)
         self.watch.committed(record, flight.launched.streams)
-        self.live.deliver(live for live, _ in moved)
+        lives = [live for live, _ in moved]
+        self.live.tell_progress(lives)
+        self.live.deliver(lives)
 
     # What goes wrong ------------------------------------------------------------------------------
 

@@ -48,9 +48,15 @@ class BatchPlan:
     token_budget: int = 0  # max_num_batched_tokens, for the picture
 
     def __post_init__(self) -> None:
-        for array in vars(self).values():
-            if isinstance(array, np.ndarray):
-                array.flags.writeable = False  # frozen all the way down
+        for array in self._arrays():
+            array.setflags(write=False)  # frozen all the way down
+
+    def _arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        return (
+            self.token_ids, self.positions, self.cu_seqlens_q, self.context_lens, self.block_table,
+            self.slot_mapping, self.logits_rows, self.temperatures, self.top_ks, self.top_ps, self.seeds,
+            self.output_indices, self.num_logprobs, self.page_copies,
+        )  # fmt: skip
 
     @property
     def num_tokens(self) -> int:
@@ -61,10 +67,15 @@ class BatchPlan:
         return len(self.request_ids)
 
     @property
+    def counts(self) -> Int32:
+        """[B] new tokens of each sequence."""
+        return self.cu_seqlens_q[1:] - self.cu_seqlens_q[:-1]
+
+    @property
     def padded_tokens(self) -> int:
         """Tokens of the rectangle that a padded batch would have computed: B x the longest sequence's new
         tokens."""
-        return self.num_seqs * int(np.diff(self.cu_seqlens_q).max(initial=0))
+        return self.num_seqs * int(self.counts.max(initial=0))
 
     @property
     def logits_seqs(self) -> Int32:
@@ -89,7 +100,7 @@ class BatchPlan:
 
     def check(self, block_size: int) -> None:
         """Raise AssertionError naming the first array that contradicts another."""
-        counts = np.diff(self.cu_seqlens_q)
+        counts = self.counts
         num_seqs, num_rows = self.num_seqs, len(self.logits_rows)
         for name in ("token_ids", "positions", "slot_mapping"):
             assert len(getattr(self, name)) == self.cu_seqlens_q[-1], name

@@ -164,11 +164,16 @@ def run_probe(
     try:
         touch(model)
         readings.append(("buffers", meter.used()))
+        runtime = getattr(model, "runtime", None)
+        if runtime is not None:
+            runtime.capture(progress)  # their memory is a term of its own, not a peak of the steps
         meter.start_peak()
         length, kind = model.max_model_len, device.kind
         curves = measure_curves(model, config, meter, max_model_len=length, limit_s=limit_s, kind=kind)
         at = dict(readings)
         measured = {"reserve": meter.peak()}
+        if runtime is not None and runtime.graphs is not None:
+            measured["graphs"] = runtime.graphs.num_bytes
         if model.arena is not None:  # by its own books, and as the device sees it
             measured |= {**model.arena.terms, "arena": max(0, at["buffers"] - at["start"])}
         else:  # a host may reuse memory that it held before

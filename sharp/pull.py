@@ -42,6 +42,8 @@ def resolve(name_or_path: str | Path) -> Path:
     A manifest name wins over a file of the same name (write ./NAME for the file), a path over ORG/NAME.
     Raises ModelFileError when the name is known but not pulled, or when there is neither.
     """
+    if not str(name_or_path):
+        raise ModelFileError("the name of the model is empty")
     if isinstance(name_or_path, str):
         entry = read_manifest().get(name_or_path)
         if entry is not None:

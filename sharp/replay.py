@@ -62,6 +62,10 @@ class Plan(msgspec.Struct, tag_field="event", tag="plan"):
     checksum: int
 
 
+class Nothing(msgspec.Struct, tag_field="event", tag="nothing"):
+    """A plan() of nothing, while a step was in flight, that preempted or admitted somebody."""
+
+
 class Rollback(msgspec.Struct, tag_field="event", tag="rollback"):
     pass
 
@@ -73,7 +77,7 @@ class Commit(msgspec.Struct, tag_field="event", tag="commit"):
     times: dict[str, float | None]
 
 
-Event = Arrive | End | Plan | Rollback | Commit
+Event = Arrive | End | Plan | Nothing | Rollback | Commit
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,9 @@ class _Run:
                 self._end(self._request(event.id), event.reason)
             case Plan():
                 self._compare(event)
+            case Nothing():
+                if (plan := self.scheduler.plan()) is not None:
+                    raise ReplayError(f"the log has nothing to compute, the scheduler plans step {plan.step}")
             case Rollback():
                 self.scheduler.rollback(self._in_flight(-1))
             case Commit():

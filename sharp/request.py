@@ -10,6 +10,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
 if TYPE_CHECKING:
     from sharp.running import RunningTable
 
@@ -172,6 +176,15 @@ class Request:
     status: Status = Status.WAITING
     finish_reason: str | None = None  # "stop", "length", "abort", "timeout" or "error" (its step failed)
     stop_reason: int | str | None = None  # the token id or string that ended it; None for eos and limits
+    _prompt_array: npt.NDArray[np.int32] | None = field(default=None, repr=False)
+
+    @property
+    def prompt_array(self) -> npt.NDArray[np.int32]:
+        """The prompt as an array, made once, for plans and logs: lists are slow to read."""
+        if self._prompt_array is None:
+            self._prompt_array = np.array(self.prompt_token_ids, np.int32)
+            self._prompt_array.setflags(write=False)
+        return self._prompt_array
 
     @property
     def num_tokens(self) -> int:
@@ -196,9 +209,16 @@ class Request:
             : stop - start
         ]
 
+    def known_array(self, start: int, stop: int) -> npt.NDArray[np.int32]:
+        """The same, as an array; without copies inside of the prompt."""
+        if stop <= len(self.prompt_token_ids):
+            return self.prompt_array[start:stop]
+        return np.array(self.known_tokens(start, stop), np.int32)
 
-@dataclass(frozen=True)
-class CompletionOutput:
+
+# Structs, as one of each is made for every token of every answer: a frozen dataclass takes several times as
+# long. They hold no cycles, so the garbage collector need not look at them.
+class CompletionOutput(msgspec.Struct, frozen=True, gc=False):
     """One answer, as far as it has got. `text` holds whole characters only and never a part of a stop
     string."""
 
@@ -210,8 +230,7 @@ class CompletionOutput:
     logprobs: tuple[dict[int, float], ...] | None = None
 
 
-@dataclass(frozen=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct, frozen=True, gc=False):
     """A request's answer so far; the last one of a request has finished=True."""
 
     request_id: str

@@ -179,14 +179,28 @@ def read_rows(results: Path = RESULTS) -> list[dict[str, Any]]:
     return rows
 
 
+def check_out(name: str, path: Path | None) -> None:
+    """ValueError, naming option and path, where no file can be written: before anything is measured."""
+    from kernels_numba.files import refusal
+
+    why_not = refusal(path) if path is not None else ""
+    if why_not:
+        raise ValueError(f"{name} is {path}, {why_not}")
+
+
 class RowFile:
     """The rows so far, in a file (None: nowhere) after each of them. Those that the file holds of this commit
-    are kept until they are measured anew: parts may be measured one by one."""
+    are kept until they are measured anew: parts may be measured one by one. ValueError for a path where no
+    file can be, or that holds something else than rows."""
 
     def __init__(self, path: Path | None, commit: str) -> None:
+        check_out("--out", path)
         self._path = path
-        old = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else []
-        self._rows = {row["case"]: row for row in old if row["commit"] == commit}
+        try:
+            old = json.loads(path.read_text(encoding="utf-8") or "[]") if path and path.exists() else []
+            self._rows = {row["case"]: row for row in old if row["commit"] == commit}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"--out is {path}, which holds something else than rows: {error}") from None
 
     def take(self, part: Iterable[dict[str, Any]], say: Callable[[str], object]) -> None:
         """The rows of a part as they come. One that misses its tolerance is told; an import would refuse the
@@ -203,7 +217,9 @@ class RowFile:
 
     def _write(self) -> None:
         if self._path is not None:
-            self._path.write_text(json.dumps(self.all, indent=1) + "\n", encoding="utf-8")
+            from kernels_numba.files import write_whole  # `sharp.bench show` needs no kernels
+
+            write_whole(self._path, (json.dumps(self.all, indent=1) + "\n").encode())
 
     @property
     def all(self) -> list[dict[str, Any]]:

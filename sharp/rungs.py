@@ -16,6 +16,7 @@ from kernels_numba.ops.prefill_attention import door as prefill_door
 from kernels_numba.ops.sample.warp import refusal as sample_refusal
 from kernels_numba.ops.warp.door import OPS, RUNG, Sizes, refusal, warp_rungs
 from sharp.buckets import LAUNCH_KEYS, Decodes
+from sharp.config import RungRefused
 from sharp.model_config import ModelConfig
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def _products(model: ModelConfig) -> tuple[int, ...]:
 
 
 def choose_rungs(model: ModelConfig, config: EngineConfig, device: Device) -> dict[str, str]:
-    """op -> rung, of those that are not the device's default or are forced. ValueError as small_op_rungs and
+    """op -> rung, of those that are not the device's default or are forced. RungRefused as small_op_rungs and
     sample_rungs."""
     default, capability = device.default_rung, device.capability
     gemm = gemm_door.best_rung(default, capability, device.dtype, _products(model))
@@ -84,15 +85,15 @@ def where_decodes(rungs: Mapping[str, str], default: str, max_model_len: int) ->
 
 
 def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineConfig, device: Device) -> None:
-    """ValueError, with the reason, for a rung of the other kind of device, or of the products or attention
+    """RungRefused, with the reason, for a rung of the other kind of device, or of the products or attention
     that cannot run the model."""
     elsewhere = "plain" if device.kind == "cpu" else "reference"
     for op, rung in config.rungs.items():
         if rung == elsewhere:
-            raise ValueError(f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})")
+            raise RungRefused(f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})")
     if rungs["gemm"] in NOT_INVARIANT:
         why = "its bits are not those that a token has in company"
-        raise ValueError(f"rung {rungs['gemm']!r} of gemm does not run a model: {why}")
+        raise RungRefused(f"rung {rungs['gemm']!r} of gemm does not run a model: {why}")
     decode, prefill = rungs.get("decode_attention", ""), rungs.get("prefill_attention", "")
     group = model.num_q_heads // model.num_kv_heads
     where = device.capability, device.dtype, model.head_dim, group, config.block_size
@@ -107,7 +108,7 @@ def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineCon
     }
     for op, why_not in reasons.items():
         if why_not:
-            raise ValueError(f"rung {rungs[op]!r} of {op} does not run this model: {why_not}")
+            raise RungRefused(f"rung {rungs[op]!r} of {op} does not run this model: {why_not}")
 
 
 def small_op_rungs(
@@ -117,13 +118,13 @@ def small_op_rungs(
     """{op: "warp"} of the ops that take it by themselves: compute capability 8.0 or newer, bfloat16, nothing
     forced. (Who forces a rung of rope or store_kv gets the two of them, not both in one.)
 
-    Raises ValueError, with the reason, if "warp" is forced for an op that cannot have it here.
+    Raises RungRefused, with the reason, if "warp" is forced for an op that cannot have it here.
     """
     sizes = Sizes(model.hidden_size, model.intermediate_size, model.head_dim, block_size)
     for op, rung in forced.items():
         why_not = refusal(op, capability, dtype, sizes) if rung == RUNG else ""
         if why_not:
-            raise ValueError(f"rung {rung!r} of {op} does not run this model: {why_not}")
+            raise RungRefused(f"rung {rung!r} of {op} does not run this model: {why_not}")
     held = set(forced)
     if held & {"rope", "store_kv"}:
         held.add("rope_store_kv")
@@ -135,11 +136,11 @@ def sample_rungs(
 ) -> dict[str, str]:
     """{"sample": "warp"} where it runs and nothing else is forced; logits are float32 in every engine.
 
-    Raises ValueError, with the reason, if it is forced and cannot run.
+    Raises RungRefused, with the reason, if it is forced and cannot run.
     """
     why_not = sample_refusal(capability)
     if forced.get("sample") == RUNG and why_not:
-        raise ValueError(f"rung {RUNG!r} of sample does not run here: {why_not}")
+        raise RungRefused(f"rung {RUNG!r} of sample does not run here: {why_not}")
     return {} if why_not or default != "plain" or "sample" in forced else {"sample": RUNG}
 
 

@@ -60,10 +60,13 @@ def device_bytes(layout: StepLayout) -> int:
 
 
 class _Slot:
-    """Where every second step's words arrive, and what its time is told by."""
+    """Pinned and device memory of every second step: where its words are written and arrive, and its ids come
+    back to; and what its time is told by. What was copied two steps ago is over as a rule, but not where
+    steps were launched and never landed: so the words' event is waited for before they are written."""
 
-    def __init__(self, buffers: StepBuffers, packed: DeviceArray, sampled: Array) -> None:
-        self.packed = packed
+    def __init__(self, buffers: StepBuffers, packed: DeviceArray, sampled: Array, pool: PinnedPool) -> None:
+        self.packed, self.words = packed, pool.take(packed.nbytes)
+        self.ids = pool.take(sampled.nbytes)
         self.apply = prepare_apply_step(buffers.state, packed, sampled, buffers.layout)
         self.applied = driver.Event()  # the words have been read
         self.start, self.end = driver.Event(timing=True), driver.Event(timing=True)
@@ -73,10 +76,9 @@ class _Slot:
 
 @dataclass
 class _Step:
-    """What land() needs of a launched step: where ids i32[R] arrive, and logits f32[number wanted, V]."""
+    """What land() needs of a launched step: its slot, and where logits f32[number wanted, V] arrive."""
 
     slot: _Slot
-    ids: PinnedBuffer | None
     logits: PinnedBuffer | None
     wanted: tuple[int, ...]  # logits rows whose log-probabilities are asked for
 
@@ -107,13 +109,13 @@ class Runtime:
         self._logits, self._sampled, self._copy_pages = logits, sampled, copy_pages
         self._ops = counted(ops, self.buffers.num_tokens, self.buffers.num_rows)
         self._arrays = {bucket: self.buffers.arrays(bucket) for bucket in self.buckets.all()}
+        self._pinned: PinnedPool = device.pool
         self._slots = [
-            _Slot(self.buffers, device.empty((layout.packed_words,), np.int32, term=TERM), sampled)
+            _Slot(
+                self.buffers, device.empty((layout.packed_words,), np.int32, term=TERM), sampled, device.pool
+            )
             for _ in range(IN_FLIGHT)
         ]
-        self._pinned: PinnedPool = device.pool
-        self._pinned.reserve(layout.packed_words * WORD)
-        self._pinned.reserve(layout.max_seqs * WORD)
         self._steps = 0
         self._clock = DeviceClock(partial(driver.Event, timing=True), self._compute.record)
         self.graphs = Graphs(self._queue, self._compute) if graphs else None
@@ -135,33 +137,41 @@ class Runtime:
     def _warm(self, bucket: Bucket) -> None:
         """Queue a bucket's launches over no tokens at all, so that every kernel is loaded and every tensor
         map made. No page is touched."""
-        words = self._pinned.take(self.layout.packed_words * WORD)
-        packed = words.array.view(np.int32)
+        slot = self._next_slot()
+        packed = self._words_of(slot)
         packed[: HEADER + 1] = 0
         packed[4:6] = bucket.tokens, bucket.seqs
-        self._apply(self._next_slot(), words, HEADER + 1)
+        self._apply(slot, HEADER + 1, launches=True)
         self._queue(bucket, self._device.stream)
 
     def _next_slot(self) -> _Slot:
-        self._steps += 1
         return self._slots[self._steps % IN_FLIGHT]
 
-    def _apply(self, slot: _Slot, words: PinnedBuffer, used: int) -> None:
+    def _words_of(self, slot: _Slot) -> Int32:
+        """Where to write the next step's words."""
+        if not slot.words.event.done:
+            slot.words.event.synchronize()
+        words: Int32 = slot.words.array.view(np.int32)
+        return words
+
+    def _apply(self, slot: _Slot, used: int, *, launches: bool) -> None:
         """Send the words and have them applied behind the step before.
 
-        The copy of the counts behind apply_step puts nothing there that is not there already. It is there
-        because launches after it may begin before those before them have ended (programmatic dependent
-        launch), and some read counts and lengths at once: a copy is never part of such a chain.
+        launches: single launches follow, no graph. They may begin before those before them have ended
+        (programmatic dependent launch), and some read counts and lengths at once; so a copy, which is never
+        part of such a chain, is put between: of the counts, where nothing is changed by it. A graph begins
+        when all before it has ended.
         """
+        self._steps += 1
         self._copy.wait(slot.applied)
         self._copy.record(slot.sent)
-        upload_async(slot.packed[:used], words, self._copy)
+        upload_async(slot.packed, slot.words, self._copy, num_bytes=used * WORD)
         self._copy.record(slot.arrived)
         self._compute.wait(slot.arrived)  # so it has happened when the step has: land() asks when
-        words.release()
         slot.apply(self._compute)
-        counts = self.buffers.counts
-        driver.copy_on_device(counts.address, slot.packed.address, counts.nbytes, self._compute, "the counts")
+        if launches:
+            counts, packed = self.buffers.counts, slot.packed
+            driver.copy_on_device(counts.address, packed.address, counts.nbytes, self._compute, "the counts")
         self._compute.record(slot.applied)
 
     def launch(self, plan: BatchPlan) -> Launched:
@@ -185,15 +195,14 @@ class Runtime:
 
     def _launch(self, plan: BatchPlan, bucket: Bucket) -> Launched:
         queued = time.perf_counter()
-        with self._pinned.take(self.layout.packed_words * WORD) as words:
-            used = self._packer.pack(plan, bucket, words.array.view(np.int32))
-            slot = self._next_slot()
-            slot.queued = queued
-            self._apply(slot, words, used)
+        fresh = self.graphs is not None and bucket not in self.graphs
+        slot = self._next_slot()
+        used = self._packer.pack(plan, bucket, self._words_of(slot))
+        slot.queued = queued
+        self._apply(slot, used, launches=self.graphs is None or fresh)
         if len(plan.page_copies):
             self._copy_pages(plan.page_copies)
         self._compute.record(slot.start)
-        fresh = self.graphs is not None and bucket not in self.graphs
         if self.graphs is None or fresh:
             self._queue(bucket, self._device.stream)
         else:
@@ -224,18 +233,16 @@ class Runtime:
         """Queue the way back: ids, and the logits of rows whose log-probabilities are asked for, since the
         next step overwrites them."""
         rows = len(plan.logits_rows)
-        wanted = tuple(np.flatnonzero(plan.num_logprobs >= 0).tolist())
-        ids = logits = None
-        if rows:
-            ids = self._pinned.take(rows * WORD)
-            download_async(ids, self._sampled[:rows], self._compute)
+        wanted = tuple((plan.num_logprobs >= 0).nonzero()[0].tolist())
+        logits = None
+        download_async(slot.ids, self._sampled, self._compute, num_bytes=rows * WORD)
         if wanted:
             say_slower(self._device)
             row_bytes = self._logits[0].nbytes
             logits = self._pinned.take(len(wanted) * row_bytes)
             for place, row in enumerate(wanted):
                 download_async(logits, self._logits[row], self._compute, offset=place * row_bytes)
-        return _Step(slot, ids, logits, wanted)
+        return _Step(slot, logits, wanted)
 
     def land(self, launched: Launched) -> SampleOutput:
         """Wait for a step's ids and return them; launched.gpu_s: seconds of its launches on the device;
@@ -252,8 +259,9 @@ class Runtime:
             launched.gpu_s = end - start
             words = interval(slot.sent, slot.arrived, slot.queued)
             launched.streams = ((COPIES, "words", *words), (COMPUTE, "step", start, end))
-            token_ids = _read(step.ids, np.int32)
-            values = _read(step.logits, np.float32)
+            slot.ids.event.synchronize()
+            token_ids = slot.ids.array.view(np.int32)[: len(plan.logits_rows)].copy()
+            values = _read(step.logits)
         each = values.reshape(len(step.wanted), -1) if step.wanted else ()
         return sample_output(plan, token_ids, dict(zip(step.wanted, each, strict=True)))
 
@@ -267,12 +275,12 @@ def _named(plan: BatchPlan) -> str:
     return f"step {plan.step} ({plan.num_tokens} tokens of {plan.num_seqs} requests)"
 
 
-def _read(buffer: PinnedBuffer | None, dtype: Any) -> npt.NDArray[Any]:
+def _read(buffer: PinnedBuffer | None) -> npt.NDArray[np.float32]:
     """What a download brought, once it is there, as an array of its own; [0] for no buffer."""
     if buffer is None:
-        return np.empty(0, dtype)
+        return np.empty(0, np.float32)
     buffer.event.synchronize()
-    array: npt.NDArray[Any] = buffer.array.view(dtype).copy()
+    array = buffer.array.view(np.float32).copy()
     buffer.release()
     return array
 

@@ -117,8 +117,10 @@ class Scheduler:
         table, rows = self.table, self.table.rows
         if self.flights:
             last = self._last_is_coming(rows)
-            self.not_scheduled.update(dict.fromkeys(table.name[rows[last]].tolist(), "last token in flight"))
-            rows = rows[~last]
+            if last.any():
+                names = table.name[rows[last]].tolist()
+                self.not_scheduled.update(dict.fromkeys(names, "last token in flight"))
+                rows = rows[~last]
         computed = table.computed[rows]
         decoding = table.known[rows] + table.coming[rows] - computed == 1
         decoding &= computed >= table.prompt[rows]
@@ -232,20 +234,21 @@ class Scheduler:
             raise FloatingPointError(f"request {name}: no token sampled, its logits are not finite")
         alive = self.flights.land(plan)
         self.pages.forks.made(plan.page_copies)
-        kept = np.flatnonzero(alive[flight.sampled])
+        kept = alive[flight.sampled].nonzero()[0]
         rows, token_ids = flight.rows[flight.sampled[kept]], sampled.token_ids[kept]
         updated = table.append_tokens(rows, token_ids)
-        for place in np.flatnonzero(plan.num_logprobs[kept] >= 0).tolist():
+        for place in (plan.num_logprobs[kept] >= 0).nonzero()[0].tolist():
             logprobs = sampled.logprobs[kept[place]]
             assert logprobs is not None
             updated[place][0].logprobs.append(logprobs)
         self.pages.publish(flight.rows[alive], plan.context_lens[alive])
-        for place in np.flatnonzero(table.num_samples[rows]).tolist():
+        for place in table.num_samples[rows].nonzero()[0].tolist():
             self.pages.forks.fork(updated[place][0])
         may_end = table.known[rows] >= table.limit[rows]
         may_end |= table.has_stop_ids[rows]
-        may_end |= table.obeys_eos[rows] & (token_ids[:, None] == self._eos).any(axis=1)
-        for place in np.flatnonzero(may_end).tolist():
+        if len(self._eos):
+            may_end |= table.obeys_eos[rows] & (token_ids[:, None] == self._eos).any(axis=1)
+        for place in may_end.nonzero()[0].tolist():
             self._end_if_over(*updated[place])
         return [request for request, _ in updated]
 

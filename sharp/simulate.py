@@ -245,9 +245,10 @@ def simulate(
         completed += ended
         running_max = max(running_max, plan.num_seqs)
         policy.observe(plan, took)
-        if ended or not steps_alike or plan.num_decodes < len(scheduler.table):
+        if ended or not steps_alike or min(plan.num_decodes, rows) < len(scheduler.table):
             continue
-        # All that runs has decoded, and will again until somebody ends or comes: no plan is needed to know.
+        # All that runs has decoded and got a token (a prompt read one token at a time has none yet), and will
+        # again until somebody ends or comes: no plan is needed to know.
         next_arrival = workload[coming].arrival_s if coming < len(workload) else math.inf
         quiet = quiet_steps(scheduler)
         if not quiet or now >= next_arrival:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
+import msgspec
 
 from sharp.plan import BatchPlan
 from sharp.scheduler import Scheduler
@@ -31,8 +31,7 @@ class Phases:
     seconds: float = 0.0  # what it took: see StepRecord
 
 
-@dataclass(frozen=True)
-class StepRecord:
+class StepRecord(msgspec.Struct, frozen=True, kw_only=True):  # made in each step: see request.py
     """One step: what it computed, how long it took, and what was in use after it.
 
     seconds: until its tokens were there, from when its planning began or, if that is later, from when those
@@ -56,7 +55,8 @@ class StepRecord:
     blocks_total: int
     running: int
     waiting: int  # the queue's depth
-    scheduled: tuple[tuple[str, int], ...]  # who: request id and tokens
+    request_ids: tuple[str, ...]  # who,
+    counts: tuple[int, ...]  # and how many tokens of each
     not_scheduled: dict[str, str]  # why not: running or preempted requests without a token, by id
     waiting_for: str | None  # what the queue waits for: "pages", "token budget", "max_num_seqs", "preemption"
     free_blocks: int
@@ -78,6 +78,7 @@ class StepRecord:
     ) -> StepRecord:
         """The record of a step that was just committed. blocks_used: before those that ended gave theirs
         back; not_scheduled, waiting_for: the scheduler's when it was planned."""
+        counts: list[int] = plan.counts.tolist()
         return cls(
             step=plan.step,
             **vars(phases),
@@ -85,12 +86,13 @@ class StepRecord:
             num_seqs=plan.num_seqs,
             num_decodes=plan.num_decodes,
             num_sampled=num_sampled,
-            padded_tokens=plan.padded_tokens,
+            padded_tokens=len(counts) * max(counts),
             blocks_used=blocks_used,
             blocks_total=scheduler.blocks.num_blocks,
-            running=len(scheduler.running),
+            running=len(scheduler.table),
             waiting=len(scheduler.waiting),
-            scheduled=tuple(zip(plan.request_ids, np.diff(plan.cu_seqlens_q).tolist(), strict=True)),
+            request_ids=plan.request_ids,
+            counts=tuple(counts),
             not_scheduled=not_scheduled,
             waiting_for=waiting_for,
             free_blocks=scheduler.blocks.num_free,
@@ -98,6 +100,11 @@ class StepRecord:
             hit_tokens=scheduler.pages.hit_tokens,
             preemptions=scheduler.preemptions,
         )
+
+    @property
+    def scheduled(self) -> tuple[tuple[str, int], ...]:
+        """Who: request id and tokens."""
+        return tuple(zip(self.request_ids, self.counts, strict=True))
 
     @property
     def host_s(self) -> float:

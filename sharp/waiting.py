@@ -38,7 +38,11 @@ class WaitingQueue(Sequence[Request]):
         return len(self._requests)
 
     def add(self, request: Request) -> None:
-        insort(self._requests, request, key=self._place)
+        place = self._place(request)
+        if not self._requests or self._place(self._requests[-1]) <= place:  # as of nearly all
+            self._requests.append(request)
+        else:
+            insort(self._requests, request, key=self._place)
 
     def remove(self, request: Request) -> None:
         """Raises ValueError if it does not wait."""

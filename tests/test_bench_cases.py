@@ -33,10 +33,13 @@ def named(found: list[Case]) -> dict[str, Case]:
 
 def test_the_cases_are_the_peers_and_two_seeds_more() -> None:
     found = named(list(cases(KINDS, "llama-3.2-1b", 128256, Size())))
-    assert len(found) == 2 + 3 + 3
+    assert len(found) == 2 + 3 + 3 + 3
     base = found["online/llama-3.2-1b"]
     assert list(zip(base.prompts, base.new, strict=True)) == online()
     assert found["online/llama-3.2-1b seed 12"].prompts == [ids for ids, _ in online(seed=12)]
+    longest = found["offline/llama-3.2-1b"]
+    assert longest.new == sorted(base.new, reverse=True)
+    assert sorted(zip(longest.prompts, longest.new, strict=True)) == sorted(online())
     assert found["documents/llama-3.2-1b"].prompts == documents()
     assert set(found["documents/llama-3.2-1b seed 15"].new) == {1}
     one, steady = found["decode1/llama-3.2-1b"], found["busy64/llama-3.2-1b"]
@@ -46,7 +49,7 @@ def test_the_cases_are_the_peers_and_two_seeds_more() -> None:
     assert list(few) == ["online/toy"]
     assert few["online/toy"].new == [4, 4]
     assert max(map(max, few["online/toy"].prompts)) < 300
-    assert [seeds[0] for seeds in SEEDS.values()] == [11, 13]
+    assert [seeds[0] for seeds in SEEDS.values()] == [11, 11, 13]
 
 
 def test_a_cases_value_is_read_off_its_run() -> None:

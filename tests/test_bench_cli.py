@@ -13,6 +13,7 @@ from test_house import without_cuda
 from test_import import heavy, modules_after
 
 from kernels_numba.bench import contest, tune_decode
+from kernels_numba.bench import gpu as gpu_bench
 from kernels_numba.ops import OP_NAMES, OPS
 from sharp import bench, bench_ops, results
 
@@ -39,6 +40,7 @@ def gpu(monkeypatch, workloads):
     monkeypatch.setattr(contest, "torch_side", lambda against: object() if against == "torch" else None)
     monkeypatch.setattr(contest, "Workload", workloads)
     monkeypatch.setattr(tune_decode, "read_gbs", lambda: 3000.0)
+    monkeypatch.setattr(gpu_bench, "copy_gbs", lambda: 2500.0)
     return workloads
 
 
@@ -240,6 +242,19 @@ def test_rows_and_lines_of_a_measurement(capsys, gpu, tmp_path):
     assert lines[-2].startswith(
         "many tokens (512 and more), times torch's speed: geometric mean 1.500 (1.03 w"
     )
+
+
+def test_the_ops_between_are_held_against_what_the_card_copies(capsys, gpu):
+    """All of them by one command: rung warp at 8,192 tokens."""
+    _, lines = run(capsys, "--rung", "warp", "--case", "T=8192", "--commit", COMMIT)
+    rows = json.loads(lines[-1])
+    assert {row["op"] for row in rows} == {"embedding", "rms_norm", "qk_norm", "rope_store_kv", "silu_mul"}
+    assert lines[1] == "copying alone: 2500 GB/s, read and written"
+    timed = [line for line in lines if line.startswith("silu_mul ") and "cold L2" in line]
+    assert len(timed) == 3
+    assert all(line.endswith("cold L2, 2% of what the card copies)") for line in timed)
+    last = [line for line in lines if "that the card copies: least 0.020 (0.8 wanted: MISSED)" in line]
+    assert [line.split()[0] for line in last] == ["rms_norm", "rope_store_kv", "silu_mul", "embedding"]
 
 
 def test_few_tokens_are_held_against_what_the_card_reads(capsys, gpu):

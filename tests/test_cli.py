@@ -178,6 +178,14 @@ def test_bytes_that_are_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("words", "code", "said"),
     [
         (["generate", "--prompt", "a"], 2, "--model"),
+        (["generate", "--prompt", "a", "--model", ""], 1, "the name of the model is empty"),
+        (["info", ""], 1, "the name of the model is empty"),
+        (["probe", ""], 1, "the name of the model is empty"),
+        (
+            ["generate", *GREEDY, "--prompt", "a", "--rung", "gemm=plain"],
+            2,
+            "sharp: rung 'plain' of gemm does not run on device 'cpu'",
+        ),
         (["generate", *GREEDY], 2, "--prompts-file"),
         (["generate", *GREEDY, "--prompt", "a", "--prompts-file", "x"], 2, "one of the two"),
         (["generate", *GREEDY, "--prompts-file", "/nowhere/x.jsonl"], 2, "/nowhere/x.jsonl"),

@@ -436,6 +436,17 @@ def test_generate_keeps_the_order(llm: LLM) -> None:
     assert llm.generate([], use_tqdm=False) == []
 
 
+def test_generate_starts_the_longest_answers_first() -> None:
+    model = FakeModel()
+    with LLM(model, tokenizer=TOKENIZER, block_size=4, max_num_seqs=1) as llm:
+        params = [SamplingParams(max_tokens=n, temperature=0.0, ignore_eos=True) for n in (2, 5, 3, 5)]
+        results = llm.generate([[10], [11], [12], [13]], params, priority=[0, 0, 0, 1], use_tqdm=False)
+        prompts = [int(plan.token_ids[0]) for plan in model.plans if plan.positions[0] == 0]
+    assert prompts == [11, 12, 10, 13]  # a priority goes before any length
+    for first, own, result in zip((10, 11, 12, 13), params, results, strict=True):
+        assert list(result.outputs[0].token_ids) == expected([first], own)
+
+
 @pytest.mark.parametrize(
     ("params", "error", "told"),
     [

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fake_model import FakeModel, FakeTokenizer, engine_config, expected
 
@@ -31,6 +32,20 @@ PHASES = (*OF_THE_HOST, "stage", "forward", "sample")
 def make_llm(model: FakeModel | None = None, **options: Any) -> LLM:
     options = {"block_size": 4, "max_num_batched_tokens": 32, "max_num_seqs": 4, **options}
     return LLM(model or FakeModel(num_blocks=4096, delay=0.002), tokenizer=FakeTokenizer(), **options)
+
+
+@pytest.mark.parametrize("model", [None, 5, object()])
+def test_what_is_no_model(model: Any) -> None:
+    with pytest.raises(TypeError, match="model must be a path or the name of a model, not "):
+        LLM(model)
+
+
+def test_what_is_no_table_of_rungs_and_no_prompt() -> None:
+    rungs: Any = "gemm"
+    with pytest.raises(TypeError, match="rungs must map op names to rung names, not 'gemm'"):
+        LLM("weights/tiny", rungs=rungs)
+    with make_llm() as llm, pytest.raises(TypeError, match="prompts must be text, token ids or a list"):
+        llm.generate(np.array(5))  # type: ignore[arg-type]
 
 
 def break_it(engine: Engine, phase: str, error: BaseException, armed: threading.Event) -> None:

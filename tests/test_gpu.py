@@ -193,6 +193,7 @@ PARTS = {
     "burst": Part("test_burst", 150, alone=True, rungs=True, show=True),
     "watch": Part("test_watch_gpu", 120, alone=True, show=True),
     "probe": Part("test_probe", 180, alone=True),
+    "notebooks": Part("test_notebooks", 180, alone=True),
     "warm_start": Part("test_warm", 300, alone=True, show=True),
     "bench": Part("test_bench_gpu", 120, ("attention", "not attention"), alone=True),
 }

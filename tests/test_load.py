@@ -311,6 +311,17 @@ def test_rows_are_kept_part_by_part(tmp_path: Any) -> None:
     ]  # fmt: skip
 
 
+def test_a_file_of_something_else_is_told(tmp_path: Any) -> None:
+    for number, text in enumerate(("{", "[1]", '[{"case": "x"}]', "7")):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"{number}.json, which holds something else than rows"):
+            results.RowFile(path, "0123abc")
+        assert path.read_text() == text
+    with pytest.raises(ValueError, match=", a folder; the name of a file is required"):
+        results.RowFile(tmp_path, "0123abc")
+
+
 def test_a_model_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["scheduler", "--model", "random:gpt-9", "--commit", "0" * 9])

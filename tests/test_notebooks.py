@@ -23,8 +23,24 @@ def test_there_is_a_tour() -> None:
     assert ROOT / "notebooks" / "00_tour.py" in NOTEBOOKS
 
 
+ON_A_GPU = ("05_runtime",)  # what these show on one needs no model that must be pulled
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(path, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_notebook_runs_on_a_gpu(name: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not on_gpu:
+        pytest.skip("runs under --device=cuda only, in the child that test_gpu.py starts")
+    run(ROOT / "notebooks" / f"{name}.py", monkeypatch)
+
+
+def run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All cells in a fresh kernel, which sees a GPU where this process does."""
     jupytext = pytest.importorskip("jupytext")
     nbclient = pytest.importorskip("nbclient")
     # Kernels see the package from a checkout that is not installed too.

@@ -443,6 +443,9 @@ def test_the_probe_on_a_gpu(on_gpu: bool, tmp_path: Path) -> None:
     assert abs(arena.measured - arena.predicted) < 16 << 20  # one allocation, in pieces of 2 MiB
     for name in ("weights", "activations", "logits", "rope_table", "staging"):
         assert terms[name].measured == terms[name].predicted
+    graphs = terms["graphs"]
+    assert graphs.measured is not None
+    assert 0 <= graphs.measured <= graphs.predicted
     assert terms["reserve"].measured is not None
     assert terms["reserve"].measured <= terms["reserve"].predicted
     ways = {row["way"]: row["bytes_per_s"] for row in found.copies if row["bytes"] in (1 << 26, 1 << 27)}

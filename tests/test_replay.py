@@ -122,6 +122,27 @@ def test_the_plans_come_out_again(
         assert found.scheduler.policy._ratios == policy._ratios
 
 
+def test_a_plan_of_nothing_that_preempted(tmp_path: Path) -> None:
+    """The only request that could go on lacks a page while the last token of another is in flight: it gives
+    way in a plan of nothing, which the log must hold, too."""
+    adds = (0, 0, 17, 395, 430, 462, 13, 224, 0, 0)
+    moves = [*(("add", n) for n in adds), ("step", 0), *(("add", n) for n in (0, 1222, 0, 0))]
+    config = engine_config(
+        scheduling_policy="shortest-prompt-first", admission="optimistic", max_queue_len=6, overlap=True
+    )
+    engine = Engine(Interrupted(num_blocks=12), FakeTokenizer(), config)
+    run(engine, moves)
+    engine.log.save(tmp_path / "log")
+    text = (tmp_path / "log").read_text()
+    assert text.count('"event":"nothing"') == 1
+    assert replay(tmp_path / "log").preemptions == engine.scheduler.preemptions == 1
+    wrong = text.splitlines()
+    first = next(i for i, line in enumerate(wrong) if '"event":"plan"' in line)
+    (tmp_path / "log").write_text("\n".join([*wrong[:first], '{"event":"nothing"}', *wrong[first:]]))
+    with pytest.raises(ReplayError, match="the log has nothing to compute, the scheduler plans step 1"):
+        replay(tmp_path / "log")
+
+
 def test_those_runs_met_preemption() -> None:
     """Runs after the one above, in file order: its workloads do reach page pressure."""
     assert not PREEMPTIONS or sum(1 for count in PREEMPTIONS if count) >= 3

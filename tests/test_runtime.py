@@ -293,8 +293,8 @@ def test_words_wait_for_those_before_them_to_be_read(monkeypatch, mutant):
         plan = replace(plan, block_table=plan.block_table + shift, slot_mapping=plan.slot_mapping + 4 * shift)
         plans.append(plan)
         launched.append(model.runtime.launch(plan))  # dropped, its pinned memory would be waited for
-    while host._happen(1):  # the copies get on as far as they may
-        pass
+        while host._happen(1):  # the copies get on as far as they may
+            pass
     model.device.compute_stream.synchronize()
     written = [(model.tokens[plan.slot_mapping] == plan.token_ids).all() for plan in plans]
     assert all(written) != mutant

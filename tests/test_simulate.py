@@ -240,6 +240,20 @@ def test_skipped_steps_are_those_that_plans_would_have_made() -> None:
         assert quiet_steps(other) == 0
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"long_prefill_token_threshold": 1}, {"max_num_batched_tokens": 1, "max_num_seqs": 1}]
+)
+def test_prompts_read_a_token_at_a_time(options: dict[str, int], overlap: bool) -> None:
+    """Chunks of one token look like decodes, but give no token but at the prompt's end."""
+    config = EngineConfig(overlap=overlap, **options)
+    found = simulate([Arrival(0.0, 5, 4)] * 2, Fixed(), config, num_blocks=9, max_model_len=99)
+    assert (found.completed, found.output_tokens) == (2, 8)
+    together = 1 if options.get("max_num_seqs") else 2
+    assert found.steps == (5 + 3) * 2 // together
+    assert found.ttft.p50 >= 5
+
+
 # Latencies -----------------------------------------------------------------------------------------
 
 
@@ -358,6 +372,7 @@ def test_json(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["--policy", "latency-target", "--set", "target_itl_ms=nan"], "positive number of milliseconds"),
         (["--policy", "latency-target", "--set", "target_itl_ms=0.001"], "cannot be met: .* takes"),
         (["--set", "max_num_seqs=0"], "max_num_seqs must be at least 1, not 0"),
+        (["--set", "max_num_seqs=99999999999"], "max_num_seqs must be at most 2147483647"),
         (["--set", "max_num_seqs=many"], "max_num_seqs is 'many'; it must be a whole number"),
         (["--set", "seed=1"], "--set is 'seed=1'; it must be OPTION=VALUE, OPTION one of"),
         (["--set", "max_num_seqs"], "--set is 'max_num_seqs'"),

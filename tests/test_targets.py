@@ -9,8 +9,8 @@ from kernels_numba.bench.cases import bench_cases
 from kernels_numba.bench.ops import BENCH_OPS
 
 
-def row(op="gemm", case="M=512 N=4096 K=4096", rung="hopper", us=100.0, ratio=1.0):
-    return {"op": op, "case": case, "rung": rung, "us": us, "ratio": ratio}
+def row(op="gemm", case="M=512 N=4096 K=4096", rung="hopper", us=100.0, ratio=1.0, gbs=1000.0):
+    return {"op": op, "case": case, "rung": rung, "us": us, "ratio": ratio, "gbs": gbs}
 
 
 def test_nothing_measured_says_nothing():
@@ -85,6 +85,29 @@ def test_lines_of_few_tokens():
     assert targets.note("gemm", small, 2.0, None) == ", 2.72 us allowed"
     assert targets.note("gemm", bench_cases("gemm")["M=512 N=576 K=576"], 2.0, 3000.0) == ""
     assert targets.note("rope", {"num_tokens": 1}, 2.0, 3000.0) == ""
+
+
+def test_the_ops_between_are_held_against_copying():
+    """At 8,192 tokens, in rung warp, an op a line; nothing without a copy to compare with."""
+    case = "llama3.2-1b T=8192"
+    rows = [
+        row("rms_norm", case, "warp", gbs=2400.0),
+        row("rms_norm", "smollm2-135m T=8192", "warp", gbs=1800.0),
+        row("rms_norm", "qwen2.5-7b T=64", "warp", gbs=10.0),
+        row("silu_mul", case, "warp", gbs=2600.0),
+        row("silu_mul", case, "plain", gbs=100.0),
+        row("qk_norm", "qwen3-8b T=8192", "warp", gbs=1.0),
+    ]
+    assert targets.summary(rows) == []
+    norm, silu = targets.summary(rows, None, 2500.0)
+    assert norm == (
+        "rms_norm at 8,192 tokens, share of the 2500 GB/s that the card copies: least 0.720 (0.8 wanted: "
+        "MISSED) at smollm2-135m T=8192, of 2"
+    )
+    assert silu.endswith("least 1.040 (0.8 wanted: met) at llama3.2-1b T=8192, of 1")
+    params = bench_cases("rms_norm")[case]
+    assert targets.note("rms_norm", params, 9.0, None, 2500.0, 2000.0) == ", 80% of what the card copies"
+    assert targets.note("rms_norm", {**params, "num_tokens": 64}, 9.0, None, 2500.0, 2000.0) == ""
 
 
 def test_bytes_are_the_ops_own():

@@ -269,6 +269,11 @@ def test_a_trace_that_cannot_be_written_is_told_at_the_door(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [command, "--model", "no such model", *(["--prompt", "a"] if command == "generate" else [])]
-    for path, why in ((tmp_path, "a folder"), (tmp_path / "no" / "x.json", "there is no folder")):
+    paths = (
+        (tmp_path, "a folder"),
+        (tmp_path / "no" / "x.json", "there is no folder"),
+        (Path("/dev/null"), "not a regular file"),
+    )
+    for path, why in paths:
         assert main([*words, "--trace-out", str(path)]) == 2
         assert why in capsys.readouterr().err

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from dataclasses import replace
 from typing import Any
 
 from fake_model import FakeModel, FakeTokenizer, engine_config
+from msgspec.structs import replace
 
 from sharp.engine import Engine
 from sharp.request import SamplingParams
@@ -60,7 +60,8 @@ def test_who_got_nothing_is_red() -> None:
 
 def test_large_timelines_are_cut() -> None:
     record = run().stats.history[-1]
-    many = replace(record, scheduled=tuple((f"r{i}", 1) for i in range(MAX_ROWS + 40)))
+    names = tuple(f"r{i}" for i in range(MAX_ROWS + 40))
+    many = replace(record, request_ids=names, counts=(1,) * len(names))
     line = Timeline.of([many] * (MAX_STEPS + 50))
     assert len(line.records) == MAX_STEPS
     assert len(rects(line.svg())) == MAX_STEPS * MAX_ROWS

@@ -9,11 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from kernels_numba.bench.timing import cold_bytes
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import stream_handle
 from kernels_numba.ops.gemm.door import refusal
 from kernels_numba.ops.warp.door import NEEDS, RUNG
+
+COPY_BYTES, COPIES = 64 << 20, 8
 
 
 def _check(result: Any, what: str) -> Any:
@@ -69,6 +73,26 @@ class DriverLane:
             _check(self._driver.cuGraphExecDestroy(executable), "destroying a graph")
         self._graphs.clear()
         cuda.current_context().deallocations.clear()
+
+
+def copy_gbs(rounds: int = 5) -> float:
+    """GB/s, read and written, at which the driver copies COPY_BYTES within the device, out of memory that L2
+    has lost; the best of `rounds` replays of a graph of COPIES copies."""
+    from kernels_numba.bench.contest import device_lane
+
+    lane = device_lane()
+    buffers = [cuda.device_array(COPY_BYTES, np.uint8) for _ in range(2 * COPIES)]
+    places = [int(buffer.__cuda_array_interface__["data"][0]) for buffer in buffers]
+
+    def copies() -> None:
+        for source, target in zip(places[::2], places[1::2], strict=True):
+            result = lane._driver.cuMemcpyDtoDAsync(target, source, COPY_BYTES, lane._handle)
+            _check(result, "copying device memory")
+
+    replay = lane.capture(copies)
+    times = [lane.elapsed_us(replay) for _ in range(rounds + 1)]
+    lane.release()
+    return float(2 * COPIES * COPY_BYTES / min(times[1:]) / 1e3)
 
 
 def runs_on(rung: str, capability: tuple[int, int]) -> bool:

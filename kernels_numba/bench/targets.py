@@ -1,9 +1,9 @@
-"""What the GEMM and the LM head are meant to reach on an H100, and what measured rows come to.
+"""What GEMM, LM head and the ops between are meant to reach on an H100, and what measured rows come to.
 
 Against torch.matmul: many tokens 1.03x in the mean, up to 64 tokens 1.08x where weights are large and the
 time of their bytes where they are small, between the two 1.02x; a share of what the card reads; what rung
-mma_sync and the price of one order of additions are to be. Knows: rows of results, as dicts. Refuses to know:
-how they were measured.
+mma_sync and the price of one order of additions are to be. Of the ops that move memory and compute little:
+a share of what the card copies. Knows: rows of results, as dicts. Refuses to know: how they were measured.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ READ_SHARE = 0.92  # of the card's reading, on:
 WIDE = ((28672, 4096), (37888, 3584))  # and the heads
 MMA_M = 2048  # tokens from which rung mma_sync has a share of cuBLAS's speed to reach
 PRICE = 0.05
+COPY_SHARE, COPY_TOKENS = 0.8, 8192  # of the card's copying, and the tokens from which it is to be reached:
+COPYING = ("rms_norm", "rope_store_kv", "silu_mul", "embedding")  # in rung "warp"
 RUNGS = {"gemm": "hopper", "lm_head": "warp"}
 
 
@@ -36,6 +38,11 @@ def sizes_of(op: str, params: Params) -> tuple[int, int, int]:
 def reads_weights(op: str, params: Params) -> bool:
     """Whether a case has so few tokens that the card's reading is what it is held against."""
     return op in RUNGS and sizes_of(op, params)[0] <= GEMM_FEW_M[-1]
+
+
+def copies(op: str, params: Params) -> bool:
+    """Whether a case is held against what the card copies."""
+    return op in COPYING and int(params["num_tokens"]) >= COPY_TOKENS
 
 
 @cache
@@ -84,9 +91,14 @@ def timed(rows: Iterable[dict[str, Any]]) -> list[Timed]:
     ]  # fmt: skip
 
 
-def note(op: str, params: Params, us: float, read_gbs: float | None) -> str:
-    """What a case of few tokens adds to its line: its share of the card's reading, and the time of its bytes
-    if its weights are small."""
+def note(
+    op: str, params: Params, us: float, read_gbs: float | None, copy_gbs: float | None = None,
+    gbs: float | None = None,
+) -> str:  # fmt: skip
+    """What a case adds to its line: one of few tokens its share of the card's reading, and the time of its
+    bytes if its weights are small; one of COPYING, at `gbs`, its share of the card's copying."""
+    if copies(op, params) and copy_gbs and gbs:
+        return f", {gbs / copy_gbs:.0%} of what the card copies"
     if not reads_weights(op, params):
         return ""
     m, n, k = sizes_of(op, params)
@@ -143,6 +155,24 @@ def _reading(of: Sequence[Timed], read_gbs: float | None) -> list[str]:
     return [f"{what}: least {reached}, {reach} of {len(of)} reach it"]
 
 
+def _copying(rows: Sequence[dict[str, Any]], copy_gbs: float | None) -> list[str]:
+    """How the ops between stand beside copying, an op a line."""
+    if copy_gbs is None:
+        return []
+    lines = []
+    for op in COPYING:
+        grid = bench_cases(op)
+        mine = [row for row in rows if (row["op"], row["rung"]) == (op, "warp") and row["case"] in grid]
+        share = {row["case"]: row["gbs"] / copy_gbs for row in mine if copies(op, grid[row["case"]])}
+        if share:
+            least = min(share, key=lambda case: share[case])
+            lines.append(
+                f"{op} at {COPY_TOKENS:,} tokens, share of the {copy_gbs:.0f} GB/s that the card copies: "
+                f"least {_verdict(share[least], COPY_SHARE)} at {least}, of {len(share)}"
+            )
+    return lines
+
+
 def _price(of: Sequence[Timed]) -> list[str]:
     """What the one order of additions costs: hopper's time over that of the best kernel, gemv included."""
     default = {(one.m, one.n, one.k): one.us for one in of if one.rung == "hopper"}
@@ -158,9 +188,12 @@ def _price(of: Sequence[Timed]) -> list[str]:
     ]
 
 
-def summary(rows: Iterable[dict[str, Any]], read_gbs: float | None = None) -> list[str]:
-    """A line a target that anything of `rows` speaks to: reached, wanted, met or missed. read_gbs: what the
-    card was seen to read."""
+def summary(
+    rows: Iterable[dict[str, Any]], read_gbs: float | None = None, copy_gbs: float | None = None
+) -> list[str]:
+    """A line a target that anything of `rows` speaks to: reached, wanted, met or missed. read_gbs, copy_gbs:
+    what the card was seen to read, and to copy (read and written)."""
+    rows = list(rows)
     every = timed(rows)
     ours = [one for one in every if one.rung == RUNGS[one.op]]
     few = [one for one in ours if one.m <= FEW]
@@ -177,4 +210,5 @@ def summary(rows: Iterable[dict[str, Any]], read_gbs: float | None = None) -> li
         *_ratios("heads of 128 and 256 rows", [one for one in beyond if one.op == "lm_head"]),
         *_ratios(f"rung mma_sync from {MMA_M} tokens on", mma, 0.6),
         *_price(every),
+        *_copying(rows, copy_gbs),
     ]

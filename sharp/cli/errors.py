@@ -36,6 +36,7 @@ def bad_input() -> Iterator[None]:
 
 def explain(error: Exception) -> CommandError:
     """Any error as one to show: as it is where our own code worded it for people, else named as a bug."""
+    from sharp.config import RungRefused
     from sharp.hub import HubError
     from sharp.model_config import ModelFileError
     from sharp.pull import PullError
@@ -44,6 +45,8 @@ def explain(error: Exception) -> CommandError:
         return error
     if isinstance(error, ModelFileError):
         return CommandError(printable(str(error)), 1)
+    if isinstance(error, RungRefused):
+        return CommandError(str(error), 2)
     if isinstance(error, (PullError, HubError, OSError, MemoryError)):
         return CommandError(str(error) or type(error).__name__, 1)
     if isinstance(error, RuntimeError):  # no such device, an engine that died: worded where it was raised

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from sharp.cli.errors import CommandError, bad_input
-from sharp.config import EngineConfig
+from sharp.config import MAX_INT32, EngineConfig
 from sharp.latency_target import LatencyTarget
 from sharp.probe import Probe
 from sharp.simulate import Noisy, Simulated, simulate
@@ -41,7 +41,8 @@ def simulate_command(
     longest = max(a.prompt_tokens + a.output_tokens for a in arrivals)
     with bad_input():
         proposal = found.propose()
-        tokens = max(proposal.max_num_batched_tokens, given.get("max_num_seqs", 0))
+        wanted = min(given.get("max_num_seqs", 0), MAX_INT32)  # of a larger one the option itself is told
+        tokens = max(proposal.max_num_batched_tokens, wanted)
         seqs = min(proposal.max_num_seqs, given.get("max_num_batched_tokens", tokens))
         options = {
             "max_num_batched_tokens": tokens, "max_num_seqs": seqs, "max_model_len": longest,

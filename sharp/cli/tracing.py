@@ -27,10 +27,11 @@ def check_trace_out(path: Path | None) -> None:
     """CommandError where no file can be written, before a model is loaded for it."""
     if path is None:
         return
-    if path.is_dir():
-        raise CommandError(f"--trace-out is {path}, a folder; the name of a file is required", 2)
-    if not path.parent.is_dir():
-        raise CommandError(f"--trace-out is {path}, but there is no folder {path.parent}", 2)
+    from kernels_numba.files import refusal
+
+    why_not = refusal(path)
+    if why_not:
+        raise CommandError(f"--trace-out is {path}, {why_not}", 2)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ the three other kernels read three numbers a row to see that there is nothing to
 are real and which are cut is read on the device, so the four can be captured in a graph; out is theirs to
 write, and all else that they write is in the workspace, which every launch leaves as it found it.
 
-Knows: dtypes, shapes, addresses, grids. Refuses to know: what the kernels do. Not run on a GPU yet.
+Knows: dtypes, shapes, addresses, grids. Refuses to know: what the kernels do.
 """
 
 from __future__ import annotations

@@ -7,6 +7,6 @@ may be a bucket's, and a launch may be part of a CUDA graph: it allocates nothin
 arguments. A row's bits depend on the row alone.
 
 From sm_90 on they are links of a chain of dependent launches, which the embedding begins: a product fetches
-its weights while a small op still runs. Not run on a GPU yet: checked in numpy (in_numpy.py) and by the
-assembler.
+its weights while a small op still runs. Checked in numpy (in_numpy.py), by the
+assembler, and on an H100.
 """

@@ -15,6 +15,7 @@ from kernels_numba.checks import check
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch
 from kernels_numba.ops.warp.door import (
+    LIMIT,
     NAMES,
     Plan,
     View,
@@ -33,24 +34,23 @@ from kernels_numba.ptx.griddep import griddep_launch
 from kernels_numba.ptx.ldst import ld_global_i32
 from kernels_numba.ptx.packs import ld_global_v4_if_at, st_global_v4_if_at
 
-SIGNATURE = (
-    "void(int64, int64, int64, int64, int32, int32, int32, int32, int32, int32, int32)"  # as in the kernel
-)
+SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32, int32, int32)"  # as in the kernel
 THREADS = 128
 PACKS = 2  # of 16 bytes, in flight in each thread
 HELD_WORDS = 4 * PACKS
-BLOCK_PACKS = THREADS * PACKS  # 4 KiB: a row of 2,048 elements of 16 bits
+BLOCK_PACKS = THREADS * PACKS  # 4 KiB: a row of 2,048 elements of 16 bits, or several of fewer
 
 
 def make_gather_kernel(pdl: bool = False) -> Any:
     """out[r] = table[ids[r]], rows of `packs` x 16 bytes; words of `nan` where ids[r] is no row of the table.
 
     Arguments: out, ids, table: addresses of T[rows, H], i32[rows], T[count, H]; num_rows: address of i32[1],
-    the real number of rows, or 0; rows; count; packs; segments: blocks a row; out_stride, table_stride: bytes
-    from row to row; nan: a word.
-    Who does what: block r * segments + s copies 4 KiB of row r from byte 4,096 s on: thread i the packs i and
-    i + 128 of them, both loads before the first store. Rows at and past the real number are neither read nor
-    written. Registers: 32 at most. No shared memory.
+    the real number of rows, or 0; rows; count; packs; out_stride, table_stride: bytes from row to row; nan: a
+    word.
+    Who does what: the packs of all rows are counted on from row to row, and block b copies those from 256 b
+    on: thread i the packs i and i + 128 of them, both loads before the first store. So short rows leave no
+    thread idle. Rows at and past the real number are neither read nor written.
+    Registers: 32 at most. No shared memory.
     Dependent launches (pdl): the next launch may begin at once. This one begins when all before it have
     ended: a chain of dependent launches begins here, and what its kernels read early is there.
     """
@@ -58,28 +58,34 @@ def make_gather_kernel(pdl: bool = False) -> Any:
     real_rows = make_real_rows()
 
     def gather(
-        out: Any, ids: Any, table: Any, num_rows: Any, rows: Any, count: Any, packs: Any, segments: Any,
+        out: Any, ids: Any, table: Any, num_rows: Any, rows: Any, count: Any, packs: Any,
         out_stride: Any, table_stride: Any, nan: Any,
     ) -> None:  # fmt: skip
         if pdl:
             griddep_launch()
-        block = uint32(cuda.blockIdx.x)
-        row = int32(block // uint32(segments))
-        if row < real_rows(num_rows, rows):
-            first = int32((int32(block) - row * segments) * BLOCK_PACKS + int32(cuda.threadIdx.x))
-            source = int32(ld_global_i32(ids + int64(row) * 4))
-            known = int32(int32(source >= 0) & int32(source < count))
+        real = int32(real_rows(num_rows, rows))
+        first = uint32(uint32(cuda.blockIdx.x) * uint32(BLOCK_PACKS))
+        if int32(first // uint32(packs)) < real:
             words = cuda.local.array(HELD_WORDS, np.int32)
-            read = int64(table + int64(source) * int64(table_stride) + int64(first) * PACK)
-            write = int64(out + int64(row) * int64(out_stride) + int64(first) * PACK)
+            known = cuda.local.array(PACKS, np.int32)
+            mine = cuda.local.array(PACKS, np.int32)
+            write = cuda.local.array(PACKS, np.int64)
             for i in range(PACKS):
-                mine = int32(int32(first + i * THREADS < packs) & known)
-                ld_global_v4_if_at(mine, words, 4 * i, int64(read + i * THREADS * PACK))
+                item = uint32(first + uint32(cuda.threadIdx.x) + uint32(i * THREADS))
+                row = int32(item // uint32(packs))
+                at = int64(int32(item) - row * packs) * PACK
+                mine[i] = int32(row < real)
+                source = int32(
+                    ld_global_i32(ids + int64(row * mine[i]) * 4)
+                )  # row 0, which is real, for none
+                known[i] = int32(int32(source >= 0) & int32(source < count))
+                read = int64(table + int64(source) * int64(table_stride) + at)
+                ld_global_v4_if_at(int32(mine[i] & known[i]), words, 4 * i, read)
+                write[i] = int64(out + int64(row) * int64(out_stride) + at)
             for i in range(PACKS):
                 for word in range(4):
-                    words[4 * i + word] = select_i32(known, words[4 * i + word], nan)
-                mine = int32(first + i * THREADS < packs)
-                st_global_v4_if_at(mine, int64(write + i * THREADS * PACK), words, 4 * i)
+                    words[4 * i + word] = select_i32(known[i], words[4 * i + word], nan)
+                st_global_v4_if_at(mine[i], write[i], words, 4 * i)
 
     return gather
 
@@ -121,12 +127,13 @@ def plan_gather(
         raise ValueError(f"{op}: {out_name} has rows of {row} bytes; a multiple of {PACK} is required")
     out_at, table_at = packed(op, out_name, out, rows=1), packed(op, table_name, table, rows=1)
     packs = row // PACK
-    segments = -(-packs // BLOCK_PACKS)
+    if rows * packs >= LIMIT:
+        raise ValueError(f"{op}: {rows:,} rows of {row} bytes; fewer than {LIMIT // packs:,} are required")
     arguments = (
-        out_at, ids_at, table_at, count_address(op, num_rows), rows, table.shape[0], packs, segments,
+        out_at, ids_at, table_at, count_address(op, num_rows), rows, table.shape[0], packs,
         row_bytes(out), row_bytes(table), NAN[NAMES[out.dtype]],
     )  # fmt: skip
-    return Plan(gather_kernel(pdl), rows * segments, arguments)
+    return Plan(gather_kernel(pdl), -(-rows * packs // BLOCK_PACKS), arguments)
 
 
 @lru_cache(maxsize=4096)
