@@ -9,7 +9,8 @@ engine ends, nothing is left out any more. Garbage among what is left out is kep
 
 A thread that computes keeps the interpreter for 5 ms before another gets it, and the loop lets go of it in
 every call of the driver, a dozen a step: beside a thread that queued 512 requests, the first step was
-launched when all of them were there. So turns are SWITCH_S long meanwhile. Knows: gc, sys. Refuses to know engines.
+launched when all of them were there. So turns are SWITCH_S long meanwhile. Knows: gc, sys. Refuses to know
+engines.
 """
 
 from __future__ import annotations
