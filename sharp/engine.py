@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from sharp import driver, garbage
+from sharp import driver, interpreter
 from sharp.answer import AnswerText
 from sharp.config import EngineConfig
 from sharp.door import Door
@@ -244,7 +244,7 @@ class Engine:
         with self._lock:
             self._raise_if_over()
             if self._thread is None:
-                garbage.hold()  # the thread releases it
+                interpreter.hold()  # the thread releases it
                 self._thread = threading.Thread(target=self._run, name="sharp-engine", daemon=True)
                 self._thread.start()
 
@@ -260,7 +260,7 @@ class Engine:
         except BaseException as error:  # step() has told the callers; this is for an error outside of it
             self._die(error)
         finally:
-            garbage.release()
+            interpreter.release()
             if self._closed:
                 self._close_model()
 
@@ -269,13 +269,14 @@ class Engine:
         takes is taken here, where nobody waits for it."""
         steps = self.stats.steps
         while True:
-            due = steps >= self._collected + garbage.STEPS
+            due = steps >= self._collected + interpreter.STEPS
             with self._work:
                 if self._work.wait_for(
-                    lambda: self._closed or self._live or self._pipeline.busy, garbage.IDLE_S if due else None
+                    lambda: self._closed or self._live or self._pipeline.busy,
+                    interpreter.IDLE_S if due else None,
                 ):
                     return not self._closed
-            garbage.collect()
+            interpreter.collect()
             self._collected = steps
 
     @property

@@ -598,3 +598,38 @@ def test_fake_sampling_is_what_the_oracle_says() -> None:
     logits = next_logits([5], [0])
     assert draw(logits, 0.0, 0, 0) == int(np.argmax(logits))
     assert len({draw(logits, 1.0, seed, 0) for seed in range(50)}) > 10
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_progress_tells_each_steps_tokens_in_one_call(overlap: bool) -> None:
+    """Ids of all that have new tokens, once a step and before outputs; the end without a token is none."""
+    heard: list[Any] = []
+
+    class Both:
+        def put(self, output: Any) -> None:
+            heard.append(output)
+
+        def progress(self, names: list[str]) -> None:
+            heard.append(names)
+
+    engine, both = make_engine(overlap=overlap), Both()
+    for name, tokens, n in (("a", 5, 1), ("b", 9, 1), ("c", 4, 3), ("d", 200, 1)):
+        params = SamplingParams(max_tokens=tokens, n=n, seed=1, ignore_eos=True)
+        request = engine.make_request([3, 4], params, name)
+        engine.submit(request, both, final_only=True, progress=both.progress)  # type: ignore[arg-type]
+    engine.submit(engine.make_request([5], GREEDY, "silent"), None)
+    while len(heard) < 12:
+        engine.step()
+    engine.abort("d")
+    names = [one for one in heard if isinstance(one, list)]
+    outputs = {one.request_id: one for one in heard if isinstance(one, RequestOutput)}
+    assert all(len(set(one)) == len(one) for one in names)
+    assert set(outputs) == {"a", "b", "c", "d"}
+    assert all(one.finished for one in outputs.values())
+    counts = {name: sum(name in one for one in names) for name in "abd"}
+    assert counts == {name: len(outputs[name].outputs[0].token_ids) for name in "abd"}
+    assert (counts["a"], counts["b"]) == (5, 9)
+    assert sum("c" in one for one in names) >= 4  # any of its samples
+    assert heard.index(outputs["a"]) > max(i for i, one in enumerate(heard) if one in names and "a" in one)
+    assert all("silent" not in one for one in names)
+    engine.close()

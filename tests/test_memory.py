@@ -287,6 +287,10 @@ def test_pageable_memory_and_wrong_sizes_are_refused():
         download_async(bytearray(64), array, FakeStream())
     with pytest.raises(ValueError, match=r"64 bytes at offset 0 .* of 60"):
         upload_async(array, buffer, FakeStream())
+    with pytest.raises(ValueError, match="68 bytes of a DeviceArray of 64"):
+        upload_async(array, buffer, FakeStream(), num_bytes=68)
+    with pytest.raises(ValueError, match="-4 bytes of a DeviceArray of 64"):
+        download_async(buffer, array, FakeStream(), num_bytes=-4)
     with pytest.raises(ValueError, match="offset -4"):
         download_async(buffer, array[:8], FakeStream(), offset=-4)
     with pytest.raises(ValueError, match="strides"):

@@ -318,6 +318,27 @@ def test_rungs_without_a_count_are_captured_behind_their_first_step(monkeypatch)
     model.close()
 
 
+def test_counts_are_copied_before_single_launches_only(monkeypatch):
+    """Between apply_step and launches that may begin before it has ended; a graph begins behind it."""
+    host = host_driver.install(monkeypatch, 0)
+    model = Streamed(num_blocks=24, block_size=4).open(host, engine_config(max_num_seqs=4))
+    copies, copy = [], host.cuMemcpyDtoDAsync
+    host.cuMemcpyDtoDAsync = lambda target, source, size, stream: (
+        copies.append(target) or copy(target, source, size, stream)
+    )
+    plan = uniform_step(1, 7, 0, 4, VOCAB)
+    model.land(model.launch(plan))  # launches, and is captured behind them
+    assert copies == [model.runtime.buffers.counts.address]
+    model.land(model.launch(plan))
+    assert len(copies) == 1
+    assert host.replays == 1
+    model.runtime.graphs.close()
+    model.runtime.graphs = None
+    model.land(model.launch(plan))
+    assert len(copies) == 2
+    model.close()
+
+
 def test_a_plan_that_is_too_large_is_named(monkeypatch):
     host = host_driver.install(monkeypatch, 0)
     model = Streamed(num_blocks=24, block_size=4).open(host, engine_config(max_num_seqs=4))

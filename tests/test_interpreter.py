@@ -1,16 +1,18 @@
-"""What the collector looks at while an engine runs, and that all of it is looked at in the end."""
+"""What the collector looks at while an engine runs, that all of it is looked at in the end, and whose turn it
+is."""
 
 from __future__ import annotations
 
 import gc
+import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from fake_model import FakeModel, FakeTokenizer, engine_config
 
-from sharp import garbage
+from sharp import interpreter
 from sharp.engine import Engine
 from sharp.live import Sink
 from sharp.request import SamplingParams
@@ -49,33 +51,56 @@ def until(true: Callable[[], object]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nobody_holds() -> None:
-    gc.collect()  # engines of other tests that were dropped
-    if garbage._holders:
-        pytest.skip("an engine of another test still runs")
+def nobody_holds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a process without engines, whatever other tests have left running."""
+    holders, switch = interpreter._holders, sys.getswitchinterval()
+    monkeypatch.setattr(interpreter, "_holders", 0)
+    gc.unfreeze()
+    sys.setswitchinterval(0.005)
+    yield
+    assert interpreter._holders == 0
+    sys.setswitchinterval(switch)
+    if holders:
+        gc.freeze()
 
 
 def test_collections_leave_out_what_was_there() -> None:
     before = gc.get_freeze_count()
-    garbage.hold()
-    garbage.hold()
+    interpreter.hold()
+    interpreter.hold()
     old, new = lost_knot(), None
     try:
         assert gc.get_freeze_count() > before + 1000
-        garbage.hold()  # now old is left out
+        interpreter.hold()  # now old is left out
         new = lost_knot()
         gc.collect()
         assert old() is not None
         assert new() is None
-        garbage.collect()
+        interpreter.collect()
         assert old() is None
         assert gc.get_freeze_count() > before + 1000
     finally:
         for _ in range(3):
-            garbage.release()
+            interpreter.release()
     assert gc.get_freeze_count() <= before
     with pytest.raises(RuntimeError, match="without a hold"):
-        garbage.release()
+        interpreter.release()
+
+
+def test_turns_are_short_meanwhile() -> None:
+    before = sys.getswitchinterval()
+    interpreter.hold()
+    interpreter.hold()
+    assert sys.getswitchinterval() == pytest.approx(interpreter.SWITCH_S)
+    interpreter.release()
+    assert sys.getswitchinterval() == pytest.approx(interpreter.SWITCH_S)
+    interpreter.release()
+    assert sys.getswitchinterval() == before
+    interpreter.hold()
+    sys.setswitchinterval(0.01)  # the user's own choice stays
+    interpreter.release()
+    assert sys.getswitchinterval() == pytest.approx(0.01)
+    sys.setswitchinterval(before)
 
 
 def test_an_engine_holds_from_start_to_close() -> None:
@@ -87,11 +112,11 @@ def test_an_engine_holds_from_start_to_close() -> None:
     run_one(first)
     assert gc.get_freeze_count() > before + 1000
     first.close()
-    until(lambda: garbage._holders == 1)
+    until(lambda: interpreter._holders == 1)
     run_one(second)
     second.close()
     second.close()
-    until(lambda: garbage._holders == 0)
+    until(lambda: interpreter._holders == 0)
     assert gc.get_freeze_count() <= before
 
 
@@ -100,15 +125,15 @@ def test_an_engine_that_dies_lets_go() -> None:
     made = engine(FakeModel(fail_in="forward", error=error))
     made.start()
     assert run_one(made) is error
-    until(lambda: garbage._holders == 0)
+    until(lambda: interpreter._holders == 0)
 
 
 def test_garbage_is_collected_when_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(garbage, "IDLE_S", 0.02)
-    monkeypatch.setattr(garbage, "STEPS", 3)
+    monkeypatch.setattr(interpreter, "IDLE_S", 0.02)
+    monkeypatch.setattr(interpreter, "STEPS", 3)
     times = []
-    collect = garbage.collect
-    monkeypatch.setattr(garbage, "collect", lambda: times.append(1) or collect())
+    collect = interpreter.collect
+    monkeypatch.setattr(interpreter, "collect", lambda: times.append(1) or collect())
     made, old = engine(), lost_knot()
     made.start()
     gc.collect()
@@ -118,4 +143,4 @@ def test_garbage_is_collected_when_nobody_waits(monkeypatch: pytest.MonkeyPatch)
     time.sleep(0.1)
     assert len(times) == 1, "once a pause"
     made.close()
-    until(lambda: garbage._holders == 0)
+    until(lambda: interpreter._holders == 0)
