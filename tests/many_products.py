@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 
 from kernels_numba import simt, simt_warps
+from kernels_numba.ops.gemm.boxes import MAP_BYTES, heights
 from kernels_numba.ops.gemm.hopper import PRODUCT, X_MAP
 from kernels_numba.ops.gemm.hopper_config import TILE_K, smem_plan
 from kernels_numba.ptx.epilogue import _XOR, BOX_COLUMNS
@@ -17,7 +18,7 @@ GATE = (
     "kernels_numba.ops.gemm_few.epilogue",
     "kernels_numba.ops.gemm.gate",
 )
-MODULES = (*GATE, "kernels_numba.ops.gemm.hopper")
+MODULES = (*GATE, "kernels_numba.ops.gemm.boxes", "kernels_numba.ops.gemm.hopper")
 MAPS = 1 << 10  # stands for the address of the tensor maps
 
 
@@ -89,13 +90,14 @@ def many_in_numpy(config, out, x, weight, bias=None, num_rows=None, *, grid=2, g
     count = np.array([len(x) if num_rows is None else num_rows], np.int32)
     arrays = [(out, (64, columns)) for columns in BOX_COLUMNS]
     assert len(arrays) == X_MAP
-    arrays += [(x, (config.tile_m, TILE_K)), (weight, (config.tile_n, TILE_K))]
-    maps = {MAPS + 128 * i: pair for i, pair in enumerate(arrays)}
+    for matrix, tile in ((x, config.tile_m), (weight, config.tile_n)):
+        arrays += [(matrix, (height, TILE_K)) for height in heights(len(matrix), tile)]
+    maps = {MAPS + MAP_BYTES * i: pair for i, pair in enumerate(arrays)}
     out_dtype = "float32" if out.dtype == np.float32 else "bfloat16"
     simt_warps.run(
         MODULES, "make_gemm_hopper_kernel",
         (config, "bfloat16", out_dtype, bias is not None, build, activation),
-        (MAPS, memory.put(out), 0 if bias is None else memory.put(bias), memory.put(count), len(weight),
-         x.shape[1], out.strides[0], group),
+        (MAPS, memory.put(out), 0 if bias is None else memory.put(bias), memory.put(count), len(x),
+         len(weight), x.shape[1], out.strides[0], group),
         grid, config.threads, smem_plan(config).bytes, memory, maps, seed, change, ManyWarp,
     )  # fmt: skip

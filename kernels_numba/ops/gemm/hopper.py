@@ -17,6 +17,7 @@ import numpy as np
 from kernels_numba.checks import fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch, address
+from kernels_numba.ops.gemm.boxes import MAP_BYTES, MAPS, encode_boxes, make_box_at
 from kernels_numba.ops.gemm.door import (
     ACTIVATIONS,
     BFLOAT16,
@@ -70,8 +71,8 @@ from kernels_numba.ptx.tma import (
 )
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
 
-SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32)"
-X_MAP = len(BOX_COLUMNS)  # the tensor maps before that of x
+SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32, int32)"
+X_MAP = len(BOX_COLUMNS)  # the tensor maps before those of x, then those of weight: MAPS each
 MUTANTS = ("", "wrong_phase", "lost_arrival", "no_fence")
 
 
@@ -102,9 +103,10 @@ def make_gemm_hopper_kernel(
     """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once.
     activation "silu": of gates and ups in turn, 8 of each, rounded, silu(gate) up, rounded: N / 2 columns.
 
-    Arguments: maps: address of tensor maps u64[5, 16]: out in boxes of 64, 32 and 16 columns, x (boxes
-    [tile_m, 64]), weight ([tile_n, 64]); out, bias: addresses; num_rows: address of i32[1], the real M; n, k;
-    out_stride: bytes from one row of out to the next; group: row tiles walked together.
+    Arguments: maps: address of tensor maps u64[7, 16]: out in boxes of 64, 32 and 16 columns, x (boxes
+    [tile_m, 64], then those of the last tile), weight ([tile_n, 64], likewise); out, bias: addresses;
+    num_rows: address of i32[1], the real M; rows: of x, the most that M can be; n, k; out_stride: bytes from
+    one row of out to the next; group: row tiles walked together.
     Who does what: warpgroups 0 to consumers - 1: wgmma on 64 rows of the tile each, then the epilogue; one
     elected thread of the warp after them: the TMA producer. Blocks walk tiles blockIdx, blockIdx + gridDim,
     ... in groups of `group` row tiles, so that operands that neighbours share stay in L2.
@@ -125,9 +127,9 @@ def make_gemm_hopper_kernel(
     plan = smem_plan(config)
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
-    x_bytes, weight_bytes = tile_m * TILE_K * ITEM, tile_n * TILE_K * ITEM
-    stage_bytes = x_bytes + weight_bytes
-    num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * TILE_K * ITEM
+    row_bytes = TILE_K * ITEM
+    x_bytes, weight_bytes = tile_m * row_bytes, tile_n * row_bytes
+    num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * row_bytes
     item_out = 4 if out_dtype == "float32" else 2
     multiply, finish = make_wgmma(tile_n, 4, dtype, wait=1), make_wgmma_wait(tile_n, 0)
     staged = out_dtype != "float32"
@@ -139,7 +141,8 @@ def make_gemm_hopper_kernel(
     pause = make_stress(build.stress)
     fenced, wrong_phase = build.mutant != "no_fence", int(build.mutant == "wrong_phase")
     handed_back = build.mutant != "lost_arrival"
-    x_map, weight_map = 128 * X_MAP, 128 * (X_MAP + 1)
+    x_map, weight_map = MAP_BYTES * X_MAP, MAP_BYTES * (X_MAP + MAPS)
+    x_box_at, weight_box_at = make_box_at(tile_m), make_box_at(tile_n)
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
     @jit(device=True)
@@ -153,30 +156,44 @@ def make_gemm_hopper_kernel(
         return int32(first + rest % height), int32(rest // height)
 
     @jit(device=True)
-    def load_weight(smem: Any, maps: Any, stage: Any, k_at: Any, col: Any) -> None:
-        """Arm a stage's full barrier for all its bytes, and fetch its weights."""
+    def load_weight(smem: Any, weights: Any, stage: Any, k_at: Any, col: Any, stage_bytes: Any) -> None:
+        """Arm a stage's full barrier for all its bytes, and fetch its weights; weights: their map."""
         ready = int32(smem + full_at + 8 * stage)
         mbarrier_expect_tx(ready, stage_bytes)
-        to = int32(smem + weight_at + stage * weight_bytes)
-        tma_load_2d(to, int64(maps + weight_map), ready, k_at, col)
+        tma_load_2d(int32(smem + weight_at + stage * weight_bytes), weights, ready, k_at, col)
 
     @jit(device=True)
-    def load(smem: Any, maps: Any, k_tiles: Any, tiles_m: Any, tiles_n: Any, group: Any) -> None:
+    def boxes_of_tile(maps: Any, row: Any, col: Any, rows: Any, n: Any) -> Any:
+        """The maps of x and of weights, and the bytes of both boxes, of the tile at row, col."""
+        x_height, x_more = x_box_at(row, rows)
+        weight_height, weight_more = weight_box_at(col, n)
+        x_map_at, weight_map_at = int64(maps + x_map + x_more), int64(maps + weight_map + weight_more)
+        return x_map_at, weight_map_at, int32((x_height + weight_height) * row_bytes)
+
+    @jit(device=True)
+    def load(
+        smem: Any, maps: Any, rows: Any, n: Any, k_tiles: Any, tiles_m: Any, tiles_n: Any, group: Any
+    ) -> None:
         """The producer: every stage of every tile of this block, as fast as stages are handed back."""
         tiles = uint32(tiles_m * tiles_n)
         tile = uint32(cuda.blockIdx.x)
         ahead = int32(0)
         if tile < tiles:
             # Weights depend on no launch: the first stages are on their way before the wait.
-            _, tile_col = tile_of(tile, tiles_m, tiles_n, group)
+            tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
+            col = int32(tile_col * tile_n)
+            _, weights, stage_bytes = boxes_of_tile(maps, int32(tile_row * tile_m), col, rows, n)
             ahead = int32(min(k_tiles, int32(stages)))
             for early in range(ahead):
-                load_weight(smem, maps, int32(early), int32(early * 64), int32(tile_col * tile_n))
+                load_weight(smem, weights, int32(early), int32(early * 64), col, stage_bytes)
         griddep_wait()
         stage = int32(0)
         phase = int32(0)
         while tile < tiles:
             tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
+            row = int32(tile_row * tile_m)
+            col = int32(tile_col * tile_n)
+            tokens, weights, stage_bytes = boxes_of_tile(maps, row, col, rows, n)
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = int32(k_tile * 64)
@@ -185,10 +202,10 @@ def make_gemm_hopper_kernel(
                     ahead = int32(ahead - 1)
                 else:
                     wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))
-                    load_weight(smem, maps, stage, k_at, int32(tile_col * tile_n))
+                    load_weight(smem, weights, stage, k_at, col, stage_bytes)
                 to = int32(smem + x_at + stage * x_bytes)
                 ready = int32(smem + full_at + 8 * stage)
-                tma_load_2d(to, int64(maps + x_map), ready, k_at, int32(tile_row * tile_m))
+                tma_load_2d(to, tokens, ready, k_at, row)
                 stage = int32(stage + 1)
                 if stage == stages:
                     stage = int32(0)
@@ -235,7 +252,7 @@ def make_gemm_hopper_kernel(
             store_rows(acc, address, out_stride, my_col, n, int32(my_row < m), int32(my_row + 8 < m))
 
     def gemm_hopper(
-        maps: Any, out: Any, bias: Any, num_rows: Any, n: Any, k: Any, out_stride: Any, group: Any
+        maps: Any, out: Any, bias: Any, num_rows: Any, rows: Any, n: Any, k: Any, out_stride: Any, group: Any
     ) -> None:
         griddep_launch()
         m = int32(ld_global_i32(num_rows))
@@ -258,7 +275,7 @@ def make_gemm_hopper_kernel(
         tiles_n = uint32(uint32(n + (tile_n - 1)) // uint32(tile_n))
         if consumer == consumers:
             if elect_one() == 1:
-                load(smem, maps, k_tiles, tiles_m, tiles_n, group)
+                load(smem, maps, rows, n, k_tiles, tiles_m, tiles_n, group)
         else:
             griddep_wait()
             tiles = uint32(tiles_m * tiles_n)
@@ -340,7 +357,7 @@ def prepared(
     o: Operands, num_rows: int, config: HopperConfig, group: int, build: Build = PRODUCT,
     activation: str = "",
 ) -> tuple[Launch, Any]:  # fmt: skip
-    """A launch ready to be repeated, and the tensor maps it reads, u64[5, 16] on the device.
+    """A launch ready to be repeated, and the tensor maps it reads, u64[7, 16] on the device.
 
     num_rows: address of the real M. ValueError on another GPU than Hopper, or for a tile that the activation
     cannot have.
@@ -352,11 +369,9 @@ def prepared(
     if activation and config.tile_n % (2 * PAIR):
         raise ValueError(f"config is {config}; with an activation tile_n must be a multiple of {2 * PAIR}")
     columns = o.n // 2 if activation else o.n
-    words = np.zeros((X_MAP + 2, 16), np.uint64)
-    box = (config.tile_m, TILE_K)
-    words[X_MAP] = encode_tensor_map(o.x, o.dtype, (o.m, o.k), (o.x_stride,), box)
-    box = (config.tile_n, TILE_K)
-    words[X_MAP + 1] = encode_tensor_map(o.weight, o.dtype, (o.n, o.k), (o.weight_stride,), box)
+    words = np.zeros((X_MAP + 2 * MAPS, 16), np.uint64)
+    words[X_MAP:-MAPS] = encode_boxes(o.x, o.dtype, (o.m, o.k), o.x_stride, config.tile_m)
+    words[-MAPS:] = encode_boxes(o.weight, o.dtype, (o.n, o.k), o.weight_stride, config.tile_n)
     if o.out_dtype != "float32":
         for place, width in enumerate(BOX_COLUMNS):
             words[place] = encode_tensor_map(
@@ -365,7 +380,7 @@ def prepared(
     maps = cuda.to_device(words)
     kernel = hopper_kernel(config, o.dtype, o.out_dtype, o.bias != 0, build, activation)
     tiles = -(-o.m // config.tile_m) * -(-o.n // config.tile_n)
-    arguments = (address(maps), o.out, o.bias, num_rows, o.n, o.k, o.out_stride, group)
+    arguments = (address(maps), o.out, o.bias, num_rows, o.m, o.n, o.k, o.out_stride, group)
     return kernel.prepare(min(tiles, num_sms()), arguments), maps
 
 
