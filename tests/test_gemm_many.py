@@ -35,6 +35,21 @@ def test_bits_are_those_of_the_order_along_k(config):
     assert same_bits(product_of(product, config, "float32", grid=3, group=2), product.sums())
 
 
+CLUSTERS = [HopperConfig(64, 32, True, 4), HopperConfig(128, 64, cluster=2), HopperConfig(128, 16, cluster=4)]
+
+
+@pytest.mark.parametrize("config", CLUSTERS, ids=str)
+def test_blocks_of_a_cluster_fetch_x_for_one_another(config):
+    """Parts of a tile's rows that are equal, overlap, or are one row; several tiles a cluster."""
+    for m, n, k in ((1, 256, 72), (77, 512, 200), (131, 248, 1100)):
+        product = make_product(np.random.default_rng([m, n, k]), m, n, k, bias=m == 77)
+        want = rounded(product.sums(), "bfloat16")
+        for seed in range(2):
+            assert same_bits(product_of(product, config, grid=1 + seed, group=2, seed=seed), want), (m, seed)
+        real = m // 2
+        assert same_bits(product_of(product, config, real=real), want[:real])
+
+
 @pytest.mark.parametrize(
     "config", [HopperConfig(64, 48), HopperConfig(128, 112), HopperConfig(128, 256)], ids=str
 )

@@ -29,12 +29,12 @@ def heights(rows: int, tile: int) -> tuple[int, int]:
 
 
 def encode_boxes(
-    pointer: int, dtype: str, shape: tuple[int, int], stride: int, tile: int
+    pointer: int, dtype: str, shape: tuple[int, int], stride: int, tile: int, parts: int = 1
 ) -> npt.NDArray[np.uint64]:
     """Tensor maps u64[MAPS, 16] of a matrix of `shape`, `stride` bytes from row to row, read in tiles of
-    `tile` rows and TILE_K columns. ValueError, RuntimeError as encode_tensor_map."""
+    `tile` rows and TILE_K columns, each in `parts` boxes. ValueError, RuntimeError as encode_tensor_map."""
     return np.stack([
-        encode_tensor_map(pointer, dtype, shape, (stride,), (height, TILE_K))
+        encode_tensor_map(pointer, dtype, shape, (stride,), (-(-height // parts), TILE_K))
         for height in heights(shape[0], tile)
     ])  # fmt: skip
 

@@ -37,6 +37,7 @@ from kernels_numba.ops.gemm.hopper_config import (
     pick_hopper_config,
     smem_plan,
 )
+from kernels_numba.ptx.cluster import cluster_rank, cluster_sync
 from kernels_numba.ptx.control import (
     dynamic_shared,
     elect_one,
@@ -59,6 +60,7 @@ from kernels_numba.ptx.ldst import ld_global_i32
 from kernels_numba.ptx.mbarrier import (
     fence_mbarrier_init,
     mbarrier_arrive,
+    mbarrier_arrive_remote,
     mbarrier_expect_tx,
     mbarrier_init,
 )
@@ -67,6 +69,7 @@ from kernels_numba.ptx.tma import (
     bulk_wait_read,
     encode_tensor_map,
     tma_load_2d,
+    tma_load_2d_multicast,
     tma_prefetch_map,
 )
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
@@ -127,7 +130,8 @@ def make_gemm_hopper_kernel(
     plan = smem_plan(config)
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
-    row_bytes = TILE_K * ITEM
+    row_bytes, cluster, everyone = TILE_K * ITEM, config.cluster, (1 << config.cluster) - 1
+    shares, alone = cluster > 1, cluster == 1
     x_bytes, weight_bytes = tile_m * row_bytes, tile_n * row_bytes
     num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * row_bytes
     item_out = 4 if out_dtype == "float32" else 2
@@ -147,12 +151,15 @@ def make_gemm_hopper_kernel(
 
     @jit(device=True)
     def tile_of(tile: Any, tiles_m: Any, tiles_n: Any, group: Any) -> Any:
-        """Row and column of the tile-th tile: group row tiles of one column, then the next column."""
+        """Row and column of the tile-th tile: group row tiles of one column, then the next column; tile and
+        columns count clusters."""
         per_group = uint32(uint32(group) * tiles_n)
         which = uint32(tile // per_group)
         first = uint32(which * uint32(group))
         height = uint32(min(uint32(tiles_m - first), uint32(group)))
         rest = uint32(tile - which * per_group)
+        if shares:
+            return int32(first + rest % height), int32(rest // height * uint32(cluster) + cluster_rank())
         return int32(first + rest % height), int32(rest // height)
 
     @jit(device=True)
@@ -164,11 +171,16 @@ def make_gemm_hopper_kernel(
 
     @jit(device=True)
     def boxes_of_tile(maps: Any, row: Any, col: Any, rows: Any, n: Any) -> Any:
-        """The maps of x and of weights, and the bytes of both boxes, of the tile at row, col."""
+        """Of the tile at row, col: the maps of x and of weights, where in it this block's part of x begins,
+        the bytes of all boxes that reach a stage. Parts are of one height; the last may overlap another."""
         x_height, x_more = x_box_at(row, rows)
         weight_height, weight_more = weight_box_at(col, n)
         x_map_at, weight_map_at = int64(maps + x_map + x_more), int64(maps + weight_map + weight_more)
-        return x_map_at, weight_map_at, int32((x_height + weight_height) * row_bytes)
+        if alone:
+            return x_map_at, weight_map_at, int32(0), int32((x_height + weight_height) * row_bytes)
+        part = int32((x_height + (cluster - 1)) // cluster)
+        begin = int32(min(int32(int32(cluster_rank()) * part), int32(x_height - part)))
+        return x_map_at, weight_map_at, begin, int32((part * cluster + weight_height) * row_bytes)
 
     @jit(device=True)
     def load(
@@ -176,13 +188,13 @@ def make_gemm_hopper_kernel(
     ) -> None:
         """The producer: every stage of every tile of this block, as fast as stages are handed back."""
         tiles = uint32(tiles_m * tiles_n)
-        tile = uint32(cuda.blockIdx.x)
+        tile = uint32(cuda.blockIdx.x // uint32(cluster))
         ahead = int32(0)
         if tile < tiles:
             # Weights depend on no launch: the first stages are on their way before the wait.
             tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
             col = int32(tile_col * tile_n)
-            _, weights, stage_bytes = boxes_of_tile(maps, int32(tile_row * tile_m), col, rows, n)
+            _, weights, _, stage_bytes = boxes_of_tile(maps, int32(tile_row * tile_m), col, rows, n)
             ahead = int32(min(k_tiles, int32(stages)))
             for early in range(ahead):
                 load_weight(smem, weights, int32(early), int32(early * 64), col, stage_bytes)
@@ -193,7 +205,7 @@ def make_gemm_hopper_kernel(
             tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
             row = int32(tile_row * tile_m)
             col = int32(tile_col * tile_n)
-            tokens, weights, stage_bytes = boxes_of_tile(maps, row, col, rows, n)
+            tokens, weights, begin, stage_bytes = boxes_of_tile(maps, row, col, rows, n)
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = int32(k_tile * 64)
@@ -203,15 +215,27 @@ def make_gemm_hopper_kernel(
                 else:
                     wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))
                     load_weight(smem, weights, stage, k_at, col, stage_bytes)
-                to = int32(smem + x_at + stage * x_bytes)
+                to = int32(smem + x_at + stage * x_bytes + begin * row_bytes)
                 ready = int32(smem + full_at + 8 * stage)
-                tma_load_2d(to, tokens, ready, k_at, row)
+                if shares:
+                    tma_load_2d_multicast(to, tokens, ready, k_at, int32(row + begin), everyone)
+                else:
+                    tma_load_2d(to, tokens, ready, k_at, row)
                 stage = int32(stage + 1)
                 if stage == stages:
                     stage = int32(0)
                     phase = int32(phase ^ 1)
                 k_tile = int32(k_tile + 1)
-            tile = uint32(tile + uint32(cuda.gridDim.x))
+            tile = uint32(tile + uint32(cuda.gridDim.x) // uint32(cluster))
+
+    @jit(device=True, forceinline=True)
+    def hand_back(barrier: Any, lane: Any) -> None:
+        """A warp has done with a stage: every block that fetches into it is told."""
+        if shares:
+            if lane < cluster:
+                mbarrier_arrive_remote(barrier, lane)
+        elif lane == 0:
+            mbarrier_arrive(barrier)
 
     @jit(device=True, forceinline=True)
     def store(
@@ -265,21 +289,25 @@ def make_gemm_hopper_kernel(
         if thread == 0:
             for i in range(stages):
                 mbarrier_init(int32(full + 8 * i), 1)
-                mbarrier_init(int32(empty + 8 * i), 4 * consumers)
+                mbarrier_init(int32(empty + 8 * i), 4 * consumers * cluster)
             fence_mbarrier_init()
             tma_prefetch_map(int64(maps + x_map))
             tma_prefetch_map(int64(maps + weight_map))
-        cuda.syncthreads()
+        if shares:
+            cuda.syncwarp()
+            cluster_sync()  # the other blocks' barriers are ready, too
+        else:
+            cuda.syncthreads()
         k_tiles = int32((k + 63) >> 6)
         tiles_m = uint32(uint32(m + (tile_m - 1)) // uint32(tile_m))
-        tiles_n = uint32(uint32(n + (tile_n - 1)) // uint32(tile_n))
+        tiles_n = uint32(uint32(n + (cluster * tile_n - 1)) // uint32(cluster * tile_n))
         if consumer == consumers:
             if elect_one() == 1:
                 load(smem, maps, rows, n, k_tiles, tiles_m, tiles_n, group)
         else:
             griddep_wait()
             tiles = uint32(tiles_m * tiles_n)
-            tile = uint32(cuda.blockIdx.x)
+            tile = uint32(cuda.blockIdx.x // uint32(cluster))
             stage = int32(0)
             phase = int32(0)
             acc = cuda.local.array(accumulators, np.float32)
@@ -299,8 +327,8 @@ def make_gemm_hopper_kernel(
                         multiply(acc, descriptor_k_major(x), descriptor_k_major(weight), k_tile)
                     # One product stays in flight: what is handed back is the stage before it. Each warp hands
                     # back for itself: under stress, one that dawdled before its wait missed the phase else.
-                    if handed_back and k_tile > 0 and lane == 0:
-                        mbarrier_arrive(int32(empty + 8 * previous))
+                    if handed_back and k_tile > 0:
+                        hand_back(int32(empty + 8 * previous), lane)
                     previous = stage
                     stage = int32(stage + 1)
                     if stage == stages:
@@ -308,14 +336,16 @@ def make_gemm_hopper_kernel(
                         phase = int32(phase ^ 1)
                     k_tile = int32(k_tile + 1)
                 finish(acc)
-                if lane == 0:
-                    mbarrier_arrive(int32(empty + 8 * previous))
+                hand_back(int32(empty + 8 * previous), lane)
                 col = int32(tile_col * tile_n)
                 store(acc, base, row, col, m, n, maps, out, bias, out_stride, consumer)
-                tile = uint32(tile + uint32(cuda.gridDim.x))
+                tile = uint32(tile + uint32(cuda.gridDim.x) // uint32(cluster))
             if thread & 127 == 0:
                 # Shared memory must outlive the reads; the writes end before the grid does.
                 bulk_wait_read(0)
+        if shares:
+            cuda.syncwarp()
+            cluster_sync()  # nobody fetches into this block's memory, or arrives there, any more
 
     return gemm_hopper
 
@@ -338,7 +368,7 @@ def hopper_kernel(
         "_".join(["gemm_hopper", *words]),
         lambda: make_gemm_hopper_kernel(config, dtype, out_dtype, has_bias, build, activation),
         (config, dtype, out_dtype, has_bias, build, activation),
-        SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl, archs=("sm_90a",),
+        SIGNATURE, config.threads, smem_plan(config).bytes, config.cluster, build.pdl, ("sm_90a",),
     )  # fmt: skip
 
 
@@ -370,7 +400,7 @@ def prepared(
         raise ValueError(f"config is {config}; with an activation tile_n must be a multiple of {2 * PAIR}")
     columns = o.n // 2 if activation else o.n
     words = np.zeros((X_MAP + 2 * MAPS, 16), np.uint64)
-    words[X_MAP:-MAPS] = encode_boxes(o.x, o.dtype, (o.m, o.k), o.x_stride, config.tile_m)
+    words[X_MAP:-MAPS] = encode_boxes(o.x, o.dtype, (o.m, o.k), o.x_stride, config.tile_m, config.cluster)
     words[-MAPS:] = encode_boxes(o.weight, o.dtype, (o.n, o.k), o.weight_stride, config.tile_n)
     if o.out_dtype != "float32":
         for place, width in enumerate(BOX_COLUMNS):
@@ -379,9 +409,16 @@ def prepared(
             )
     maps = cuda.to_device(words)
     kernel = hopper_kernel(config, o.dtype, o.out_dtype, o.bias != 0, build, activation)
-    tiles = -(-o.m // config.tile_m) * -(-o.n // config.tile_n)
+    columns_of_tiles = -(-o.n // config.tile_n)
+    if columns_of_tiles % config.cluster:
+        raise ValueError(
+            f"config is {config}; {columns_of_tiles} tiles along n cannot be shared out over clusters of "
+            f"{config.cluster}"
+        )
+    tiles = -(-o.m // config.tile_m) * columns_of_tiles
+    blocks = min(tiles, num_sms() // config.cluster * config.cluster)
     arguments = (address(maps), o.out, o.bias, num_rows, o.m, o.n, o.k, o.out_stride, group)
-    return kernel.prepare(min(tiles, num_sms()), arguments), maps
+    return kernel.prepare(blocks, arguments), maps
 
 
 @lru_cache(maxsize=4096)

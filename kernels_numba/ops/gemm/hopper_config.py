@@ -27,15 +27,18 @@ class HopperConfig:
     """A tile of tile_m (64 or 128) x tile_n outputs; each 64 of its rows have a consumer warpgroup.
 
     deep: narrow tiles have up to 16 stages instead of 8: more bytes on their way, but no room on the SM for a
-    block of the next launch.
+    block of the next launch. cluster: so many blocks, whose tiles are neighbours along n, fetch a part of
+    their x each, for all of them.
     """
 
     tile_m: int
     tile_n: int
     deep: bool = False
+    cluster: int = 1
 
     def __str__(self) -> str:
-        return f"{self.tile_m}x{self.tile_n}" + "deep" * self.deep
+        shared = f"c{self.cluster}" if self.cluster > 1 else ""
+        return f"{self.tile_m}x{self.tile_n}" + "deep" * self.deep + shared
 
     @property
     def consumers(self) -> int:
