@@ -95,7 +95,7 @@ def many_in_numpy(config, out, x, weight, bias=None, num_rows=None, *, grid=2, g
     arrays = [(out, (64, columns)) for columns in BOX_COLUMNS]
     assert len(arrays) == X_MAP
     for matrix, tile, parts in ((x, config.tile_m, config.cluster), (weight, config.tile_n, 1)):
-        arrays += [(matrix, (-(-height // parts), TILE_K)) for height in heights(len(matrix), tile)]
+        arrays += [(matrix, (height, TILE_K)) for height in heights(len(matrix), tile, parts)]
     maps = {MAPS + MAP_BYTES * i: pair for i, pair in enumerate(arrays)}
     out_dtype = "float32" if out.dtype == np.float32 else "bfloat16"
     specialised = (config, "bfloat16", out_dtype, bias is not None, build, activation)

@@ -17,7 +17,7 @@ import numpy as np
 from kernels_numba.checks import fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch, address
-from kernels_numba.ops.gemm.boxes import MAP_BYTES, MAPS, encode_boxes, make_box_at
+from kernels_numba.ops.gemm.boxes import MAP_BYTES, MAPS, encode_boxes, make_boxes_of_tile
 from kernels_numba.ops.gemm.door import (
     ACTIVATIONS,
     BFLOAT16,
@@ -131,7 +131,7 @@ def make_gemm_hopper_kernel(
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     row_bytes, cluster, everyone = TILE_K * ITEM, config.cluster, (1 << config.cluster) - 1
-    shares, alone = cluster > 1, cluster == 1
+    shares = cluster > 1
     x_bytes, weight_bytes = tile_m * row_bytes, tile_n * row_bytes
     num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * row_bytes
     item_out = 4 if out_dtype == "float32" else 2
@@ -146,7 +146,7 @@ def make_gemm_hopper_kernel(
     fenced, wrong_phase = build.mutant != "no_fence", int(build.mutant == "wrong_phase")
     handed_back = build.mutant != "lost_arrival"
     x_map, weight_map = MAP_BYTES * X_MAP, MAP_BYTES * (X_MAP + MAPS)
-    x_box_at, weight_box_at = make_box_at(tile_m), make_box_at(tile_n)
+    boxes_of_tile = make_boxes_of_tile(tile_m, tile_n, X_MAP, X_MAP + MAPS, cluster)
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
     @jit(device=True)
@@ -170,19 +170,6 @@ def make_gemm_hopper_kernel(
         tma_load_2d(int32(smem + weight_at + stage * weight_bytes), weights, ready, k_at, col)
 
     @jit(device=True)
-    def boxes_of_tile(maps: Any, row: Any, col: Any, rows: Any, n: Any) -> Any:
-        """Of the tile at row, col: the maps of x and of weights, where in it this block's part of x begins,
-        the bytes of all boxes that reach a stage. Parts are of one height; the last may overlap another."""
-        x_height, x_more = x_box_at(row, rows)
-        weight_height, weight_more = weight_box_at(col, n)
-        x_map_at, weight_map_at = int64(maps + x_map + x_more), int64(maps + weight_map + weight_more)
-        if alone:
-            return x_map_at, weight_map_at, int32(0), int32((x_height + weight_height) * row_bytes)
-        part = int32((x_height + (cluster - 1)) // cluster)
-        begin = int32(min(int32(int32(cluster_rank()) * part), int32(x_height - part)))
-        return x_map_at, weight_map_at, begin, int32((part * cluster + weight_height) * row_bytes)
-
-    @jit(device=True)
     def load(
         smem: Any, maps: Any, rows: Any, n: Any, k_tiles: Any, tiles_m: Any, tiles_n: Any, group: Any
     ) -> None:
@@ -194,7 +181,7 @@ def make_gemm_hopper_kernel(
             # Weights depend on no launch: the first stages are on their way before the wait.
             tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
             col = int32(tile_col * tile_n)
-            _, weights, _, stage_bytes = boxes_of_tile(maps, int32(tile_row * tile_m), col, rows, n)
+            _, weights, _, stage_bytes = boxes_of_tile(maps, int32(tile_row * tile_m), rows, col, n)
             ahead = int32(min(k_tiles, int32(stages)))
             for early in range(ahead):
                 load_weight(smem, weights, int32(early), int32(early * 64), col, stage_bytes)
@@ -205,7 +192,7 @@ def make_gemm_hopper_kernel(
             tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
             row = int32(tile_row * tile_m)
             col = int32(tile_col * tile_n)
-            tokens, weights, begin, stage_bytes = boxes_of_tile(maps, row, col, rows, n)
+            tokens, weights, begin, stage_bytes = boxes_of_tile(maps, row, rows, col, n)
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = int32(k_tile * 64)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.compiler import cuda, jit
-from kernels_numba.ops.gemm.boxes import MAP_BYTES, MAPS, make_box_at
+from kernels_numba.ops.gemm.boxes import MAP_BYTES, MAPS, make_boxes_of_tile
 from kernels_numba.ops.gemm_few.config import (
     GROUP_N,
     ITEM,
@@ -68,7 +68,7 @@ def make_gemm_few_kernel(
     weight_at, x_at, out_at = plan.offset("weight"), plan.offset("x"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     weight_bytes, x_bytes, x_map = tile_n * ROW, tile_t * ROW, MAPS * MAP_BYTES
-    weight_box_at, x_box_at = make_box_at(tile_n), make_box_at(tile_t)
+    boxes_of_tile = make_boxes_of_tile(tile_t, tile_n, MAPS, 0)
     staged_bytes, accumulators, consumer_weight = config.staged_bytes, tile_t // 2, GROUP_N * ROW
     narrow = out_dtype != "float32"
     out_item = ITEM if narrow else 4
@@ -105,14 +105,6 @@ def make_gemm_few_kernel(
         tma_load_2d_hint(int32(smem + weight_at + stage * weight_bytes), weights, ready, k_at, row, policy)
 
     @jit(device=True)
-    def boxes_of_tile(maps: Any, row: Any, token: Any, rows: Any, n: Any) -> Any:
-        """The maps of weights and of x, and the bytes of both boxes, of a tile."""
-        weight_height, weight_more = weight_box_at(row, n)
-        x_height, x_more = x_box_at(token, rows)
-        weights, tokens = int64(maps + weight_more), int64(maps + x_map + x_more)
-        return weights, tokens, int32((weight_height + x_height) * ROW)
-
-    @jit(device=True)
     def produce(smem: Any, maps: Any, num_rows: Any, rows: Any, n: Any, k_tiles: Any, tiles_n: Any) -> None:
         """The producer: every stage of every tile of this block, as fast as stages are handed back."""
         tile = uint32(cuda.blockIdx.x)
@@ -122,7 +114,7 @@ def make_gemm_few_kernel(
             # One tile of tokens whatever M is: this block's first weights depend on no launch.
             early = int32(min(k_tiles, int32(stages)))
             row = int32(tile * tile_n)
-            weights, _, stage_bytes = boxes_of_tile(maps, row, int32(0), rows, n)
+            _, weights, _, stage_bytes = boxes_of_tile(maps, int32(0), rows, row, n)
             for i in range(early):
                 load_weight(smem, weights, int32(i), k_of(int32(i), k_tiles), row, once, stage_bytes)
         griddep_wait()
@@ -136,7 +128,7 @@ def make_gemm_few_kernel(
             tile_row = uint32(tile // token_tiles)
             row = int32(tile_row * tile_n)
             token = int32((tile - tile_row * token_tiles) * tile_t)
-            weights, tokens, stage_bytes = boxes_of_tile(maps, row, token, rows, n)
+            tokens, weights, _, stage_bytes = boxes_of_tile(maps, token, rows, row, n)
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = k_of(k_tile, k_tiles)
