@@ -45,7 +45,7 @@ SHAPES = [(1, 16, 8), (13, 208, 200), (64, 64, 1024), (131, 272, 136)]
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-@pytest.mark.parametrize("config", [*CONFIGS, FewConfig(64, 24, 2), FewConfig(128, 48)], ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, FewConfig(64, 24, 2, 1), FewConfig(128, 48)], ids=str)
 def test_bits_are_those_of_the_order_along_k(config, m, n, k):
     """Addresses, fragments, swizzle, edges, barriers; and what is not to be written. In every epilogue."""
     rng = np.random.default_rng([m, n, k])

@@ -70,6 +70,7 @@ from kernels_numba.ptx.tma import (
     encode_tensor_map,
     tma_load_2d,
     tma_load_2d_multicast,
+    tma_prefetch_2d,
     tma_prefetch_map,
 )
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
@@ -131,7 +132,7 @@ def make_gemm_hopper_kernel(
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     row_bytes, cluster, everyone = TILE_K * ITEM, config.cluster, (1 << config.cluster) - 1
-    shares = cluster > 1
+    shares, reach = cluster > 1, config.reach
     x_bytes, weight_bytes = tile_m * row_bytes, tile_n * row_bytes
     num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * row_bytes
     item_out = 4 if out_dtype == "float32" else 2
@@ -185,6 +186,9 @@ def make_gemm_hopper_kernel(
             ahead = int32(min(k_tiles, int32(stages)))
             for early in range(ahead):
                 load_weight(smem, weights, int32(early), int32(early * 64), col, stage_bytes)
+            if reach:
+                for far in range(ahead, int32(min(k_tiles, int32(stages + reach)))):
+                    tma_prefetch_2d(weights, int32(far * 64), col)
         griddep_wait()
         stage = int32(0)
         phase = int32(0)
@@ -204,6 +208,8 @@ def make_gemm_hopper_kernel(
                     load_weight(smem, weights, stage, k_at, col, stage_bytes)
                 to = int32(smem + x_at + stage * x_bytes + begin * row_bytes)
                 ready = int32(smem + full_at + 8 * stage)
+                if reach and k_tile + (stages + reach) < k_tiles:
+                    tma_prefetch_2d(weights, int32(k_at + 64 * (stages + reach)), col)
                 if shares:
                     tma_load_2d_multicast(to, tokens, ready, k_at, int32(row + begin), everyone)
                 else:

@@ -28,17 +28,23 @@ class HopperConfig:
 
     deep: narrow tiles have up to 16 stages instead of 8: more bytes on their way, but no room on the SM for a
     block of the next launch. cluster: so many blocks, whose tiles are neighbours along n, fetch a part of
-    their x each, for all of them.
+    their x each, for all of them. reach: steps of K behind the stages whose weights are asked for into L2.
     """
 
     tile_m: int
     tile_n: int
     deep: bool = False
     cluster: int = 1
+    reach: int = 0
 
     def __str__(self) -> str:
         shared = f"c{self.cluster}" if self.cluster > 1 else ""
-        return f"{self.tile_m}x{self.tile_n}" + "deep" * self.deep + shared
+        return (
+            f"{self.tile_m}x{self.tile_n}"
+            + "deep" * self.deep
+            + shared
+            + (f"r{self.reach}" if self.reach else "")
+        )
 
     @property
     def consumers(self) -> int:

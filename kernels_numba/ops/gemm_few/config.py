@@ -47,13 +47,15 @@ PRODUCT = Build()
 class FewConfig:
     """A tile of tile_n rows of weights x tile_t tokens; `blocks` of them live on an SM at a time.
 
-    tile_n: 64 or 128, each 64 have a consumer warpgroup; tile_t: a multiple of 8 up to 256. ValueError for
-    others, and where fewer than two stages fit.
+    tile_n: 64 or 128, each 64 have a consumer warpgroup; tile_t: a multiple of 8 up to 256; reach: steps of K
+    behind the stages whose weights are asked for into L2. ValueError for others, and where fewer than two
+    stages fit.
     """
 
     tile_n: int
     tile_t: int
     blocks: int = 1
+    reach: int = 0
 
     def __post_init__(self) -> None:
         if self.tile_n not in (64, 128):
@@ -64,7 +66,8 @@ class FewConfig:
             raise ValueError(f"{self}: {self.stages} stages fit; 2 are required")
 
     def __str__(self) -> str:
-        return f"{self.tile_n}x{self.tile_t}" + (f"x{self.blocks}" if self.blocks > 1 else "")
+        name = f"{self.tile_n}x{self.tile_t}" + (f"x{self.blocks}" if self.blocks > 1 else "")
+        return name + (f"r{self.reach}" if self.reach else "")
 
     @property
     def consumers(self) -> int:
