@@ -64,12 +64,15 @@ from kernels_numba.ptx.mbarrier import (
     mbarrier_expect_tx,
     mbarrier_init,
 )
+from kernels_numba.ptx.policy import policy_evict_last
 from kernels_numba.ptx.tma import (
     bulk_commit,
     bulk_wait_read,
     encode_tensor_map,
     tma_load_2d,
+    tma_load_2d_hint,
     tma_load_2d_multicast,
+    tma_load_2d_multicast_hint,
     tma_prefetch_2d,
     tma_prefetch_map,
 )
@@ -132,7 +135,7 @@ def make_gemm_hopper_kernel(
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     row_bytes, cluster, everyone = TILE_K * ITEM, config.cluster, (1 << config.cluster) - 1
-    shares, reach = cluster > 1, config.reach
+    shares, reach, keeps = cluster > 1, config.reach, config.keep
     x_bytes, weight_bytes = tile_m * row_bytes, tile_n * row_bytes
     num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * row_bytes
     item_out = 4 if out_dtype == "float32" else 2
@@ -190,6 +193,7 @@ def make_gemm_hopper_kernel(
                 for far in range(ahead, int32(min(k_tiles, int32(stages + reach)))):
                     tma_prefetch_2d(weights, int32(far * 64), col)
         griddep_wait()
+        keep = policy_evict_last()
         stage = int32(0)
         phase = int32(0)
         while tile < tiles:
@@ -210,8 +214,12 @@ def make_gemm_hopper_kernel(
                 ready = int32(smem + full_at + 8 * stage)
                 if reach and k_tile + (stages + reach) < k_tiles:
                     tma_prefetch_2d(weights, int32(k_at + 64 * (stages + reach)), col)
-                if shares:
+                if shares and keeps:
+                    tma_load_2d_multicast_hint(to, tokens, ready, k_at, int32(row + begin), everyone, keep)
+                elif shares:
                     tma_load_2d_multicast(to, tokens, ready, k_at, int32(row + begin), everyone)
+                elif keeps:
+                    tma_load_2d_hint(to, tokens, ready, k_at, row, keep)
                 else:
                     tma_load_2d(to, tokens, ready, k_at, row)
                 stage = int32(stage + 1)

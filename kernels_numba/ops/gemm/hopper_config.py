@@ -29,6 +29,7 @@ class HopperConfig:
     deep: narrow tiles have up to 16 stages instead of 8: more bytes on their way, but no room on the SM for a
     block of the next launch. cluster: so many blocks, whose tiles are neighbours along n, fetch a part of
     their x each, for all of them. reach: steps of K behind the stages whose weights are asked for into L2.
+    keep: x leaves L2 last.
     """
 
     tile_m: int
@@ -36,6 +37,7 @@ class HopperConfig:
     deep: bool = False
     cluster: int = 1
     reach: int = 0
+    keep: bool = False
 
     def __str__(self) -> str:
         shared = f"c{self.cluster}" if self.cluster > 1 else ""
@@ -44,6 +46,7 @@ class HopperConfig:
             + "deep" * self.deep
             + shared
             + (f"r{self.reach}" if self.reach else "")
+            + "k" * self.keep
         )
 
     @property
