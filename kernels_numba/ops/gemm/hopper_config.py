@@ -125,8 +125,9 @@ WIDTHS = {
     64: (32, 48, 64, 96, 128, 192, 256),
     128: (64, 80, 96, 112, 128, 144, 160, 192, 224, 256),
 }
-CONFIGS = tuple(HopperConfig(tile_m, tile_n) for tile_m, widths in WIDTHS.items() for tile_n in widths)
-GATED_CONFIGS = tuple(config for config in CONFIGS if config.tile_n % 32 == 0)  # half is stored, in 16s
+MODELLED = tuple(HopperConfig(tile_m, tile_n) for tile_m, widths in WIDTHS.items() for tile_n in widths)
+CONFIGS = (*MODELLED, HopperConfig(64, 64, deep=True))  # the last are for the table only
+GATED_CONFIGS = tuple(config for config in MODELLED if config.tile_n % 32 == 0)  # half is stored, in 16s
 
 # Cycles, fitted to a sweep of the grid of kernels_numba/bench.py on an H100: the mean loss against the best
 # tile is 0.6 %, and where it was over 1 % the table says better.
@@ -153,7 +154,7 @@ def model_cycles(config: HopperConfig, m: int, n: int, k: int, num_sms: int) -> 
 
 
 def cheapest_config(
-    m: int, n: int, k: int, num_sms: int, configs: tuple[HopperConfig, ...] = CONFIGS
+    m: int, n: int, k: int, num_sms: int, configs: tuple[HopperConfig, ...] = MODELLED
 ) -> HopperConfig:
     """The tile that the cost model finds fastest; ties go to the larger tile."""
     return min(reversed(configs), key=lambda config: model_cycles(config, m, n, k, num_sms))
@@ -168,7 +169,7 @@ def pick_hopper_config(
     tile can have one. Blocks that run at one time share operands through L2: 16 row tiles share their
     columns' weights, unless there are so few columns that sharing x is worth more.
     """
-    configs = GATED_CONFIGS if activation else CONFIGS
+    tiles, modelled = (GATED_CONFIGS, GATED_CONFIGS) if activation else (CONFIGS, MODELLED)
     name = TUNED.get((-(-m // 128), n, k))
-    config = next((c for c in configs if str(c) == name), None) or cheapest_config(m, n, k, num_sms, configs)
+    config = next((c for c in tiles if str(c) == name), None) or cheapest_config(m, n, k, num_sms, modelled)
     return config, 1 if n <= NARROW else 16
