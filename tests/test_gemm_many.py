@@ -7,6 +7,7 @@ import pytest
 from few_products import make_product, rounded, same_bits
 from many_products import many_in_numpy
 
+from kernels_numba.ops.gemm.boxes import heights
 from kernels_numba.ops.gemm.hopper_config import CONFIGS, HopperConfig
 
 
@@ -77,6 +78,12 @@ MISTAKES = {
         "int32(m - row), 1 << 20",
     ),
     "partial rows leave by whole boxes": ("hopper", "int32(row + 64 <= m)", "int32(1)"),
+    "the last tile's boxes are whole ones": ("boxes", "int32(height < whole) * MAP_BYTES", "0"),
+    "the last tile waits for whole boxes": (
+        "boxes",
+        "(height + weight_height) * row_bytes",
+        "(height + tile_weight) * row_bytes",
+    ),
 }
 
 
@@ -100,3 +107,15 @@ def test_mistakes_are_noticed_in_numpy(mistake):
 
     assert all(right(seed) for seed in range(2))
     assert not all(right(seed, change=change) for seed in range(2))
+
+
+@pytest.mark.parametrize(("rows", "tile", "parts", "want"), [
+    (1, 64, 1, (1, 1)), (64, 64, 1, (64, 64)), (65, 64, 1, (64, 1)), (200, 128, 1, (128, 72)),
+    (3584, 96, 1, (96, 32)), (65, 64, 4, (16, 1)), (77, 64, 4, (16, 4)), (50, 64, 4, (13, 13)),
+])  # fmt: skip
+def test_boxes_end_where_the_matrix_does(rows, tile, parts, want):
+    assert heights(rows, tile, parts) == want
+    whole, last = want
+    assert (rows - 1) // tile * tile + last <= rows  # no row that is not there
+    assert parts * whole >= min(rows, tile)
+    assert parts * last >= (rows % tile or min(rows, tile))
