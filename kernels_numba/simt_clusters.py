@@ -133,9 +133,6 @@ class ClusterWarp(Warp):
 
                 peer.barriers[self.one(bar)].flying.append(land)
 
-    def tma_load_2d_multicast_hint(self, *arguments: Any) -> None:
-        self.tma_load_2d_multicast(*arguments[:-1])
-
     def tma_load_2d(self, dst: Any, tensor_map: int, bar: Any, x: Any, y: Any) -> None:
         """Boxes with rows of 128 bytes are swizzled, narrower ones are not."""
         matrix, (rows, cols) = self.maps[self.one(tensor_map)]

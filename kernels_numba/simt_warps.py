@@ -265,11 +265,6 @@ class Warp(Block):
     def tma_prefetch_map(self, tensor_map: int) -> None:
         pass
 
-    def tma_prefetch_2d(self, tensor_map: int, x: Any, y: Any) -> None:
-        matrix = self.maps[self.one(tensor_map)][0]
-        if not (0 <= self.one(x) < matrix.shape[1] and 0 <= self.one(y) < matrix.shape[0]):
-            raise IndexError(f"a box at row {y}, column {x} of {matrix.shape}")
-
     def trap(self) -> None:
         raise RuntimeError("trap")
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from gpu_capture import captured
 
-from kernels_numba.bench.tune_gemm_few import MANY_DEEP
+from kernels_numba.bench.tune_gemm_few import MANY_MORE
 from kernels_numba.ops.gemm import hopper
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.gemm.hopper_config import (
     CONFIGS,
     SMEM_LIMIT,
+    TABLE_ONLY,
     HopperConfig,
     cheapest_config,
     pick_hopper_config,
@@ -117,8 +118,16 @@ def test_the_heuristic_prefers_full_waves():
         assert group >= 1
 
 
+def test_clusters_share_out_every_tile():
+    for (row_tiles, n, k), name in TUNED.items():
+        config = pick_hopper_config(128 * row_tiles, n, k, 132)[0]
+        assert str(config) == name
+        assert -(-n // config.tile_n) % config.cluster == 0
+        assert -(-n // config.tile_n) * -(-128 * row_tiles // config.tile_m) <= 112 or config.cluster == 1
+
+
 def test_the_table_names_tiles_that_exist_and_beats_the_model():
-    names = {str(config) for config in CONFIGS}
+    names = {str(config) for config in (*CONFIGS, *TABLE_ONLY)}
     assert set(TUNED.values()) <= names
     for (row_tiles, n, k), name in TUNED.items():
         m = 128 * row_tiles
@@ -129,7 +138,7 @@ def test_the_table_names_tiles_that_exist_and_beats_the_model():
         )
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, *MANY_DEEP], ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *MANY_MORE], ids=str)
 def test_shared_memory_holds_what_the_kernel_stages(config):
     plan = smem_plan(config)
     assert plan.bytes <= SMEM_LIMIT
@@ -145,8 +154,9 @@ def test_shared_memory_holds_what_the_kernel_stages(config):
 
 
 def test_deep_tiles_have_more_bytes_on_their_way():
-    assert [(str(c), c.stages) for c in MANY_DEEP] == [("64x32deep", 16), ("64x64deep", 13)]
-    for deep in MANY_DEEP:
+    deeper = [config for config in MANY_MORE if config.deep]
+    assert [(str(c), c.stages) for c in deeper] == [("64x32deep", 16), ("64x64deep", 13)]
+    for deep in deeper:
         shallow = HopperConfig(deep.tile_m, deep.tile_n)
         assert shallow.stages == 8
         assert smem_plan(shallow).bytes < smem_plan(deep).bytes

@@ -27,7 +27,7 @@ def product_of(product, config, out_dtype="bfloat16", real=None, **how):
     return got
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, HopperConfig(64, 32, deep=True, reach=2, keep=True)], ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, HopperConfig(64, 32, deep=True)], ids=str)
 def test_bits_are_those_of_the_order_along_k(config):
     """Whole and partial rows, columns and steps of K. Shared memory that no box fills is NaN."""
     for m, n, k in ((1, 8, 8), (77, 328, 200), (192, 264, 72)):
@@ -38,7 +38,7 @@ def test_bits_are_those_of_the_order_along_k(config):
 
 CLUSTERS = [
     HopperConfig(64, 32, True, 4),
-    HopperConfig(128, 64, cluster=2, keep=True),
+    HopperConfig(128, 64, cluster=2),
     HopperConfig(128, 16, cluster=4),
 ]
 

@@ -32,6 +32,7 @@ from kernels_numba.ops.gemm.hopper_config import (
     CONFIGS,
     GATED_CONFIGS,
     ITEM,
+    TABLE_ONLY,
     TILE_K,
     HopperConfig,
     pick_hopper_config,
@@ -64,16 +65,12 @@ from kernels_numba.ptx.mbarrier import (
     mbarrier_expect_tx,
     mbarrier_init,
 )
-from kernels_numba.ptx.policy import policy_evict_last
 from kernels_numba.ptx.tma import (
     bulk_commit,
     bulk_wait_read,
     encode_tensor_map,
     tma_load_2d,
-    tma_load_2d_hint,
     tma_load_2d_multicast,
-    tma_load_2d_multicast_hint,
-    tma_prefetch_2d,
     tma_prefetch_map,
 )
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
@@ -135,7 +132,7 @@ def make_gemm_hopper_kernel(
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     row_bytes, cluster, everyone = TILE_K * ITEM, config.cluster, (1 << config.cluster) - 1
-    shares, reach, keeps = cluster > 1, config.reach, config.keep
+    shares = cluster > 1
     x_bytes, weight_bytes = tile_m * row_bytes, tile_n * row_bytes
     num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * row_bytes
     item_out = 4 if out_dtype == "float32" else 2
@@ -189,11 +186,7 @@ def make_gemm_hopper_kernel(
             ahead = int32(min(k_tiles, int32(stages)))
             for early in range(ahead):
                 load_weight(smem, weights, int32(early), int32(early * 64), col, stage_bytes)
-            if reach:
-                for far in range(ahead, int32(min(k_tiles, int32(stages + reach)))):
-                    tma_prefetch_2d(weights, int32(far * 64), col)
         griddep_wait()
-        keep = policy_evict_last()
         stage = int32(0)
         phase = int32(0)
         while tile < tiles:
@@ -212,14 +205,8 @@ def make_gemm_hopper_kernel(
                     load_weight(smem, weights, stage, k_at, col, stage_bytes)
                 to = int32(smem + x_at + stage * x_bytes + begin * row_bytes)
                 ready = int32(smem + full_at + 8 * stage)
-                if reach and k_tile + (stages + reach) < k_tiles:
-                    tma_prefetch_2d(weights, int32(k_at + 64 * (stages + reach)), col)
-                if shares and keeps:
-                    tma_load_2d_multicast_hint(to, tokens, ready, k_at, int32(row + begin), everyone, keep)
-                elif shares:
+                if shares:
                     tma_load_2d_multicast(to, tokens, ready, k_at, int32(row + begin), everyone)
-                elif keeps:
-                    tma_load_2d_hint(to, tokens, ready, k_at, row, keep)
                 else:
                     tma_load_2d(to, tokens, ready, k_at, row)
                 stage = int32(stage + 1)
@@ -377,7 +364,7 @@ def kernels() -> Iterator[Kernel]:
     """Every kernel that an engine in bfloat16 can pick, for building them ahead; float16 is built when it is
     first used."""
     for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
-        for config in CONFIGS:
+        for config in (*CONFIGS, *TABLE_ONLY):
             yield hopper_kernel(config, "bfloat16", out_dtype, has_bias)
     for config in GATED_CONFIGS:
         yield hopper_kernel(config, "bfloat16", "bfloat16", False, activation="silu")

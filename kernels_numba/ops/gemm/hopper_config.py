@@ -28,26 +28,17 @@ class HopperConfig:
 
     deep: narrow tiles have up to 16 stages instead of 8: more bytes on their way, but no room on the SM for a
     block of the next launch. cluster: so many blocks, whose tiles are neighbours along n, fetch a part of
-    their x each, for all of them. reach: steps of K behind the stages whose weights are asked for into L2.
-    keep: x leaves L2 last.
+    their x each, for all of them; it must divide the number of tiles along n.
     """
 
     tile_m: int
     tile_n: int
     deep: bool = False
     cluster: int = 1
-    reach: int = 0
-    keep: bool = False
 
     def __str__(self) -> str:
         shared = f"c{self.cluster}" if self.cluster > 1 else ""
-        return (
-            f"{self.tile_m}x{self.tile_n}"
-            + "deep" * self.deep
-            + shared
-            + (f"r{self.reach}" if self.reach else "")
-            + "k" * self.keep
-        )
+        return f"{self.tile_m}x{self.tile_n}" + "deep" * self.deep + shared
 
     @property
     def consumers(self) -> int:
@@ -125,9 +116,11 @@ WIDTHS = {
     64: (32, 48, 64, 96, 128, 192, 256),
     128: (64, 80, 96, 112, 128, 144, 160, 192, 224, 256),
 }
-MODELLED = tuple(HopperConfig(tile_m, tile_n) for tile_m, widths in WIDTHS.items() for tile_n in widths)
-CONFIGS = (*MODELLED, HopperConfig(64, 64, deep=True))  # the last are for the table only
-GATED_CONFIGS = tuple(config for config in MODELLED if config.tile_n % 32 == 0)  # half is stored, in 16s
+CONFIGS = tuple(HopperConfig(tile_m, tile_n) for tile_m, widths in WIDTHS.items() for tile_n in widths)
+# What only the table names. Deep: where few tiles are in flight and K is long. Clusters: of 132 SMs some have
+# no room beside others for a fourth block, so 128 blocks take two turns; 112 blocks gain by them.
+TABLE_ONLY = (HopperConfig(64, 64, deep=True), HopperConfig(128, 64, cluster=4))
+GATED_CONFIGS = tuple(config for config in CONFIGS if config.tile_n % 32 == 0)  # half is stored, in 16s
 
 # Cycles, fitted to a sweep of the grid of kernels_numba/bench.py on an H100: the mean loss against the best
 # tile is 0.6 %, and where it was over 1 % the table says better.
@@ -154,7 +147,7 @@ def model_cycles(config: HopperConfig, m: int, n: int, k: int, num_sms: int) -> 
 
 
 def cheapest_config(
-    m: int, n: int, k: int, num_sms: int, configs: tuple[HopperConfig, ...] = MODELLED
+    m: int, n: int, k: int, num_sms: int, configs: tuple[HopperConfig, ...] = CONFIGS
 ) -> HopperConfig:
     """The tile that the cost model finds fastest; ties go to the larger tile."""
     return min(reversed(configs), key=lambda config: model_cycles(config, m, n, k, num_sms))
@@ -169,7 +162,8 @@ def pick_hopper_config(
     tile can have one. Blocks that run at one time share operands through L2: 16 row tiles share their
     columns' weights, unless there are so few columns that sharing x is worth more.
     """
-    tiles, modelled = (GATED_CONFIGS, GATED_CONFIGS) if activation else (CONFIGS, MODELLED)
+    configs, more = (GATED_CONFIGS, ()) if activation else (CONFIGS, TABLE_ONLY)
     name = TUNED.get((-(-m // 128), n, k))
-    config = next((c for c in tiles if str(c) == name), None) or cheapest_config(m, n, k, num_sms, modelled)
+    named = next((c for c in (*configs, *more) if str(c) == name), None)
+    config = named or cheapest_config(m, n, k, num_sms, configs)
     return config, 1 if n <= NARROW else 16

@@ -34,7 +34,7 @@ from kernels_numba.ptx.mbarrier import (
     mbarrier_init,
 )
 from kernels_numba.ptx.policy import policy_evict_first, policy_evict_last, policy_evict_normal
-from kernels_numba.ptx.tma import tma_load_2d_hint, tma_prefetch_2d, tma_prefetch_map
+from kernels_numba.ptx.tma import tma_load_2d_hint, tma_prefetch_map
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
 
 SIGNATURE = "void(int64, int64, int64, int64, int64, int32, int32, int32, int32, int32)"
@@ -68,7 +68,7 @@ def make_gemm_few_kernel(
     weight_at, x_at, out_at = plan.offset("weight"), plan.offset("x"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     weight_bytes, x_bytes, x_map = tile_n * ROW, tile_t * ROW, MAPS * MAP_BYTES
-    boxes_of_tile, reach = make_boxes_of_tile(tile_t, tile_n, MAPS, 0), config.reach
+    boxes_of_tile = make_boxes_of_tile(tile_t, tile_n, MAPS, 0)
     staged_bytes, accumulators, consumer_weight = config.staged_bytes, tile_t // 2, GROUP_N * ROW
     narrow = out_dtype != "float32"
     out_item = ITEM if narrow else 4
@@ -117,9 +117,6 @@ def make_gemm_few_kernel(
             _, weights, _, stage_bytes = boxes_of_tile(maps, int32(0), rows, row, n)
             for i in range(early):
                 load_weight(smem, weights, int32(i), k_of(int32(i), k_tiles), row, once, stage_bytes)
-            if reach:
-                for far in range(early, int32(min(k_tiles, int32(stages + reach)))):
-                    tma_prefetch_2d(weights, k_of(int32(far), k_tiles), row)
         griddep_wait()
         token_tiles = token_tiles_of(real_rows(num_rows, rows))
         if token_tiles > 1:
@@ -144,8 +141,6 @@ def make_gemm_few_kernel(
                 to = int32(smem + x_at + stage * x_bytes)
                 ready = int32(smem + full_at + 8 * stage)
                 tma_load_2d_hint(to, tokens, ready, k_at, token, keep)
-                if reach and k_tile + (stages + reach) < k_tiles:
-                    tma_prefetch_2d(weights, k_of(int32(k_tile + (stages + reach)), k_tiles), row)
                 stage = int32(stage + 1)
                 if stage == stages:
                     stage = int32(0)
