@@ -283,6 +283,24 @@ def test_hopper_against_float64(cuda, m, n, k, dtype, out_dtype, has_bias):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", TABLE_ONLY, ids=str)
+def test_tiles_of_the_table_have_the_same_bits(cuda, config):
+    """Parts of x fetched for the cluster's other blocks, under random pauses too; a count read late."""
+    rng, gpu = np.random.default_rng(8), Gpu(cuda, "bfloat16")
+    x, weight = rng.standard_normal((400, 1096)), gpu.up(rng.standard_normal((1280, 1096)))
+    whole = product(gpu, gpu.up(x), weight, None, "float32", 400, HopperConfig(128, 128))
+    for m in (1, 63, 64, 65, 129, 200, 256, 400):
+        for build in (hopper.PRODUCT, hopper.Build(debug=True, stress=True)):
+            got = product(gpu, gpu.up(x[:m]), weight, None, "float32", m, config, build=build)
+            assert np.array_equal(got.view(np.uint32), whole[:m].view(np.uint32)), (m, build)
+    for real in (0, 1, 65, 399):
+        count = cuda.to_device(np.array([real], np.int32))
+        got = product(gpu, gpu.up(x), weight, None, "float32", 400, config, count)
+        assert np.array_equal(got[:real].view(np.uint32), whole[:real].view(np.uint32)), real
+        assert np.isnan(got[real:]).all()
+
+
+@pytest.mark.gpu
 def test_rows_past_the_real_count_are_left_alone(cuda):
     rng = np.random.default_rng(3)
     gpu = Gpu(cuda, "bfloat16")
