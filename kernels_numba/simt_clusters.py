@@ -65,6 +65,10 @@ class ClusterWarp(Warp):
     def cluster_wait(self) -> None:
         self.wait_for(lambda: self.both.together[1] != self.phase, "the cluster's barrier")
 
+    def cluster_sync(self) -> None:
+        self.cluster_arrive_relaxed()
+        self.cluster_wait()
+
     def _store_async(self, address: Any, words: Sequence[Array], bar: Any) -> None:
         values = np.ascontiguousarray(np.stack([self.per_thread(word) for word in words], axis=1))
         size, at_once = 4 * values.shape[1], bool(self.both.turns.rng.integers(2))
@@ -100,7 +104,34 @@ class ClusterWarp(Warp):
         words = [self.words_at(at, 1)[0] for at in self.per_thread(address).tolist()]
         return np.array(words, np.int32).view(np.float32)
 
-    # tma.py
+    # mbarrier.py, tma.py
+
+    def mbarrier_arrive_remote(self, bar: Any, rank: Any) -> None:
+        """Lanes whose rank no block has are those that the branch around it masks off."""
+        for number in np.unique(self.per_thread(rank)).tolist():
+            if number < len(self.both.peers):
+                self.both.peers[number].barriers[self.one(bar)].arrive()
+
+    def tma_load_2d_multicast(self, dst: Any, tensor_map: int, bar: Any, x: Any, y: Any, mask: Any) -> None:
+        """A box within its tensor, in swizzled lines; it lands in each block when that one waits for it."""
+        matrix, (rows, cols) = self.maps[self.one(tensor_map)]
+        y, x = self.one(y), self.one(x)
+        if y < 0 or y + rows > len(matrix):
+            raise IndexError(f"a box of rows {y} to {y + rows}, of {len(matrix)}")
+        first = self.one(dst) - SMEM_START
+        before = first // 128 % 8  # lines: the swizzle goes by the address
+        box = np.zeros((before + rows, cols), matrix.dtype)
+        part = matrix[y : y + rows, x : x + cols]
+        box[before:, : part.shape[1]] = part
+        image = swizzled_image(box)[128 * before :]
+        for number, peer in enumerate(self.both.peers):
+            if self.one(mask) >> number & 1:
+
+                def land(smem: Array = peer.smem) -> int:
+                    smem[first : first + image.size] = image
+                    return int(image.size)
+
+                peer.barriers[self.one(bar)].flying.append(land)
 
     def tma_load_2d(self, dst: Any, tensor_map: int, bar: Any, x: Any, y: Any) -> None:
         """Boxes with rows of 128 bytes are swizzled, narrower ones are not."""
@@ -119,7 +150,7 @@ class ClusterWarp(Warp):
 def run(
     names: Sequence[str], factory: str, specialised: Sequence[Any], arguments: Sequence[Any], grid: int,
     threads: int, smem: int, memory: Memory, maps: Mapping[int, Any], cluster: int, seed: int = 0,
-    change: Callable[[str, str], str] = lambda name, text: text,
+    change: Callable[[str, str], str] = lambda name, text: text, kind: type[ClusterWarp] = ClusterWarp,
 ) -> None:  # fmt: skip
     """Run all blocks of a kernel, one cluster of `cluster` blocks after another; the rest as in
     simt_warps.run."""
@@ -128,7 +159,7 @@ def run(
         peers, bodies = make_peers(cluster, threads // WARP, smem, rng), []
         for one in peers:
             for number in range(one.warps):
-                warp = ClusterWarp(one, memory, maps, first + one.rank, grid, number)
+                warp = kind(one, memory, maps, first + one.rank, grid, number)
                 kernel = link(warp, names, change)[factory](*specialised)
                 bodies.append(lambda kernel=kernel: kernel(*arguments))
         peers[0].turns.run(bodies)

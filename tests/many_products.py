@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from kernels_numba import simt, simt_warps
+from kernels_numba import simt, simt_clusters, simt_warps
+from kernels_numba.ops.gemm.boxes import MAP_BYTES, heights
 from kernels_numba.ops.gemm.hopper import PRODUCT, X_MAP
 from kernels_numba.ops.gemm.hopper_config import TILE_K, smem_plan
 from kernels_numba.ptx.epilogue import _XOR, BOX_COLUMNS
@@ -17,7 +18,7 @@ GATE = (
     "kernels_numba.ops.gemm_few.epilogue",
     "kernels_numba.ops.gemm.gate",
 )
-MODULES = (*GATE, "kernels_numba.ops.gemm.hopper")
+MODULES = (*GATE, "kernels_numba.ops.gemm.boxes", "kernels_numba.ops.gemm.hopper")
 MAPS = 1 << 10  # stands for the address of the tensor maps
 
 
@@ -82,6 +83,10 @@ class ManyWarp(GemmWarp):
         return send_rows
 
 
+class ManyClusterWarp(ManyWarp, simt_clusters.ClusterWarp):
+    """One warp of a cluster whose blocks share x."""
+
+
 def many_in_numpy(config, out, x, weight, bias=None, num_rows=None, *, grid=2, group=1, seed=0, build=PRODUCT,
                   activation="", change=lambda name, text: text):  # fmt: skip
     """out as gemm_hopper() would leave it; x, weight, bias: bfloat16 bits; out: those, or float32."""
@@ -89,13 +94,18 @@ def many_in_numpy(config, out, x, weight, bias=None, num_rows=None, *, grid=2, g
     count = np.array([len(x) if num_rows is None else num_rows], np.int32)
     arrays = [(out, (64, columns)) for columns in BOX_COLUMNS]
     assert len(arrays) == X_MAP
-    arrays += [(x, (config.tile_m, TILE_K)), (weight, (config.tile_n, TILE_K))]
-    maps = {MAPS + 128 * i: pair for i, pair in enumerate(arrays)}
+    for matrix, tile, parts in ((x, config.tile_m, config.cluster), (weight, config.tile_n, 1)):
+        arrays += [(matrix, (height, TILE_K)) for height in heights(len(matrix), tile, parts)]
+    maps = {MAPS + MAP_BYTES * i: pair for i, pair in enumerate(arrays)}
     out_dtype = "float32" if out.dtype == np.float32 else "bfloat16"
-    simt_warps.run(
-        MODULES, "make_gemm_hopper_kernel",
-        (config, "bfloat16", out_dtype, bias is not None, build, activation),
-        (MAPS, memory.put(out), 0 if bias is None else memory.put(bias), memory.put(count), len(weight),
-         x.shape[1], out.strides[0], group),
-        grid, config.threads, smem_plan(config).bytes, memory, maps, seed, change, ManyWarp,
+    specialised = (config, "bfloat16", out_dtype, bias is not None, build, activation)
+    arguments = (
+        MAPS, memory.put(out), 0 if bias is None else memory.put(bias), memory.put(count), len(x),
+        len(weight), x.shape[1], out.strides[0], group,
     )  # fmt: skip
+    common = (MODULES, "make_gemm_hopper_kernel", specialised, arguments, grid * config.cluster,
+              config.threads, smem_plan(config).bytes, memory, maps)  # fmt: skip
+    if config.cluster > 1:
+        simt_clusters.run(*common, config.cluster, seed, change, ManyClusterWarp)
+    else:
+        simt_warps.run(*common, seed, change, ManyWarp)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from gpu_capture import captured
 
-from kernels_numba.bench.tune_gemm_few import MANY_DEEP
+from kernels_numba.bench.tune_gemm_few import MANY_MORE
 from kernels_numba.ops.gemm import hopper
 from kernels_numba.ops.gemm.door import best_rung, refusal
 from kernels_numba.ops.gemm.hopper_config import (
     CONFIGS,
     SMEM_LIMIT,
+    TABLE_ONLY,
     HopperConfig,
     cheapest_config,
     pick_hopper_config,
@@ -117,8 +118,16 @@ def test_the_heuristic_prefers_full_waves():
         assert group >= 1
 
 
+def test_clusters_share_out_every_tile():
+    for (row_tiles, n, k), name in TUNED.items():
+        config = pick_hopper_config(128 * row_tiles, n, k, 132)[0]
+        assert str(config) == name
+        assert -(-n // config.tile_n) % config.cluster == 0
+        assert -(-n // config.tile_n) * -(-128 * row_tiles // config.tile_m) <= 112 or config.cluster == 1
+
+
 def test_the_table_names_tiles_that_exist_and_beats_the_model():
-    names = {str(config) for config in CONFIGS}
+    names = {str(config) for config in (*CONFIGS, *TABLE_ONLY)}
     assert set(TUNED.values()) <= names
     for (row_tiles, n, k), name in TUNED.items():
         m = 128 * row_tiles
@@ -129,7 +138,7 @@ def test_the_table_names_tiles_that_exist_and_beats_the_model():
         )
 
 
-@pytest.mark.parametrize("config", [*CONFIGS, *MANY_DEEP], ids=str)
+@pytest.mark.parametrize("config", [*CONFIGS, *MANY_MORE], ids=str)
 def test_shared_memory_holds_what_the_kernel_stages(config):
     plan = smem_plan(config)
     assert plan.bytes <= SMEM_LIMIT
@@ -145,8 +154,9 @@ def test_shared_memory_holds_what_the_kernel_stages(config):
 
 
 def test_deep_tiles_have_more_bytes_on_their_way():
-    assert [(str(c), c.stages) for c in MANY_DEEP] == [("64x32deep", 16), ("64x64deep", 13)]
-    for deep in MANY_DEEP:
+    deeper = [config for config in MANY_MORE if config.deep]
+    assert [(str(c), c.stages) for c in deeper] == [("64x32deep", 16), ("64x64deep", 13)]
+    for deep in deeper:
         shallow = HopperConfig(deep.tile_m, deep.tile_n)
         assert shallow.stages == 8
         assert smem_plan(shallow).bytes < smem_plan(deep).bytes
@@ -270,6 +280,24 @@ def test_hopper_against_float64(cuda, m, n, k, dtype, out_dtype, has_bias):
         assert np.isfinite(got).all(), config
         # The result's last place, and sums of k terms in float32 (tensor cores cut off low bits).
         assert (np.abs(got - want) <= epsilon * np.abs(want) + 2e-5).all(), (config, np.abs(got - want).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", TABLE_ONLY, ids=str)
+def test_tiles_of_the_table_have_the_same_bits(cuda, config):
+    """Parts of x fetched for the cluster's other blocks, under random pauses too; a count read late."""
+    rng, gpu = np.random.default_rng(8), Gpu(cuda, "bfloat16")
+    x, weight = rng.standard_normal((400, 1096)), gpu.up(rng.standard_normal((1280, 1096)))
+    whole = product(gpu, gpu.up(x), weight, None, "float32", 400, HopperConfig(128, 128))
+    for m in (1, 63, 64, 65, 129, 200, 256, 400):
+        for build in (hopper.PRODUCT, hopper.Build(debug=True, stress=True)):
+            got = product(gpu, gpu.up(x[:m]), weight, None, "float32", m, config, build=build)
+            assert np.array_equal(got.view(np.uint32), whole[:m].view(np.uint32)), (m, build)
+    for real in (0, 1, 65, 399):
+        count = cuda.to_device(np.array([real], np.int32))
+        got = product(gpu, gpu.up(x), weight, None, "float32", 400, config, count)
+        assert np.array_equal(got[:real].view(np.uint32), whole[:real].view(np.uint32)), real
+        assert np.isnan(got[real:]).all()
 
 
 @pytest.mark.gpu

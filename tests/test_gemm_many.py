@@ -7,6 +7,7 @@ import pytest
 from few_products import make_product, rounded, same_bits
 from many_products import many_in_numpy
 
+from kernels_numba.ops.gemm.boxes import heights
 from kernels_numba.ops.gemm.hopper_config import CONFIGS, HopperConfig
 
 
@@ -35,6 +36,25 @@ def test_bits_are_those_of_the_order_along_k(config):
     assert same_bits(product_of(product, config, "float32", grid=3, group=2), product.sums())
 
 
+CLUSTERS = [
+    HopperConfig(64, 32, True, 4),
+    HopperConfig(128, 64, cluster=2),
+    HopperConfig(128, 16, cluster=4),
+]
+
+
+@pytest.mark.parametrize("config", CLUSTERS, ids=str)
+def test_blocks_of_a_cluster_fetch_x_for_one_another(config):
+    """Parts of a tile's rows that are equal, overlap, or are one row; several tiles a cluster."""
+    for m, n, k in ((1, 256, 72), (77, 512, 200), (131, 248, 1100)):
+        product = make_product(np.random.default_rng([m, n, k]), m, n, k, bias=m == 77)
+        want = rounded(product.sums(), "bfloat16")
+        for seed in range(2):
+            assert same_bits(product_of(product, config, grid=1 + seed, group=2, seed=seed), want), (m, seed)
+        real = m // 2
+        assert same_bits(product_of(product, config, real=real), want[:real])
+
+
 @pytest.mark.parametrize(
     "config", [HopperConfig(64, 48), HopperConfig(128, 112), HopperConfig(128, 256)], ids=str
 )
@@ -58,6 +78,12 @@ MISTAKES = {
         "int32(m - row), 1 << 20",
     ),
     "partial rows leave by whole boxes": ("hopper", "int32(row + 64 <= m)", "int32(1)"),
+    "the last tile's boxes are whole ones": ("boxes", "int32(height < whole) * MAP_BYTES", "0"),
+    "the last tile waits for whole boxes": (
+        "boxes",
+        "(height + weight_height) * row_bytes",
+        "(height + tile_weight) * row_bytes",
+    ),
 }
 
 
@@ -81,3 +107,15 @@ def test_mistakes_are_noticed_in_numpy(mistake):
 
     assert all(right(seed) for seed in range(2))
     assert not all(right(seed, change=change) for seed in range(2))
+
+
+@pytest.mark.parametrize(("rows", "tile", "parts", "want"), [
+    (1, 64, 1, (1, 1)), (64, 64, 1, (64, 64)), (65, 64, 1, (64, 1)), (200, 128, 1, (128, 72)),
+    (3584, 96, 1, (96, 32)), (65, 64, 4, (16, 1)), (77, 64, 4, (16, 4)), (50, 64, 4, (13, 13)),
+])  # fmt: skip
+def test_boxes_end_where_the_matrix_does(rows, tile, parts, want):
+    assert heights(rows, tile, parts) == want
+    whole, last = want
+    assert (rows - 1) // tile * tile + last <= rows  # no row that is not there
+    assert parts * whole >= min(rows, tile)
+    assert parts * last >= (rows % tile or min(rows, tile))

@@ -304,7 +304,7 @@ def test_a_tile_fits_the_smallest_block(config):
     assert smem_plan(config).bytes == config.smem_bytes <= SMEM_LIMIT == 101_376
     assert config.blocks() * (config.smem_bytes + SYSTEM_SMEM) <= SM_SMEM
     assert config.tile_m * config.pitch <= config.smem_bytes
-    assert config.blocks() >= (1 if config.tile_n == 256 else 2)
+    assert config.blocks() >= (1 if config.threads == 256 else 2)
 
 
 @pytest.mark.parametrize(("numbers", "message"), [

@@ -114,11 +114,17 @@ def _gemm_silu_mul(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
 
 
 def _lm_head(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
-    """The product alone: the rows are gathered before, and the logits stay bfloat16."""
+    """The product alone: the rows are gathered before. The logits are float32, as ours are, where torch can
+    write them (torch.mm's out_dtype, on a GPU), and bfloat16, half the bytes, where it cannot."""
     rows, weight = t["hidden"].index_select(0, t["logits_rows"]), t["weight"].T
-    out = torch.empty(rows.shape[0], weight.shape[1], dtype=rows.dtype, device=rows.device)
-    name = "torch.matmul, rows gathered before, bfloat16 logits"
-    return Bound(name, lambda: torch.matmul(rows, weight, out=out))
+    try:
+        wide = torch.mm(rows, weight, out_dtype=torch.float32)
+    except (TypeError, RuntimeError):
+        out = torch.empty(rows.shape[0], weight.shape[1], dtype=rows.dtype, device=rows.device)
+        name = "torch.matmul, rows gathered before, bfloat16 logits"
+        return Bound(name, lambda: torch.matmul(rows, weight, out=out))
+    name = "torch.mm, rows gathered before, float32 logits"
+    return Bound(name, lambda: torch.mm(rows, weight, out_dtype=torch.float32, out=wide))
 
 
 def _sample(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:

@@ -22,7 +22,7 @@ from kernels_numba.bench.targets import LARGE, floor_us, sizes_of
 from kernels_numba.bench.tune_decode import read_gbs
 from kernels_numba.launch import Kernel
 from kernels_numba.ops.gemm import hopper as many
-from kernels_numba.ops.gemm.hopper_config import HopperConfig
+from kernels_numba.ops.gemm.hopper_config import TABLE_ONLY, HopperConfig
 from kernels_numba.ops.gemm_few.config import CONFIGS, FewConfig, pick_few_config, use_few
 from kernels_numba.ops.gemm_few.head import lm_head_few
 from kernels_numba.ops.gemm_few.hopper import few_kernel, gemm_few
@@ -34,8 +34,8 @@ HEAD_M = (1, 8, 64, 256)
 # Not picked, but tried where they could win. One block an SM, so all its shared memory is stages: for what
 # has fewer tiles than there are SMs.
 UNPICKED = (FewConfig(64, 64, 2),)
-MANY_DEEP = (HopperConfig(64, 32, deep=True), HopperConfig(64, 64, deep=True))
-DEEP_M = (64, 128)  # tokens for which the last are tried
+MANY_MORE = (HopperConfig(64, 32, deep=True), *TABLE_ONLY)
+MORE_M = (64, 128, 200, 256)  # tokens for which the last are tried
 MANY = "many"  # begins the names of the many-token GEMM's contenders
 Row = dict[str, Any]
 
@@ -45,8 +45,8 @@ def kernels() -> Iterator[Kernel]:
     for out_dtype in ("bfloat16", "float32"):
         for config in (*CONFIGS, *UNPICKED):
             yield few_kernel(config, "bfloat16", out_dtype, "", False)
-    for deep in MANY_DEEP:
-        yield many.hopper_kernel(deep, "bfloat16", "bfloat16", False)
+    for more in MANY_MORE:
+        yield many.hopper_kernel(more, "bfloat16", "bfloat16", False)
 
 
 def few_cases(text: str = "") -> dict[str, tuple[str, Params]]:
@@ -76,8 +76,8 @@ def many_tiles(op: str, m: int) -> dict[str, Contender]:
     """The many-token GEMM with its own pick, and with deep pipelines where they could help."""
     if op != "gemm":
         return {MANY: partial(lm_head_warp, product="many")}
-    deep = {f"{MANY} {c}": partial(many.gemm_hopper, config=c) for c in MANY_DEEP if m in DEEP_M}
-    return {MANY: many.gemm_hopper, **deep}
+    more = {f"{MANY} {c}": partial(many.gemm_hopper, config=c) for c in MANY_MORE if m in MORE_M}
+    return {MANY: many.gemm_hopper, **more}
 
 
 def row_of(op: str, params: Params, moved: int, times: Mapping[str, float], picked: str) -> Row:

@@ -17,6 +17,7 @@ import numpy as np
 from kernels_numba.checks import fail
 from kernels_numba.compiler import cuda, jit
 from kernels_numba.launch import Kernel, Launch, address
+from kernels_numba.ops.gemm.boxes import MAP_BYTES, MAPS, encode_boxes, make_boxes_of_tile
 from kernels_numba.ops.gemm.door import (
     ACTIVATIONS,
     BFLOAT16,
@@ -31,11 +32,13 @@ from kernels_numba.ops.gemm.hopper_config import (
     CONFIGS,
     GATED_CONFIGS,
     ITEM,
+    TABLE_ONLY,
     TILE_K,
     HopperConfig,
     pick_hopper_config,
     smem_plan,
 )
+from kernels_numba.ptx.cluster import cluster_rank, cluster_sync
 from kernels_numba.ptx.control import (
     dynamic_shared,
     elect_one,
@@ -58,6 +61,7 @@ from kernels_numba.ptx.ldst import ld_global_i32
 from kernels_numba.ptx.mbarrier import (
     fence_mbarrier_init,
     mbarrier_arrive,
+    mbarrier_arrive_remote,
     mbarrier_expect_tx,
     mbarrier_init,
 )
@@ -66,12 +70,13 @@ from kernels_numba.ptx.tma import (
     bulk_wait_read,
     encode_tensor_map,
     tma_load_2d,
+    tma_load_2d_multicast,
     tma_prefetch_map,
 )
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
 
-SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32)"
-X_MAP = len(BOX_COLUMNS)  # the tensor maps before that of x
+SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32, int32)"
+X_MAP = len(BOX_COLUMNS)  # the tensor maps before those of x, then those of weight: MAPS each
 MUTANTS = ("", "wrong_phase", "lost_arrival", "no_fence")
 
 
@@ -102,9 +107,10 @@ def make_gemm_hopper_kernel(
     """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once.
     activation "silu": of gates and ups in turn, 8 of each, rounded, silu(gate) up, rounded: N / 2 columns.
 
-    Arguments: maps: address of tensor maps u64[5, 16]: out in boxes of 64, 32 and 16 columns, x (boxes
-    [tile_m, 64]), weight ([tile_n, 64]); out, bias: addresses; num_rows: address of i32[1], the real M; n, k;
-    out_stride: bytes from one row of out to the next; group: row tiles walked together.
+    Arguments: maps: address of tensor maps u64[7, 16]: out in boxes of 64, 32 and 16 columns, x (boxes
+    [tile_m, 64], then those of the last tile), weight ([tile_n, 64], likewise); out, bias: addresses;
+    num_rows: address of i32[1], the real M; rows: of x, the most that M can be; n, k; out_stride: bytes from
+    one row of out to the next; group: row tiles walked together.
     Who does what: warpgroups 0 to consumers - 1: wgmma on 64 rows of the tile each, then the epilogue; one
     elected thread of the warp after them: the TMA producer. Blocks walk tiles blockIdx, blockIdx + gridDim,
     ... in groups of `group` row tiles, so that operands that neighbours share stay in L2.
@@ -125,9 +131,10 @@ def make_gemm_hopper_kernel(
     plan = smem_plan(config)
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
-    x_bytes, weight_bytes = tile_m * TILE_K * ITEM, tile_n * TILE_K * ITEM
-    stage_bytes = x_bytes + weight_bytes
-    num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * TILE_K * ITEM
+    row_bytes, cluster, everyone = TILE_K * ITEM, config.cluster, (1 << config.cluster) - 1
+    shares = cluster > 1
+    x_bytes, weight_bytes = tile_m * row_bytes, tile_n * row_bytes
+    num_rounds, accumulators, consumer_x = len(rounds), tile_n // 2, 64 * row_bytes
     item_out = 4 if out_dtype == "float32" else 2
     multiply, finish = make_wgmma(tile_n, 4, dtype, wait=1), make_wgmma_wait(tile_n, 0)
     staged = out_dtype != "float32"
@@ -139,44 +146,54 @@ def make_gemm_hopper_kernel(
     pause = make_stress(build.stress)
     fenced, wrong_phase = build.mutant != "no_fence", int(build.mutant == "wrong_phase")
     handed_back = build.mutant != "lost_arrival"
-    x_map, weight_map = 128 * X_MAP, 128 * (X_MAP + 1)
+    x_map, weight_map = MAP_BYTES * X_MAP, MAP_BYTES * (X_MAP + MAPS)
+    boxes_of_tile = make_boxes_of_tile(tile_m, tile_n, X_MAP, X_MAP + MAPS, cluster)
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
     @jit(device=True)
     def tile_of(tile: Any, tiles_m: Any, tiles_n: Any, group: Any) -> Any:
-        """Row and column of the tile-th tile: group row tiles of one column, then the next column."""
+        """Row and column of the tile-th tile: group row tiles of one column, then the next column; tile and
+        columns count clusters."""
         per_group = uint32(uint32(group) * tiles_n)
         which = uint32(tile // per_group)
         first = uint32(which * uint32(group))
         height = uint32(min(uint32(tiles_m - first), uint32(group)))
         rest = uint32(tile - which * per_group)
+        if shares:
+            return int32(first + rest % height), int32(rest // height * uint32(cluster) + cluster_rank())
         return int32(first + rest % height), int32(rest // height)
 
     @jit(device=True)
-    def load_weight(smem: Any, maps: Any, stage: Any, k_at: Any, col: Any) -> None:
-        """Arm a stage's full barrier for all its bytes, and fetch its weights."""
+    def load_weight(smem: Any, weights: Any, stage: Any, k_at: Any, col: Any, stage_bytes: Any) -> None:
+        """Arm a stage's full barrier for all its bytes, and fetch its weights; weights: their map."""
         ready = int32(smem + full_at + 8 * stage)
         mbarrier_expect_tx(ready, stage_bytes)
-        to = int32(smem + weight_at + stage * weight_bytes)
-        tma_load_2d(to, int64(maps + weight_map), ready, k_at, col)
+        tma_load_2d(int32(smem + weight_at + stage * weight_bytes), weights, ready, k_at, col)
 
     @jit(device=True)
-    def load(smem: Any, maps: Any, k_tiles: Any, tiles_m: Any, tiles_n: Any, group: Any) -> None:
+    def load(
+        smem: Any, maps: Any, rows: Any, n: Any, k_tiles: Any, tiles_m: Any, tiles_n: Any, group: Any
+    ) -> None:
         """The producer: every stage of every tile of this block, as fast as stages are handed back."""
         tiles = uint32(tiles_m * tiles_n)
-        tile = uint32(cuda.blockIdx.x)
+        tile = uint32(cuda.blockIdx.x // uint32(cluster))
         ahead = int32(0)
         if tile < tiles:
             # Weights depend on no launch: the first stages are on their way before the wait.
-            _, tile_col = tile_of(tile, tiles_m, tiles_n, group)
+            tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
+            col = int32(tile_col * tile_n)
+            _, weights, _, stage_bytes = boxes_of_tile(maps, int32(tile_row * tile_m), rows, col, n)
             ahead = int32(min(k_tiles, int32(stages)))
             for early in range(ahead):
-                load_weight(smem, maps, int32(early), int32(early * 64), int32(tile_col * tile_n))
+                load_weight(smem, weights, int32(early), int32(early * 64), col, stage_bytes)
         griddep_wait()
         stage = int32(0)
         phase = int32(0)
         while tile < tiles:
             tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
+            row = int32(tile_row * tile_m)
+            col = int32(tile_col * tile_n)
+            tokens, weights, begin, stage_bytes = boxes_of_tile(maps, row, rows, col, n)
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = int32(k_tile * 64)
@@ -185,16 +202,28 @@ def make_gemm_hopper_kernel(
                     ahead = int32(ahead - 1)
                 else:
                     wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))
-                    load_weight(smem, maps, stage, k_at, int32(tile_col * tile_n))
-                to = int32(smem + x_at + stage * x_bytes)
+                    load_weight(smem, weights, stage, k_at, col, stage_bytes)
+                to = int32(smem + x_at + stage * x_bytes + begin * row_bytes)
                 ready = int32(smem + full_at + 8 * stage)
-                tma_load_2d(to, int64(maps + x_map), ready, k_at, int32(tile_row * tile_m))
+                if shares:
+                    tma_load_2d_multicast(to, tokens, ready, k_at, int32(row + begin), everyone)
+                else:
+                    tma_load_2d(to, tokens, ready, k_at, row)
                 stage = int32(stage + 1)
                 if stage == stages:
                     stage = int32(0)
                     phase = int32(phase ^ 1)
                 k_tile = int32(k_tile + 1)
-            tile = uint32(tile + uint32(cuda.gridDim.x))
+            tile = uint32(tile + uint32(cuda.gridDim.x) // uint32(cluster))
+
+    @jit(device=True, forceinline=True)
+    def hand_back(barrier: Any, lane: Any) -> None:
+        """A warp has done with a stage: every block that fetches into it is told."""
+        if shares:
+            if lane < cluster:
+                mbarrier_arrive_remote(barrier, lane)
+        elif lane == 0:
+            mbarrier_arrive(barrier)
 
     @jit(device=True, forceinline=True)
     def store(
@@ -235,7 +264,7 @@ def make_gemm_hopper_kernel(
             store_rows(acc, address, out_stride, my_col, n, int32(my_row < m), int32(my_row + 8 < m))
 
     def gemm_hopper(
-        maps: Any, out: Any, bias: Any, num_rows: Any, n: Any, k: Any, out_stride: Any, group: Any
+        maps: Any, out: Any, bias: Any, num_rows: Any, rows: Any, n: Any, k: Any, out_stride: Any, group: Any
     ) -> None:
         griddep_launch()
         m = int32(ld_global_i32(num_rows))
@@ -248,21 +277,25 @@ def make_gemm_hopper_kernel(
         if thread == 0:
             for i in range(stages):
                 mbarrier_init(int32(full + 8 * i), 1)
-                mbarrier_init(int32(empty + 8 * i), 4 * consumers)
+                mbarrier_init(int32(empty + 8 * i), 4 * consumers * cluster)
             fence_mbarrier_init()
             tma_prefetch_map(int64(maps + x_map))
             tma_prefetch_map(int64(maps + weight_map))
-        cuda.syncthreads()
+        if shares:
+            cuda.syncwarp()
+            cluster_sync()  # the other blocks' barriers are ready, too
+        else:
+            cuda.syncthreads()
         k_tiles = int32((k + 63) >> 6)
         tiles_m = uint32(uint32(m + (tile_m - 1)) // uint32(tile_m))
-        tiles_n = uint32(uint32(n + (tile_n - 1)) // uint32(tile_n))
+        tiles_n = uint32(uint32(n + (cluster * tile_n - 1)) // uint32(cluster * tile_n))
         if consumer == consumers:
             if elect_one() == 1:
-                load(smem, maps, k_tiles, tiles_m, tiles_n, group)
+                load(smem, maps, rows, n, k_tiles, tiles_m, tiles_n, group)
         else:
             griddep_wait()
             tiles = uint32(tiles_m * tiles_n)
-            tile = uint32(cuda.blockIdx.x)
+            tile = uint32(cuda.blockIdx.x // uint32(cluster))
             stage = int32(0)
             phase = int32(0)
             acc = cuda.local.array(accumulators, np.float32)
@@ -282,8 +315,8 @@ def make_gemm_hopper_kernel(
                         multiply(acc, descriptor_k_major(x), descriptor_k_major(weight), k_tile)
                     # One product stays in flight: what is handed back is the stage before it. Each warp hands
                     # back for itself: under stress, one that dawdled before its wait missed the phase else.
-                    if handed_back and k_tile > 0 and lane == 0:
-                        mbarrier_arrive(int32(empty + 8 * previous))
+                    if handed_back and k_tile > 0:
+                        hand_back(int32(empty + 8 * previous), lane)
                     previous = stage
                     stage = int32(stage + 1)
                     if stage == stages:
@@ -291,14 +324,16 @@ def make_gemm_hopper_kernel(
                         phase = int32(phase ^ 1)
                     k_tile = int32(k_tile + 1)
                 finish(acc)
-                if lane == 0:
-                    mbarrier_arrive(int32(empty + 8 * previous))
+                hand_back(int32(empty + 8 * previous), lane)
                 col = int32(tile_col * tile_n)
                 store(acc, base, row, col, m, n, maps, out, bias, out_stride, consumer)
-                tile = uint32(tile + uint32(cuda.gridDim.x))
+                tile = uint32(tile + uint32(cuda.gridDim.x) // uint32(cluster))
             if thread & 127 == 0:
                 # Shared memory must outlive the reads; the writes end before the grid does.
                 bulk_wait_read(0)
+        if shares:
+            cuda.syncwarp()
+            cluster_sync()  # nobody fetches into this block's memory, or arrives there, any more
 
     return gemm_hopper
 
@@ -321,7 +356,7 @@ def hopper_kernel(
         "_".join(["gemm_hopper", *words]),
         lambda: make_gemm_hopper_kernel(config, dtype, out_dtype, has_bias, build, activation),
         (config, dtype, out_dtype, has_bias, build, activation),
-        SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl, archs=("sm_90a",),
+        SIGNATURE, config.threads, smem_plan(config).bytes, config.cluster, build.pdl, ("sm_90a",),
     )  # fmt: skip
 
 
@@ -329,7 +364,7 @@ def kernels() -> Iterator[Kernel]:
     """Every kernel that an engine in bfloat16 can pick, for building them ahead; float16 is built when it is
     first used."""
     for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
-        for config in CONFIGS:
+        for config in (*CONFIGS, *TABLE_ONLY):
             yield hopper_kernel(config, "bfloat16", out_dtype, has_bias)
     for config in GATED_CONFIGS:
         yield hopper_kernel(config, "bfloat16", "bfloat16", False, activation="silu")
@@ -340,7 +375,7 @@ def prepared(
     o: Operands, num_rows: int, config: HopperConfig, group: int, build: Build = PRODUCT,
     activation: str = "",
 ) -> tuple[Launch, Any]:  # fmt: skip
-    """A launch ready to be repeated, and the tensor maps it reads, u64[5, 16] on the device.
+    """A launch ready to be repeated, and the tensor maps it reads, u64[7, 16] on the device.
 
     num_rows: address of the real M. ValueError on another GPU than Hopper, or for a tile that the activation
     cannot have.
@@ -352,11 +387,9 @@ def prepared(
     if activation and config.tile_n % (2 * PAIR):
         raise ValueError(f"config is {config}; with an activation tile_n must be a multiple of {2 * PAIR}")
     columns = o.n // 2 if activation else o.n
-    words = np.zeros((X_MAP + 2, 16), np.uint64)
-    box = (config.tile_m, TILE_K)
-    words[X_MAP] = encode_tensor_map(o.x, o.dtype, (o.m, o.k), (o.x_stride,), box)
-    box = (config.tile_n, TILE_K)
-    words[X_MAP + 1] = encode_tensor_map(o.weight, o.dtype, (o.n, o.k), (o.weight_stride,), box)
+    words = np.zeros((X_MAP + 2 * MAPS, 16), np.uint64)
+    words[X_MAP:-MAPS] = encode_boxes(o.x, o.dtype, (o.m, o.k), o.x_stride, config.tile_m, config.cluster)
+    words[-MAPS:] = encode_boxes(o.weight, o.dtype, (o.n, o.k), o.weight_stride, config.tile_n)
     if o.out_dtype != "float32":
         for place, width in enumerate(BOX_COLUMNS):
             words[place] = encode_tensor_map(
@@ -364,9 +397,16 @@ def prepared(
             )
     maps = cuda.to_device(words)
     kernel = hopper_kernel(config, o.dtype, o.out_dtype, o.bias != 0, build, activation)
-    tiles = -(-o.m // config.tile_m) * -(-o.n // config.tile_n)
-    arguments = (address(maps), o.out, o.bias, num_rows, o.n, o.k, o.out_stride, group)
-    return kernel.prepare(min(tiles, num_sms()), arguments), maps
+    columns_of_tiles = -(-o.n // config.tile_n)
+    if columns_of_tiles % config.cluster:
+        raise ValueError(
+            f"config is {config}; {columns_of_tiles} tiles along n cannot be shared out over clusters of "
+            f"{config.cluster}"
+        )
+    tiles = -(-o.m // config.tile_m) * columns_of_tiles
+    blocks = min(tiles, num_sms() // config.cluster * config.cluster)
+    arguments = (address(maps), o.out, o.bias, num_rows, o.m, o.n, o.k, o.out_stride, group)
+    return kernel.prepare(blocks, arguments), maps
 
 
 @lru_cache(maxsize=4096)

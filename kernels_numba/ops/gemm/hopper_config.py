@@ -27,15 +27,18 @@ class HopperConfig:
     """A tile of tile_m (64 or 128) x tile_n outputs; each 64 of its rows have a consumer warpgroup.
 
     deep: narrow tiles have up to 16 stages instead of 8: more bytes on their way, but no room on the SM for a
-    block of the next launch.
+    block of the next launch. cluster: so many blocks, whose tiles are neighbours along n, fetch a part of
+    their x each, for all of them; it must divide the number of tiles along n.
     """
 
     tile_m: int
     tile_n: int
     deep: bool = False
+    cluster: int = 1
 
     def __str__(self) -> str:
-        return f"{self.tile_m}x{self.tile_n}" + "deep" * self.deep
+        shared = f"c{self.cluster}" if self.cluster > 1 else ""
+        return f"{self.tile_m}x{self.tile_n}" + "deep" * self.deep + shared
 
     @property
     def consumers(self) -> int:
@@ -114,6 +117,9 @@ WIDTHS = {
     128: (64, 80, 96, 112, 128, 144, 160, 192, 224, 256),
 }
 CONFIGS = tuple(HopperConfig(tile_m, tile_n) for tile_m, widths in WIDTHS.items() for tile_n in widths)
+# What only the table names. Deep: where few tiles are in flight and K is long. Clusters: of 132 SMs some have
+# no room beside others for a fourth block, so 128 blocks take two turns; 112 blocks gain by them.
+TABLE_ONLY = (HopperConfig(64, 64, deep=True), HopperConfig(128, 64, cluster=4))
 GATED_CONFIGS = tuple(config for config in CONFIGS if config.tile_n % 32 == 0)  # half is stored, in 16s
 
 # Cycles, fitted to a sweep of the grid of kernels_numba/bench.py on an H100: the mean loss against the best
@@ -156,7 +162,8 @@ def pick_hopper_config(
     tile can have one. Blocks that run at one time share operands through L2: 16 row tiles share their
     columns' weights, unless there are so few columns that sharing x is worth more.
     """
-    configs = GATED_CONFIGS if activation else CONFIGS
+    configs, more = (GATED_CONFIGS, ()) if activation else (CONFIGS, TABLE_ONLY)
     name = TUNED.get((-(-m // 128), n, k))
-    config = next((c for c in configs if str(c) == name), None) or cheapest_config(m, n, k, num_sms, configs)
+    named = next((c for c in (*configs, *more) if str(c) == name), None)
+    config = named or cheapest_config(m, n, k, num_sms, configs)
     return config, 1 if n <= NARROW else 16

@@ -18,6 +18,7 @@ GROUP_N = 64  # rows of weights that one warpgroup multiplies: wgmma's M
 WARP, WARPGROUP = 32, 128
 SMEM_OF_SM, SMEM_OF_BLOCK, SMEM_OF_SYSTEM = 233_472, 232_448, 1_024  # the last: what a block costs besides
 REGISTERS_OF_QUARTER = 16_384  # of an SM; every fourth warp of a block is there
+LONG_K = 4096  # beyond it, 97 to 128 tokens are many
 STORE_TOKENS = 16  # that a warpgroup stores at once, 8 threads a token
 MUTANTS = ("", "wrong_phase", "lost_arrival", "early_arrival", "descending", "no_barrier")
 
@@ -123,10 +124,12 @@ def smem_plan(config: FewConfig) -> SmemPlan:
     )
 
 
-# Two blocks an SM where half the shared memory holds what must be in flight, and registers allow it: one
+# 64 rows, one block an SM, all its shared memory stages: where every SM has one tile at most. Two blocks, if
+# half the memory holds what must be in flight and registers allow it: where tiles follow on tiles, so one
 # stores while the other multiplies, and the next launch finds room to fetch its weights before this one ends.
 CONFIGS = (
-    *(FewConfig(64, tile_t, 2) for tile_t in (8, 16, 32)), FewConfig(64, 64), FewConfig(64, 128),
+    *(FewConfig(64, tile_t) for tile_t in (8, 16, 32, 64, 96, 112, 128)),
+    *(FewConfig(64, tile_t, 2) for tile_t in (8, 16, 32)),
     *(FewConfig(128, tile_t, 2) for tile_t in (8, 16, 32)),
     *(FewConfig(128, tile_t) for tile_t in (64, 128, 256)),
 )  # fmt: skip
@@ -137,18 +140,19 @@ def pick_few_config(m: int, n: int, k: int, num_sms: int) -> FewConfig:
     """The tile for m tokens: just wide enough, so that one block reads each weight, up to 128 tokens.
 
     Rows: 64 draw from more SMs at a time than 128, which read x half as often: that pays with more than 32
-    tokens, if every SM has work without. Fitted to `just tune gemm_few` on an H100 (notebooks/LOG.md). With
-    33 to 64 tokens one block an SM is ahead of two (42.4 us against 50.1 at 4096 x 14336): what is short is
-    steps of K in flight. That two blocks which share weights take up to half longer than one that has them
-    alone is why narrower tiles are not tried.
+    tokens, if every SM has work without. Fitted to `just tune gemm_few` on an H100 (notebooks/LOG.md). Where
+    every tile has an SM of its own, one block an SM is ahead of two (16.6 us against 19.6 for one token of
+    6144 x 4096, 42.4 against 50.1 for 64 of 4096 x 14336): what is short is steps of K in flight. That two
+    blocks which share weights take up to half longer than one that has them alone is why narrower tiles are
+    not tried.
     """
     all_at_once = -(-n // 64) <= num_sms
-    if m <= 32:
-        return next(c for c in CONFIGS if c.tile_n == 64 and c.tile_t >= m)
-    if m <= 64:
-        return FewConfig(64 if all_at_once else 128, 64)
     if all_at_once:
-        return FewConfig(64, 128)
+        return next((c for c in CONFIGS if c.tile_n == 64 and c.tile_t >= m), FewConfig(64, 128))
+    if m <= 32:
+        return next(c for c in CONFIGS if c.tile_n == 64 and c.blocks == 2 and c.tile_t >= m)
+    if m <= 64:
+        return FewConfig(128, 64)
     wider = 128 < m <= 256 and -(-n // 128) * 2 > num_sms  # one block still reads each weight
     return FewConfig(128, 256 if wider else 128)
 
@@ -158,7 +162,12 @@ def use_few(m: int, n: int, k: int, num_sms: int) -> bool:
     a launch may find; n, k: of the weights. No bit of a result depends on it.
 
     Measured on an H100, over 16 shapes and 3 heads: up to 32 tokens few takes from 0.4 to 1.02 of the other's
-    time; with 64 about as long where weights fill the SMs more than once, less where they do not and long
-    pipelines pay; beyond, the other's tiles have narrower pieces of weights, and so more SMs read them.
+    time. Beyond, where weights fill the SMs more than once, the other's tiles have narrower pieces of them,
+    and so more SMs read. Where they do not, long pipelines pay: up to 96 tokens few takes 0.84 to 1.0 of the
+    other's time, up to 128 as long as a third of the SMs has a tile and K is short (0.94 at 4096 x 4096, 1.21
+    at 2048 x 8192).
     """
-    return m <= (64 if -(-n // 64) <= num_sms else 32)
+    tiles = -(-n // 64)
+    if tiles > num_sms:
+        return m <= 32
+    return m <= 96 or (m <= 128 and 3 * tiles >= num_sms and k <= LONG_K)

@@ -14,12 +14,12 @@ import numpy as np
 
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch, address
+from kernels_numba.ops.gemm.boxes import encode_boxes
 from kernels_numba.ops.gemm.door import require_capability
 from kernels_numba.ops.gemm.hopper import num_sms
 from kernels_numba.ops.gemm_few.config import (
     CONFIGS,
     PRODUCT,
-    TILE_K,
     Build,
     FewConfig,
     pick_few_config,
@@ -28,7 +28,6 @@ from kernels_numba.ops.gemm_few.config import (
 from kernels_numba.ops.gemm_few.door import OP, FewOperands, arguments_of, few_operands
 from kernels_numba.ops.gemm_few.kernel import SIGNATURE, make_gemm_few_kernel
 from kernels_numba.ops.warp.door import count_address, view_count
-from kernels_numba.ptx.tma import encode_tensor_map
 
 # (out_dtype, epilogue, has_bias) of an engine in bfloat16: qkv with and without bias, o and down, gate and
 # up, the head.
@@ -66,15 +65,15 @@ def kernels() -> Iterator[Kernel]:
 
 @lru_cache(maxsize=4096)
 def prepared(o: FewOperands, num_rows: int, config: FewConfig, build: Build = PRODUCT) -> tuple[Launch, Any]:
-    """A launch ready to be repeated, and the tensor maps it reads, u64[2, 16] on the device.
+    """A launch ready to be repeated, and the tensor maps it reads, u64[4, 16] on the device.
 
     num_rows: address of the real M, or 0. Who captures a launch into a graph keeps what this returns as long
     as the graph.
     """
     g = o.given
-    words = np.stack([
-        encode_tensor_map(g.weight, g.dtype, (g.n, g.k), (g.weight_stride,), (config.tile_n, TILE_K)),
-        encode_tensor_map(g.x, g.dtype, (g.m, g.k), (g.x_stride,), (config.tile_t, TILE_K)),
+    words = np.concatenate([
+        encode_boxes(g.weight, g.dtype, (g.n, g.k), g.weight_stride, config.tile_n),
+        encode_boxes(g.x, g.dtype, (g.m, g.k), g.x_stride, config.tile_t),
     ])  # fmt: skip
     maps = cuda.to_device(words)
     kernel = few_kernel(config, g.dtype, g.out_dtype, o.epilogue, g.bias != 0, build)

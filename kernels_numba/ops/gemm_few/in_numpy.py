@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 
 from kernels_numba import simt, simt_warps
+from kernels_numba.ops.gemm.boxes import MAP_BYTES, heights
 from kernels_numba.ops.gemm_few.config import PRODUCT, TILE_K, Build, FewConfig, smem_plan
 from kernels_numba.ops.gemm_few.door import arguments_of, few_operands
 from kernels_numba.simt_gemm import GemmWarp
 
 ELEMENTS = "kernels_numba.ops.warp.elements"
 PACKAGE = "kernels_numba.ops.gemm_few"
-MODULES = (ELEMENTS, *(f"{PACKAGE}.{part}" for part in ("epilogue", "store", "kernel")))
+MODULES = (
+    ELEMENTS,
+    "kernels_numba.ops.gemm.boxes",
+    *(f"{PACKAGE}.{part}" for part in ("epilogue", "store", "kernel")),
+)
 MAPS = 1 << 10  # stands for the address of the tensor maps
 
 
@@ -54,8 +59,12 @@ def in_numpy(
 
     o = few_operands(placed(out), placed(x), placed(weight), placed(bias), placed(residual), activation)
     bits = [array.view(np.uint16) for array in (weight, x)]
-    boxes = ((config.tile_n, TILE_K), (config.tile_t, TILE_K))
-    maps = {MAPS + 128 * i: pair for i, pair in enumerate(zip(bits, boxes, strict=True))}
+    boxes = [
+        (matrix, (height, TILE_K))
+        for matrix, tile in zip(bits, (config.tile_n, config.tile_t), strict=True)
+        for height in heights(len(matrix), tile)
+    ]
+    maps = {MAPS + MAP_BYTES * i: box for i, box in enumerate(boxes)}
     specialised = (config, o.given.dtype, o.given.out_dtype, o.epilogue, bias is not None, build)
     simt_warps.run(
         MODULES, "make_gemm_few_kernel", specialised,

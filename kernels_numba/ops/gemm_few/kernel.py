@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from kernels_numba.compiler import cuda, jit
+from kernels_numba.ops.gemm.boxes import MAP_BYTES, MAPS, make_boxes_of_tile
 from kernels_numba.ops.gemm_few.config import (
     GROUP_N,
     ITEM,
@@ -45,10 +46,10 @@ def make_gemm_few_kernel(
     """out[m, n] = finish(sum over k of x[m, k] weight[n, k] (+ bias[n])), accumulated in float32; epilogue:
     of epilogue.py.
 
-    Arguments: maps: address of tensor maps u64[2, 16]: weight (boxes [tile_n, 64]), x ([tile_t, 64]); out,
-    bias, residual: addresses (0 if unused); num_rows: address of i32[1], the real M, or 0 for `rows`; rows:
-    of x and out, the most that M can be; n: rows of weights; k; out_stride, residual_stride: bytes from one
-    token to the next.
+    Arguments: maps: address of tensor maps u64[4, 16]: weight (boxes [tile_n, 64], then those of the last
+    tile), x ([tile_t, 64], likewise); out, bias, residual: addresses (0 if unused); num_rows: address of
+    i32[1], the real M, or 0 for `rows`; rows: of x and out, the most that M can be; n: rows of weights; k;
+    out_stride, residual_stride: bytes from one token to the next.
     Who does what: warpgroups 0 to consumers - 1: wgmma on 64 rows of the tile's weights each, then the
     epilogue; one elected thread of the warp after them: the TMA producer. Blocks walk tiles blockIdx,
     blockIdx + gridDim, ...; neighbours have the same weights where there are several tiles of tokens.
@@ -66,7 +67,8 @@ def make_gemm_few_kernel(
     plan = smem_plan(config)
     weight_at, x_at, out_at = plan.offset("weight"), plan.offset("x"), plan.offset("out")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
-    weight_bytes, x_bytes, stage_bytes = tile_n * ROW, tile_t * ROW, config.stage_bytes
+    weight_bytes, x_bytes, x_map = tile_n * ROW, tile_t * ROW, MAPS * MAP_BYTES
+    boxes_of_tile = make_boxes_of_tile(tile_t, tile_n, MAPS, 0)
     staged_bytes, accumulators, consumer_weight = config.staged_bytes, tile_t // 2, GROUP_N * ROW
     narrow = out_dtype != "float32"
     out_item = ITEM if narrow else 4
@@ -94,14 +96,16 @@ def make_gemm_few_kernel(
         return int32(k_tile * 64)
 
     @jit(device=True)
-    def load_weight(smem: Any, maps: Any, stage: Any, k_at: Any, row: Any, policy: Any) -> None:
-        """Arm a stage's full barrier for all its bytes, and fetch its weights."""
+    def load_weight(
+        smem: Any, weights: Any, stage: Any, k_at: Any, row: Any, policy: Any, stage_bytes: Any
+    ) -> None:
+        """Arm a stage's full barrier for all its bytes, and fetch its weights; weights: their map."""
         ready = int32(smem + full_at + 8 * stage)
         mbarrier_expect_tx(ready, stage_bytes)
-        tma_load_2d_hint(int32(smem + weight_at + stage * weight_bytes), maps, ready, k_at, row, policy)
+        tma_load_2d_hint(int32(smem + weight_at + stage * weight_bytes), weights, ready, k_at, row, policy)
 
     @jit(device=True)
-    def produce(smem: Any, maps: Any, num_rows: Any, rows: Any, k_tiles: Any, tiles_n: Any) -> None:
+    def produce(smem: Any, maps: Any, num_rows: Any, rows: Any, n: Any, k_tiles: Any, tiles_n: Any) -> None:
         """The producer: every stage of every tile of this block, as fast as stages are handed back."""
         tile = uint32(cuda.blockIdx.x)
         once, keep = policy_evict_first(), policy_evict_last()
@@ -109,8 +113,10 @@ def make_gemm_few_kernel(
         if rows <= tile_t and tile < tiles_n:
             # One tile of tokens whatever M is: this block's first weights depend on no launch.
             early = int32(min(k_tiles, int32(stages)))
+            row = int32(tile * tile_n)
+            _, weights, _, stage_bytes = boxes_of_tile(maps, int32(0), rows, row, n)
             for i in range(early):
-                load_weight(smem, maps, int32(i), k_of(int32(i), k_tiles), int32(tile * tile_n), once)
+                load_weight(smem, weights, int32(i), k_of(int32(i), k_tiles), row, once, stage_bytes)
         griddep_wait()
         token_tiles = token_tiles_of(real_rows(num_rows, rows))
         if token_tiles > 1:
@@ -122,6 +128,7 @@ def make_gemm_few_kernel(
             tile_row = uint32(tile // token_tiles)
             row = int32(tile_row * tile_n)
             token = int32((tile - tile_row * token_tiles) * tile_t)
+            tokens, weights, _, stage_bytes = boxes_of_tile(maps, token, rows, row, n)
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = k_of(k_tile, k_tiles)
@@ -130,10 +137,10 @@ def make_gemm_few_kernel(
                     early = int32(early - 1)
                 else:
                     wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))
-                    load_weight(smem, maps, stage, k_at, row, once)
+                    load_weight(smem, weights, stage, k_at, row, once, stage_bytes)
                 to = int32(smem + x_at + stage * x_bytes)
                 ready = int32(smem + full_at + 8 * stage)
-                tma_load_2d_hint(to, int64(maps + 128), ready, k_at, token, keep)
+                tma_load_2d_hint(to, tokens, ready, k_at, token, keep)
                 stage = int32(stage + 1)
                 if stage == stages:
                     stage = int32(0)
@@ -181,13 +188,13 @@ def make_gemm_few_kernel(
                 mbarrier_init(int32(empty + 8 * i), 4 * consumers)
             fence_mbarrier_init()
             tma_prefetch_map(maps)
-            tma_prefetch_map(int64(maps + 128))
+            tma_prefetch_map(int64(maps + x_map))
         cuda.syncthreads()
         k_tiles = int32((k + 63) >> 6)
         tiles_n = uint32(uint32(n + (tile_n - 1)) // uint32(tile_n))
         if consumer == consumers:
             if elect_one() == 1:
-                produce(smem, maps, num_rows, rows, k_tiles, tiles_n)
+                produce(smem, maps, num_rows, rows, n, k_tiles, tiles_n)
         else:
             griddep_wait()
             m = real_rows(num_rows, rows)
