@@ -91,7 +91,8 @@ def copy_pages(device: Device, kv: list[KVCache], pairs: Int32) -> None:
 
 
 def product_adder(ops: SimpleNamespace) -> Callable[..., None]:
-    """add(residual, x, rows, weight, norm, eps=, stream=): residual += rows @ weight^T; x = rms_norm(residual).
+    """add(residual, x, rows, weight, norm, eps=, stream=): residual += rows @ weight^T; x =
+    rms_norm(residual).
 
     The product adds. Where a rung of gemm that somebody registered knows no residual, the norm does, with the
     same roundings.

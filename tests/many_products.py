@@ -123,7 +123,8 @@ class ManyWarp(GemmWarp):
 
 def many_in_numpy(config, out, x, weight, bias=None, num_rows=None, *, grid=2, group=1, seed=0, build=PRODUCT,
                   activation="", residual=None, change=lambda name, text: text):  # fmt: skip
-    """out as gemm_hopper() would leave it; x, weight, bias, residual: bfloat16 bits; out: those, or float32."""
+    """out as gemm_hopper() would leave it; x, weight, bias, residual: bfloat16 bits; out: those, or
+    float32."""
     memory = simt.Memory()
     count = np.array([len(x) if num_rows is None else num_rows], np.int32)
     arrays = [(out, (64, columns)) for columns in BOX_COLUMNS]

@@ -85,8 +85,8 @@ MISTAKES = {
     "the other consumer's rows": ("int32(smem + consumer * consumer_x)", "smem"),
     "steps that are not counted": ("for _ in range(residual_steps):", "for _ in range(0):"),
     "a step that is not handed back": ("turn == second_read", "turn == -2"),
-    "partial rows without it": ("if added:\n                    store_sum_rows", "if False:\n                    store_sum_rows"),
-    "whole rows without it": ("if added:\n                    stage_sum", "if False:\n                    stage_sum"),
+    "partial rows without it": (f"if added:\n{20 * ' '}store_sum", f"if False:\n{20 * ' '}store_sum"),
+    "whole rows without it": (f"if added:\n{20 * ' '}stage_sum", f"if False:\n{20 * ' '}stage_sum"),
 }  # fmt: skip
 
 

@@ -87,7 +87,10 @@ def boxes_of(n: int, limit: int) -> tuple[tuple[Box, ...], ...]:
 
 
 def stage_boxes(
-    builder: Any, rounds: tuple[tuple[Box, ...], ...], args: tuple[Any, ...], words: Callable[[int], list[Any]]
+    builder: Any,
+    rounds: tuple[tuple[Box, ...], ...],
+    args: tuple[Any, ...],
+    words: Callable[[int], list[Any]],
 ) -> None:
     """The code of make_stage. args: round, base, row, half; words(c): the four words of the 16 columns from c
     on that stmatrix .x4 takes."""

@@ -155,18 +155,14 @@ def make_add_rows(n: int, dtype: str) -> Any:
     ) -> Any:
         def widen(builder: Any, word: Any, half: int) -> Any:
             kind, out = (f32, "=f") if dtype == "float16" else (i32, "=r")
-            fn = ir.InlineAsm(
-                ir.FunctionType(kind, [i32]), WIDEN[dtype][half], f"{out},r", side_effect=False
-            )
+            fn = ir.InlineAsm(ir.FunctionType(kind, [i32]), WIDEN[dtype][half], f"{out},r", side_effect=False)
             value = builder.call(fn, [word])
             return builder.bitcast(value, f32) if kind is i32 else value
 
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             data = _pointer(context, builder, sig.args[0], args[0])
             _, residual_, row_bytes_, col_, num_cols_, low_, high_ = args
-            load = ir.InlineAsm(
-                ir.FunctionType(i32, [i64, i32]), text, "=&r,l,r,~{memory}", side_effect=True
-            )
+            load = ir.InlineAsm(ir.FunctionType(i32, [i64, i32]), text, "=&r,l,r,~{memory}", side_effect=True)
             below = builder.add(residual_, builder.shl(builder.sext(row_bytes_, i64), i64(3)))
             left = builder.sub(num_cols_, col_)
             for j in range(n // 8):

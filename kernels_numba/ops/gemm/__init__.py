@@ -1,7 +1,7 @@
 """Linear layer: out = x @ weight.T + bias, or residual + that.
 
-Knows: two matrices, a bias and a residual. Refuses to know: how many requests the rows of x come from, in the strict
-sense: an output's bits depend on its row of x, its row of weight and K alone.
+Knows: two matrices, a bias and a residual. Refuses to know: how many requests the rows of x come from, in the
+strict sense: an output's bits depend on its row of x, its row of weight and K alone.
 """
 
 from __future__ import annotations
@@ -228,9 +228,7 @@ def gemm(
         return
     dtype = element_name(out)
     config = pick_config(out.shape[0])
-    kernel = make_gemm_kernel(
-        config, dtype, dtype, bias is not None, has_residual=residual is not None
-    )
+    kernel = make_gemm_kernel(config, dtype, dtype, bias is not None, has_residual=residual is not None)
     unused = weight if bias is None else bias, x, x if residual is None else residual
     grid = (-(-out.shape[1] // config.tile_n), -(-out.shape[0] // config.tile_m))
     kernel[grid, config.threads, stream or 0](out, x, weight, *unused)

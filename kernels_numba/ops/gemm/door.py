@@ -21,8 +21,8 @@ NAMES: dict[Any, str] = {BFLOAT16: "bfloat16", FLOAT16: "float16", FLOAT32: "flo
 
 @dataclass(frozen=True)
 class Operands:
-    """Device addresses (bias and residual 0 if there is none), sizes, bytes from one row to the next, types of
-    x (and of weight, bias and residual) and of out."""
+    """Device addresses (bias and residual 0 if there is none), sizes, bytes from one row to the next, types
+    of x (and of weight, bias and residual) and of out."""
 
     out: int
     x: int

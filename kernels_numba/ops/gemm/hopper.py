@@ -149,8 +149,8 @@ def make_gemm_hopper_kernel(
     x_map, weight_map, residual_map = 128 * X_MAP, 128 * (X_MAP + 1), 128 * RESIDUAL_MAP
     num_boxes, residual_steps, boxes_a_step = config.residual_boxes if added else (0, 0, 1)
     source = Source(boxes_a_step, x_bytes)
-    stage_sum = make_stage_sum(out_n, rounds, out_dtype, source) if added else None
-    store_sum_rows = make_store_sum_rows(out_n, out_dtype, source) if added else None
+    stage_sum = make_stage_sum(out_n, rounds, dtype, source)
+    store_sum_rows = make_store_sum_rows(out_n, dtype, source)
     # The round that is the last to read a step of the residual.
     read_in = [
         max(turn for turn, boxes in enumerate(rounds) if boxes[0].first < step * boxes_a_step * TILE_K)
@@ -370,9 +370,7 @@ def make_gemm_hopper_kernel(
                 if lane == 0:
                     mbarrier_arrive(int32(empty + 8 * previous))
                 col = int32(tile_col * tile_n)
-                store(
-                    acc, base, row, col, m, n, maps, out, bias, out_stride, consumer, smem, stage, phase
-                )
+                store(acc, base, row, col, m, n, maps, out, bias, out_stride, consumer, smem, stage, phase)
                 for _ in range(residual_steps):
                     stage, phase = next_stage(stage, phase)
                 tile = uint32(tile + uint32(cuda.gridDim.x))
@@ -475,10 +473,11 @@ def gemm_hopper(
     float32.
 
     x, weight, bias: bfloat16 (bits as uint16) or float16; out: the same, or float32. N and K are multiples
-    of 8. residual: of x's dtype, T[M, N], which may be out: out = residual + the rounded product. num_rows: device i32[1] with the real M, at most out's rows, read when the kernel runs; rows from
-    there on are not written. Weights and num_rows must not be written by a launch right before this one (see
-    make_gemm_hopper_kernel). activation "silu": weight's rows are gates and ups in blocks of 8, and out[M,
-    N / 2], of x's dtype, is what silu_mul's rung "warp" makes of the product, in its bits. config, group and
+    of 8. residual: of x's dtype, T[M, N], which may be out: out = residual + the rounded product. num_rows:
+    device i32[1] with the real M, at most out's rows, read when the kernel runs; rows from there on are not
+    written. Weights and num_rows must not be written by a launch right before this one (see
+    make_gemm_hopper_kernel). activation "silu": weight's rows are gates and ups in blocks of 8, and out[M, N
+    / 2], of x's dtype, is what silu_mul's rung "warp" makes of the product, in its bits. config, group and
     build force a tile, its order and a kind of kernel (tuning, tests). ValueError for wrong dtypes, shapes,
     strides or alignment.
     """
@@ -487,8 +486,10 @@ def gemm_hopper(
     if activation and residual is not None:
         fail("gemm", "residual", f"is given beside activation {activation!r}", "one of the two")
     gated = activation != ""
-    o = gated_operands(out, x, weight, bias, INPUTS) if gated else operands(
-        out, x, weight, bias, INPUTS, residual
+    o = (
+        gated_operands(out, x, weight, bias, INPUTS)
+        if gated
+        else operands(out, x, weight, bias, INPUTS, residual)
     )
     if o.m == 0:
         return

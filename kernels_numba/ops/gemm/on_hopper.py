@@ -22,11 +22,12 @@ def gemm_hopper(
     """out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) on Hopper's tensor cores, accumulated in float32.
 
     x, weight, bias: bfloat16 (bits as uint16) or float16; out: the same, or float32. N and K are multiples
-    of 8. residual T[M, N], which may be out: out = residual + the rounded product, rounded. num_rows: device i32[1] with the real M, at most out's rows, read when the kernel runs; rows from
-    there on are not written. activation "silu": gates and ups in blocks of 8 rows of weight, out T[M, N / 2],
-    the bits of this and then silu_mul's rung "warp". Which kernel runs is decided by out's rows. Weights and
-    num_rows must not be written by a launch right before this one. ValueError for wrong dtypes, shapes,
-    strides or alignment, or another GPU.
+    of 8. residual T[M, N], which may be out: out = residual + the rounded product, rounded. num_rows: device
+    i32[1] with the real M, at most out's rows, read when the kernel runs; rows from there on are not written.
+    activation "silu": gates and ups in blocks of 8 rows of weight, out T[M, N / 2], the bits of this and then
+    silu_mul's rung "warp". Which kernel runs is decided by out's rows. Weights and num_rows must not be
+    written by a launch right before this one. ValueError for wrong dtypes, shapes, strides or alignment, or
+    another GPU.
     """
     require_capability("hopper")
     few_enough = False
