@@ -37,6 +37,14 @@ def _rms_norm(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
 
 def _gemm(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
     x, weight, out = t["x"], t["weight"], t["out"]
+    if "residual" in t:
+        residual = t["residual"]
+
+        def run() -> Any:
+            torch.matmul(x, weight.t(), out=out)
+            return out.add_(residual)
+
+        return Bound("torch.matmul, add_", run)
     if "bias" in t:
         return Bound("F.linear", lambda: torch.nn.functional.linear(x, weight, t["bias"]))
     return Bound("torch.matmul", lambda: torch.matmul(x, weight.t(), out=out))
