@@ -337,7 +337,7 @@ def apart(gpu, x, weight, residual, bias=None):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_every_tile_has_the_bits_of_the_two_ops(gpu, rng, config):
-    """Beside the residual and over it; whole and partial tiles; rows past the real number stay as they are."""
+    """Beside the residual and over it; whole and partial tiles; rows past the real number stay."""
     n, k = 584, 776
     weight, bias = gpu.up(rng.standard_normal((n, k)) / np.sqrt(k)), gpu.up(rng.standard_normal(n))
     for m in (1, 64, 128, *rng.integers(2, 700, 2).tolist()):
@@ -404,7 +404,7 @@ def test_pauses_and_a_captured_chain_change_no_bit(gpu, rng):
 
 @pytest.mark.gpu
 def test_a_model_has_the_same_bits_when_the_norm_adds(gpu, rng):
-    """Steps of few tokens and of many, from graphs with sums in products and by launches with sums in norms."""
+    """Steps of few tokens and of many: graphs whose products add, and launches whose norms do."""
     from test_graphs_gpu import by_hand, by_launch, capture_all, fill_pages, open_random, random_step
 
     model = open_random()

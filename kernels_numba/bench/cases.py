@@ -92,7 +92,7 @@ def _by_tokens(quick: bool, *sizes: str, **more: Any) -> dict[str, Params]:
 
 def _gemm(quick: bool) -> dict[str, Params]:
     plain = {
-        f"M={m} N={n} K={k}": {"m": m, "n": n, "k": k, "bias": False}
+        f"M={m} N={n} K={k}": {"m": m, "n": n, "k": k, "bias": False, "residual": False}
         for n, k in GEMM_NK
         for m in (QUICK_M if quick else GEMM_FEW_M + GEMM_MANY_M)
     }

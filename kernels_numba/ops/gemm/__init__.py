@@ -235,20 +235,20 @@ def gemm(
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "toy_one_row": {"m": 1, "n": 5, "k": 7, "bias": False},
-    "toy_bias": {"m": 3, "n": 9, "k": 8, "bias": True},
-    "rows_2": {"m": 2, "n": 40, "k": 24, "bias": True},
-    "rows_64": {"m": 64, "n": 40, "k": 24, "bias": False},
-    "toy_many_rows": {"m": 17, "n": 3, "k": 3, "bias": False},
-    "toy_empty": {"m": 0, "n": 8, "k": 8, "bias": True},
+    "toy_one_row": {"m": 1, "n": 5, "k": 7, "bias": False, "residual": False},
+    "toy_bias": {"m": 3, "n": 9, "k": 8, "bias": True, "residual": False},
+    "rows_2": {"m": 2, "n": 40, "k": 24, "bias": True, "residual": False},
+    "rows_64": {"m": 64, "n": 40, "k": 24, "bias": False, "residual": False},
+    "toy_many_rows": {"m": 17, "n": 3, "k": 3, "bias": False, "residual": False},
+    "toy_empty": {"m": 0, "n": 8, "k": 8, "bias": True, "residual": False},
     "toy_residual": {"m": 3, "n": 9, "k": 8, "bias": True, "residual": True},
     "toy_residual_many_rows": {"m": 17, "n": 3, "k": 3, "bias": False, "residual": True},
-    "smollm2_135m_qkv_decode": {"m": 1, "n": 960, "k": 576, "bias": False},
-    "smollm2_135m_gate_up_prefill": {"m": 700, "n": 3072, "k": 576, "bias": False},
-    "smollm2_135m_down": {"m": 17, "n": 576, "k": 1536, "bias": False},
+    "smollm2_135m_qkv_decode": {"m": 1, "n": 960, "k": 576, "bias": False, "residual": False},
+    "smollm2_135m_gate_up_prefill": {"m": 700, "n": 3072, "k": 576, "bias": False, "residual": False},
+    "smollm2_135m_down": {"m": 17, "n": 576, "k": 1536, "bias": False, "residual": False},
     "smollm2_135m_down_residual": {"m": 70, "n": 576, "k": 1536, "bias": False, "residual": True},
-    "qwen2_7b_qkv": {"m": 33, "n": 4608, "k": 3584, "bias": True},
-    "odd": {"m": 67, "n": 131, "k": 77, "bias": True},
+    "qwen2_7b_qkv": {"m": 33, "n": 4608, "k": 3584, "bias": True, "residual": False},
+    "odd": {"m": 67, "n": 131, "k": 77, "bias": True, "residual": False},
 }
 
 
