@@ -30,6 +30,9 @@ class ManyWarp(GemmWarp):
     def bulk_commit(self):
         pass
 
+    def tma_prefetch_2d(self, tensor_map, x, y):
+        assert self.one(tensor_map) == MAPS + 128 * RESIDUAL_MAP
+
     def _at(self, base, box, row, unit):
         """Where a box's row has its 8 columns number `unit`."""
         shift, mask = _XOR[box.columns]

@@ -67,6 +67,7 @@ from kernels_numba.ptx.tma import (
     bulk_wait_read,
     encode_tensor_map,
     tma_load_2d,
+    tma_prefetch_2d,
     tma_prefetch_map,
 )
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
@@ -116,15 +117,17 @@ def make_gemm_hopper_kernel(
     the bytes), empty[s] hands it back (one arrival a consumer's warp); named barrier 1 + consumer keeps a
     warpgroup's staged output and its TMA store apart.
     A residual comes through the same stages, as one or two more steps after those of K: in boxes of 64
-    columns, the first where a step's x would be, the others where its weights would. So it is there when the
-    product is done, and out may be the residual itself: a tile is read before it is written.
+    columns, the first where a step's x would be, the others where its weights would; a tile begins with
+    bringing them to the L2 cache. So it is there when the product is done, and out may be the residual
+    itself: a tile is read before it is written.
     64 rows leave through swizzled shared memory: by TMA if all lie below M; the last, partial ones by
     predicated stores of 16 bytes, because the map's extent is the buffer's, not M; a consumer whose rows are
     all at or past M neither multiplies nor stores. float32 results, and partial rows of the widest tiles
     (config.sends_rows), leave directly.
     Programmatic dependent launch: the block lets the next launch start at once, and itself fetches weights
     before it waits for the launches before it. So weights and num_rows must have been written before the
-    chain of dependent launches began (a copy is never part of one); x, out and bias may be written by it.
+    chain of dependent launches began (a copy is never part of one); x, out, residual and bias may be written
+    by it.
     """
     tile_m, tile_n, stages, consumers = config.tile_m, config.tile_n, config.stages, config.consumers
     staged_bytes, gated, added = config.staged_bytes, epilogue == "silu", epilogue == "residual"
@@ -213,6 +216,9 @@ def make_gemm_hopper_kernel(
         phase = int32(0)
         while tile < tiles:
             tile_row, tile_col = tile_of(tile, tiles_m, tiles_n, group)
+            for box in range(num_boxes):  # to the L2 cache: all blocks will want theirs at one time
+                box_col = int32(tile_col * tile_n + box * 64)
+                tma_prefetch_2d(int64(maps + residual_map), box_col, int32(tile_row * tile_m))
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = int32(k_tile * 64)

@@ -8,9 +8,8 @@ the kernel for many tokens (gemm/hopper.py), so its bits are, too: K in steps of
 bias.
 
 Rung "hopper" of gemm and gemm_silu_mul takes it where config.py's use_few says so (gemm/on_hopper.py), and so
-does rung "warp" of lm_head. gemv.py is what is faster, or
-not, where one token's bits need not be those it has in company. Knows: definitions. Refuses to know: what a
-token belongs to.
+does rung "warp" of lm_head. gemv.py is what is faster, or not, where one token's bits need not be those it
+has in company. Knows: definitions. Refuses to know: what a token belongs to.
 """
 
 from __future__ import annotations
