@@ -91,6 +91,9 @@ class Call:
         in_place = self.op in {"rope", "qk_norm", "store_kv", "rope_store_kv"}
         inputs = [value for name, value in args.items() if in_place or name not in self.outputs]
         kwargs = dict(self.kwargs)
+        if self.op == "gemm":
+            inputs = [args[name] for name in ("x", "weight", "bias") if name in args]
+            kwargs["residual"] = args.get("residual")
         if self.op == "rms_norm":
             inputs = [args["x"], args["weight"]]
             kwargs["residual"] = args.get("residual")
@@ -154,6 +157,8 @@ def _gemm(rng: np.random.Generator, c: Any) -> Call:
     }
     if c["bias"]:
         args["bias"] = _normal(rng, c["n"])
+    if c.get("residual"):
+        args["residual"] = _normal(rng, c["m"], c["n"])
     return Call("gemm", args, ("out",), terms=c["k"])
 
 

@@ -228,6 +228,21 @@ class Block:
 
         return store_rows
 
+    def make_add_rows(self, n: int, dtype: str) -> Callable[..., None]:
+        def add_rows(
+            acc: Array, residual: Any, row_bytes: int, col: Any, num_cols: int, low: Any, high: Any
+        ) -> None:
+            residual, col = self.per_thread(residual), self.per_thread(col)
+            for j in range(n // 8):
+                for half, may in ((0, low), (1, high)):
+                    mine = slice(4 * j + 2 * half, 4 * j + 2 * half + 2)
+                    for t in np.flatnonzero((col + 8 * j < num_cols) & (self.per_thread(may) != 0)):
+                        at = residual[t] + 8 * half * row_bytes + 16 * j
+                        more = to_float(self.memory.bytes_at(at, 4).view(np.uint16))
+                        acc[mine, t] = more + to_float(to_bits(acc[mine, t]))
+
+        return add_rows
+
 
 def run(
     source: str, factory: str, specialised: Sequence[Any], arguments: Sequence[Any], grid: int, threads: int,

@@ -72,13 +72,15 @@ def variants() -> Iterator[Variant]:
             for label, config in (("few", gemm.FEW), ("many", gemm.MANY)):
                 if layout == "C":
                     kernel = gemm.make_gemm_kernel(config, dtype, dtype, has_bias=True)
-                    arguments = (rows2, rows2, dense2, dense1, rows2)
+                    arguments = (rows2, rows2, dense2, dense1, rows2, rows2)
                     yield Variant(name(f"gemm_bias_{label}"), kernel, arguments, config.threads)
                 kernel = gemm.make_gemm_kernel(config, dtype, dtype, has_bias=False)
-                arguments = (rows2, rows2, dense2, dense2, rows2)
+                arguments = (rows2, rows2, dense2, dense2, rows2, rows2)
                 yield Variant(name(f"gemm_{label}"), kernel, arguments, config.threads)
+                kernel = gemm.make_gemm_kernel(config, dtype, dtype, has_bias=False, has_residual=True)
+                yield Variant(name(f"gemm_residual_{label}"), kernel, arguments, config.threads)
                 kernel = lm_head.make_lm_head_kernel(1 if label == "few" else gemm.FEW_ROWS + 1, dtype)
-                arguments = (array(f32, 2, layout), rows2, dense2, dense2, ids)
+                arguments = (array(f32, 2, layout), rows2, dense2, dense2, ids, rows2)
                 yield Variant(name(f"lm_head_{label}"), kernel, arguments, config.threads)
             table = array(i32, 2, layout)
             paged = (rows3, rows3, cache, cache, ids, ids, table, f32)

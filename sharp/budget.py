@@ -24,7 +24,7 @@ CUDA_CONTEXT = 512 << 20  # an estimate of what a CUDA context takes, counted un
 COMMENTS = {
     "context": "of CUDA itself; free memory has lost it already, a simulated card (memory_limit) has not",
     "weights": "all parameters at the engine's element size",
-    "activations": "the workspace of the largest step: residual, x, delta, qkv, attention, gate_up, act",
+    "activations": "the workspace of the largest step: residual, x, qkv, attention, gate_up, act, x_rows",
     "logits": "float32 logits of the most rows that a step can want",
     "rope_table": "cosines and sines of every position",
     "workspaces": "what attention and sampling keep beside their operands: partial results, counters",

@@ -107,11 +107,11 @@ def workspace(
     shapes: dict[str, tuple[int, ...]] = {
         "residual": (num_tokens, model.hidden_size),
         "x": (num_tokens, model.hidden_size),
-        "delta": (num_tokens, model.hidden_size),
         "qkv": (num_tokens, heads, model.head_dim),
         "attention": (num_tokens, model.num_q_heads, model.head_dim),
         "gate_up": (num_tokens, 2 * model.intermediate_size),
         "act": (num_tokens, model.intermediate_size),
+        "x_rows": (num_rows, model.hidden_size),
     }
     found: dict[str, tuple[str, tuple[int, ...], str | None]] = {
         name: ("activations", shape, None) for name, shape in shapes.items()

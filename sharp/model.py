@@ -8,9 +8,9 @@ Rounding points (activation dtype bfloat16; with float32 nothing is rounded). Ev
 from inputs as stored, and rounds once where its result is stored:
 
     embedding        copied from the table, already rounded
-    rms_norm         residual + delta in float32, rounded and stored; the norm reads the rounded value; its
-                     output (normalised x weight) is rounded once
-    gemm             float32 accumulation with K ascending, bias added in float32, rounded once
+    rms_norm         its output (normalised x weight) is rounded once
+    gemm             float32 accumulation with K ascending, bias added in float32, rounded once; of o and down
+                     residual + that in float32, rounded again, is the new residual, which the norm reads
     qk_norm          (Qwen3) each head of q and k normalised x weight, rounded once, in place
     rope_store_kv    angles from a float32 table (yarn's attention factor is in it); the rotated pair rounded
                      once; keys and values copied to their pages
@@ -22,6 +22,7 @@ from inputs as stored, and rounds once where its result is stored:
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,11 +59,11 @@ class Workspace:
 
     residual: Array  # [T, H] the residual stream
     x: Array  # [T, H] normalised input of the next product
-    delta: Array  # [T, H] what a block adds to the residual stream
     qkv: Array  # [T, Hq + 2 Hkv, D]
     attention: Array  # [T, Hq, D]
     gate_up: Array  # [T, 2 I]
     act: Array  # [T, I]
+    x_rows: Array  # [R, H] the rows of x that become logits, side by side
     logits: Array  # f32[R, V]
     sampled: Array  # i32[R]
 
@@ -89,6 +90,29 @@ def copy_pages(device: Device, kv: list[KVCache], pairs: Int32) -> None:
         device.copy_rows(cache.v, pairs)
 
 
+def product_adder(ops: SimpleNamespace) -> Callable[..., None]:
+    """add(residual, x, rows, weight, norm, eps=, stream=): residual += rows @ weight^T; x =
+    rms_norm(residual).
+
+    The product adds. Where a rung of gemm that somebody registered knows no residual, the norm does, with the
+    same roundings.
+    """
+
+    def in_product(
+        residual: Array, x: Array, rows: Array, weight: Array, norm: Array, *, eps: float, stream: Any
+    ) -> None:
+        ops.gemm(residual, rows, weight, residual=residual, stream=stream)
+        ops.rms_norm(x, residual, norm, eps=eps, stream=stream)
+
+    def in_norm(
+        residual: Array, x: Array, rows: Array, weight: Array, norm: Array, *, eps: float, stream: Any
+    ) -> None:
+        ops.gemm(x, rows, weight, stream=stream)
+        ops.rms_norm(x, x, norm, eps=eps, residual=residual, stream=stream)
+
+    return in_product if "residual" in inspect.signature(ops.gemm).parameters else in_norm
+
+
 def forward(
     config: ModelConfig,
     weights: ModelWeights,
@@ -107,7 +131,7 @@ def forward(
     """
     tokens, rows = batch.num_tokens, batch.num_rows
     hq, hkv = config.num_q_heads, config.num_kv_heads
-    residual, x, delta = work.residual[:tokens], work.x[:tokens], work.delta[:tokens]
+    residual, x = work.residual[:tokens], work.x[:tokens]
     gate_up, act = work.gate_up[:tokens], work.act[:tokens]
     qkv = work.qkv[:tokens]
     q, k, v = qkv[:, :hq], qkv[:, hq : hq + hkv], qkv[:, hq + hkv :]
@@ -117,13 +141,12 @@ def forward(
     decodes = batch.num_decodes
     decode_q, decode_out = q[:decodes], attention[:decodes]
     eps, scale = config.rms_norm_eps, config.head_dim**-0.5
+    norms = [layer.input_norm for layer in weights.layers] + [weights.final_norm]
+    add = partial(product_adder(ops), residual, x, eps=eps, stream=stream)
 
     ops.embedding(residual, batch.token_ids, weights.embed, stream=stream)
+    ops.rms_norm(x, residual, norms[0], eps=eps, stream=stream)
     for index, (layer, cache) in enumerate(zip(weights.layers, kv, strict=True)):
-        if index == 0:
-            ops.rms_norm(x, residual, layer.input_norm, eps=eps, stream=stream)
-        else:
-            ops.rms_norm(x, delta, layer.input_norm, eps=eps, residual=residual, stream=stream)
         window = config.window(index)  # without one, rungs that know no windows serve too
         masked = {} if window is None else {"window": window}
         ops.gemm(qkv_rows, x, layer.qkv, layer.qkv_bias, stream=stream)
@@ -142,11 +165,9 @@ def forward(
                 attention, q, cache.k, cache.v, batch.prefill_cu_seqlens_q, batch.prefill_context_lens,
                 batch.prefill_block_table, softmax_scale=scale, stream=stream, **masked,
             )  # fmt: skip
-        ops.gemm(delta, attention_rows, layer.o, stream=stream)
-        ops.rms_norm(x, delta, layer.post_norm, eps=eps, residual=residual, stream=stream)
+        add(attention_rows, layer.o, layer.post_norm)
         ops.gemm_silu_mul(act, x, layer.gate_up, gate_up, stream=stream)
-        ops.gemm(delta, act, layer.down, stream=stream)
-    ops.rms_norm(x, delta, weights.final_norm, eps=eps, residual=residual, stream=stream)
+        add(act, layer.down, norms[index + 1])
     logits = work.logits[:rows]
     ops.lm_head(logits, x, weights.lm_head, batch.logits_rows, stream=stream)
     return logits
@@ -216,8 +237,8 @@ class Model(Eager):
             )
             self.cos_sin = device.upload(angles, term="rope_table")
             self.work = Workspace.allocate(self.config, device, config.max_num_batched_tokens, rows)
-            if self.rungs.get("lm_head") == "warp":  # delta is spent when the logits come
-                self.ops.lm_head = partial(self.ops.lm_head, x_rows=self.work.delta)
+            if self.rungs.get("lm_head") == "warp":
+                self.ops.lm_head = partial(self.ops.lm_head, x_rows=self.work.x_rows)
             device.reserve_staging(staging)
             page_shape = (self.num_blocks, self.config.num_kv_heads, self.block_size, self.config.head_dim)
             self.kv = [

@@ -8,7 +8,7 @@ import numpy as np
 
 from kernels_numba import simt, simt_clusters, simt_warps
 from kernels_numba.ops.gemm.boxes import MAP_BYTES, heights
-from kernels_numba.ops.gemm.hopper import PRODUCT, X_MAP
+from kernels_numba.ops.gemm.hopper import PRODUCT, RESIDUAL_MAP, X_MAP
 from kernels_numba.ops.gemm.hopper_config import TILE_K, smem_plan
 from kernels_numba.ptx.epilogue import _XOR, BOX_COLUMNS
 from kernels_numba.simt_gemm import GemmWarp
@@ -31,17 +31,25 @@ class ManyWarp(GemmWarp):
     def bulk_commit(self):
         pass
 
+    def tma_prefetch_2d(self, tensor_map, x, y):
+        assert self.one(tensor_map) == MAPS + 128 * RESIDUAL_MAP
+
     def _at(self, base, box, row, unit):
         """Where a box's row has its 8 columns number `unit`."""
         shift, mask = _XOR[box.columns]
         return base + box.offset + row * 2 * box.columns + 16 * (unit ^ ((row >> shift) & mask))
 
+    def _named(self, row, half):
+        """The first of this warp's rows; each lane must name its own (ldmatrix, stmatrix)."""
+        first = 16 * (self.warp % 4)
+        lane = np.arange(32)
+        assert np.array_equal(row, first + lane % 16)
+        assert np.array_equal(half, lane // 16)
+        return first
+
     def make_stage(self, n, rounds, dtype):
         def stage(acc, which, base, row, half):
-            first = 16 * (self.warp % 4)
-            lane = np.arange(32)
-            assert np.array_equal(row, first + lane % 16)
-            assert np.array_equal(half, lane // 16)
+            first = self._named(row, half)
             for box in rounds[which]:
                 for unit in range(box.columns // 8):
                     at = 4 * (box.first // 8 + unit)
@@ -52,6 +60,40 @@ class ManyWarp(GemmWarp):
                             self.shared(to, 16)[:] = simt.to_bits(eight[i]).view(np.uint8)
 
         return stage
+
+    def _add(self, acc, columns, source, row, half, parts):
+        """acc with the residual added to those columns, in float32; what is stored rounds it."""
+        first, sums = self._named(row, half), acc.copy()
+        for column in columns:
+            part, box = divmod(column // 64, source.boxes)
+            start = self.one(parts[2 * part + (box > 0)]) + max(box - 1, 0) * source.pitch
+            assert (start - simt.SMEM_START) % 1024 == 0
+            unit, at = column % 64 // 8, column // 2
+            for below in (0, 1):
+                lines = [first + 8 * below + i for i in range(8)]
+                words = np.stack([self.shared(start + 128 * i + 16 * (unit ^ i % 8), 16) for i in lines])
+                more = simt.to_float(words.view(np.uint16)).reshape(32, 2).T  # two neighbours a lane
+                mine = slice(at + 2 * below, at + 2 * below + 2)
+                sums[mine] = more + simt.to_float(simt.to_bits(acc[mine]))
+        return sums
+
+    def make_stage_sum(self, n, rounds, dtype, source):
+        stage = self.make_stage(n, rounds, dtype)
+
+        def stage_sum(acc, which, base, row, half, *parts):
+            columns = [box.first + i for box in rounds[which] for i in range(0, box.columns, 8)]
+            stage(self._add(acc, columns, source, row, half, parts), which, base, row, half)
+
+        return stage_sum
+
+    def make_store_sum_rows(self, n, dtype, source):
+        store = self.make_store_rows(n, dtype)
+
+        def store_sum_rows(acc, out, row_bytes, col, num_cols, low, high, row, half, *parts):
+            sums = self._add(acc, range(0, n, 8), source, row, half, parts)
+            store(sums, out, row_bytes, col, num_cols, low, high)
+
+        return store_sum_rows
 
     def make_store_boxes(self, rounds):
         def store_boxes(maps, which, base, row, col, num_cols):
@@ -88,17 +130,22 @@ class ManyClusterWarp(ManyWarp, simt_clusters.ClusterWarp):
 
 
 def many_in_numpy(config, out, x, weight, bias=None, num_rows=None, *, grid=2, group=1, seed=0, build=PRODUCT,
-                  activation="", change=lambda name, text: text):  # fmt: skip
-    """out as gemm_hopper() would leave it; x, weight, bias: bfloat16 bits; out: those, or float32."""
+                  activation="", residual=None, change=lambda name, text: text):  # fmt: skip
+    """out as gemm_hopper() would leave it; x, weight, bias, residual: bfloat16 bits; out: those, or
+    float32."""
     memory = simt.Memory()
     count = np.array([len(x) if num_rows is None else num_rows], np.int32)
     arrays = [(out, (64, columns)) for columns in BOX_COLUMNS]
     assert len(arrays) == X_MAP
     for matrix, tile, parts in ((x, config.tile_m, config.cluster), (weight, config.tile_n, 1)):
         arrays += [(matrix, (height, TILE_K)) for height in heights(len(matrix), tile, parts)]
+    if residual is not None:
+        assert len(arrays) == RESIDUAL_MAP
+        arrays.append((residual, (config.tile_m, TILE_K)))
     maps = {MAPS + MAP_BYTES * i: pair for i, pair in enumerate(arrays)}
+    epilogue = activation if residual is None else "residual"
     out_dtype = "float32" if out.dtype == np.float32 else "bfloat16"
-    specialised = (config, "bfloat16", out_dtype, bias is not None, build, activation)
+    specialised = (config, "bfloat16", out_dtype, bias is not None, build, epilogue)
     arguments = (
         MAPS, memory.put(out), 0 if bias is None else memory.put(bias), memory.put(count), len(x),
         len(weight), x.shape[1], out.strides[0], group,

@@ -49,7 +49,8 @@ def test_every_op_has_cases_at_real_sizes():
 
 
 def test_the_grid_of_gemm():
-    assert len(cases.bench_cases("gemm")) == 16 * (6 + 13)
+    assert len(cases.bench_cases("gemm")) == 16 * (6 + 13) + 4 * 2
+    assert len(cases.bench_cases("gemm", text="residual")) == 4 * 2
     assert len(cases.bench_cases("gemm", quick=True)) == 16 * 3
     assert {p["m"] for p in cases.bench_cases("gemm", text="M=1 |M=16 ").values()} == {1, 16}
     assert len(cases.bench_cases("lm_head")) == 3 * 9
@@ -239,6 +240,7 @@ def scale(name, factor):
         ("rms_norm", "toy_residual", "out"),
         ("rms_norm", "toy_residual", "residual"),
         ("gemm", "toy_bias", "out"),
+        ("gemm", "toy_residual", "out"),
         ("store_kv", "toy", "v_cache"),
         ("prefill_attention", "toy_packed", "out"),
         ("decode_attention", "toy", "out"),

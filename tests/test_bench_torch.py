@@ -20,6 +20,8 @@ CASES = [
     ("rms_norm", "toy_residual", "add_, F.rms_norm"),
     ("gemm", "toy_one_row", "torch.matmul"),
     ("gemm", "toy_bias", "F.linear"),
+    ("gemm", "toy_residual", "F.linear, add_"),
+    ("gemm", "toy_residual_many_rows", "torch.matmul, add_"),
     ("qk_norm", "toy", "F.rms_norm"),
     ("rope", "toy", "x cos + rotate_half(x) sin"),
     ("store_kv", "toy", "index_put_"),

@@ -37,7 +37,7 @@ class Bucketed:
     def stage(self, plan):
         self.last = {}
         work = self.model.work
-        for array in (work.residual, work.x, work.delta, work.qkv, work.attention, work.gate_up, work.act):
+        for array in (work.residual, work.x, work.qkv, work.attention, work.gate_up, work.act):
             nan = np.full(array.shape, np.nan, np.float32)
             if self.device.kind == "cpu":
                 array[...] = nan

@@ -357,7 +357,7 @@ from kernels_numba.assemble import assemble_kernel
 from kernels_numba.disassemble import disassemble
 from kernels_numba.ops.gemm_few import hopper
 from kernels_numba.ops.gemm_few.config import Build, FewConfig, CONFIGS, PRODUCT
-kernels = [k for k in hopper.used_kernels() if not k.key[4] or k.key[0].tile_t > 64]
+kernels = [k for k in hopper.kernels() if not k.key[4] or k.key[0].tile_t > 64]
 for epilogue in ("residual", "silu"):
     kernels.append(hopper.few_kernel(FewConfig(64, 24, 2), "float16", "float16", epilogue, True, PRODUCT))
 kernels.append(hopper.few_kernel(FewConfig(128, 256), "float16", "float32", "", True, PRODUCT))

@@ -18,8 +18,9 @@ def product_of(product, config, out_dtype="bfloat16", real=None, **how):
     before = wider.copy()
     out = wider[1 : m + 1, :n]
     many_in_numpy(
-        config, out, product.x, product.weight, product.bias, real, activation=product.activation, **how
-    )
+        config, out, product.x, product.weight, product.bias, real, activation=product.activation,
+        residual=product.residual, **how,
+    )  # fmt: skip
     written = m if real is None else real
     got = out[:written].copy()
     out[:written] = before[1 : written + 1, :n]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tolerance import assert_close
 
 from kernels_numba.bench.tune_mma import OTHERS
-from kernels_numba.ops.gemm_mma import Card, every_kernel, in_numpy, plan_gemm_mma
+from kernels_numba.ops.gemm_mma import Card, in_numpy, kernels, plan_gemm_mma
 from kernels_numba.ops.gemm_mma.config import (
     CONFIGS,
     SM_SMEM,
@@ -484,8 +484,8 @@ def test_wrong_arguments_fail_when_the_kernel_is_compiled(tmp_path):
 
 
 def test_kernels_have_names_of_their_own_and_know_their_targets():
-    names = [kernel.name for kernel in every_kernel()]
-    for kernel in every_kernel():
+    names = [kernel.name for kernel in kernels()]
+    for kernel in kernels():
         fitting = {
             arch for arch in ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120") if kernel.fits(arch)
         }

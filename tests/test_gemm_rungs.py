@@ -37,9 +37,10 @@ def test_the_capacity_decides_and_all_arguments_arrive(launches, m, n, k):
     out, x, weight = (np.empty(shape, np.uint16) for shape in ((m, n), (m, k), (n, 8)))
     weight = np.lib.stride_tricks.as_strided(weight, (n, k))
     bias, count, stream = np.empty(n, np.uint16), object(), object()
-    OPS["gemm"].rungs["hopper"](out, x, weight, bias, stream=stream, num_rows=count)
+    OPS["gemm"].rungs["hopper"](out, x, weight, bias, residual=out, stream=stream, num_rows=count)
     OPS["gemm_silu_mul"].rungs["hopper"](out, x, weight, out, stream=stream, num_rows=count)
     for (which, given, how), activation in zip(launches, ("", "silu"), strict=True):
+        assert how.pop("residual") is (None if activation else out)
         assert which == ("few" if config.use_few(m, n, k, 132) else "many")
         wanted = (out, x, weight, None if activation else bias)
         assert all(a is b for a, b in zip(given, wanted, strict=True))

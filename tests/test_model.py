@@ -152,12 +152,14 @@ def test_the_budgets_terms_add_up():
     model, config = load(TINY, "cpu", "float32")
     budget = model.budget
     work = model.work
-    measured = sum(a.nbytes for a in (work.residual, work.x, work.delta, work.qkv, work.attention))
-    measured += work.gate_up.nbytes + work.act.nbytes
+    measured = sum(a.nbytes for a in (work.residual, work.x, work.qkv, work.attention))
+    measured += work.gate_up.nbytes + work.act.nbytes + work.x_rows.nbytes
     assert budget.activations == measured
     c = model.config
-    columns = 3 * c.hidden_size + (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
-    assert budget.activations == config.max_num_batched_tokens * (columns + 3 * c.intermediate_size) * 4
+    columns = 2 * c.hidden_size + (2 * c.num_q_heads + 2 * c.num_kv_heads) * c.head_dim
+    elements = config.max_num_batched_tokens * (columns + 3 * c.intermediate_size) + work.x_rows.size
+    assert budget.activations == elements * 4
+    assert work.x_rows.shape == (config.max_num_seqs, c.hidden_size)
     assert budget.logits == work.logits.nbytes
     assert budget.staging == work.sampled.nbytes
     assert budget.workspaces == budget.arena == 0

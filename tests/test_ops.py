@@ -606,6 +606,11 @@ def test_cost_of_gemm_and_lm_head():
             count.flops += 1
             count.touch("out", 2, i, j)
     assert OPS["gemm"].gemm_cost(m, n, k, bias=True) == count.cost()
+    for i in range(m):
+        for j in range(n):
+            count.touch("residual", 2, i, j)
+            count.flops += 1
+    assert OPS["gemm"].gemm_cost(m, n, k, bias=True, residual=True) == count.cost()
     head = OPS["gemm"].gemm_cost(m, n, k, out_dtype="float32")
     assert OPS["lm_head"].lm_head_cost(m, n, k) == head + Cost(4 * m, 0)
     assert OPS["gemm"].gemm_cost(0, n, k) == Cost(0, 0)

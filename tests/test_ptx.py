@@ -317,7 +317,7 @@ def test_every_module_names_its_sections():
     """Each file that offers instructions names the manual's sections; the folder's page names each file."""
     import kernels_numba.ptx as page
 
-    made = {"wgmma", "wgmma_panels", "epilogue", "mma_tile"}
+    made = {"wgmma", "wgmma_panels", "epilogue", "residual", "mma_tile"}
     for module in sorted({module for module, _, _ in CALLS.values()} | made):
         doc = importlib.import_module(f"kernels_numba.ptx.{module}").__doc__
         assert re.search(r'PTX\s+ISA,\s+"', doc), module

@@ -20,6 +20,8 @@ GEMM_NK = (
     (3584, 18944), (3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (960, 576), (576, 576),
     (3072, 576), (576, 1536),
 )  # fmt: skip
+RESIDUAL_NK = ((2048, 2048), (2048, 8192), (3584, 3584), (3584, 18944))  # o and down
+RESIDUAL_M = (32, 4096)
 GEMM_FEW_M = (1, 2, 4, 8, 16, 32, 64, 65, 100, 128, 200, 256, 384)
 GEMM_MANY_M = (512, 1000, 2048, 4096, 8192, 16384)
 QUICK_M = (8, 512, 4096)
@@ -89,11 +91,17 @@ def _by_tokens(quick: bool, *sizes: str, **more: Any) -> dict[str, Params]:
 
 
 def _gemm(quick: bool) -> dict[str, Params]:
-    return {
-        f"M={m} N={n} K={k}": {"m": m, "n": n, "k": k, "bias": False}
+    plain = {
+        f"M={m} N={n} K={k}": {"m": m, "n": n, "k": k, "bias": False, "residual": False}
         for n, k in GEMM_NK
         for m in (QUICK_M if quick else GEMM_FEW_M + GEMM_MANY_M)
     }
+    added = {
+        f"M={m} N={n} K={k} residual": {"m": m, "n": n, "k": k, "bias": False, "residual": True}
+        for n, k in RESIDUAL_NK
+        for m in RESIDUAL_M
+    }
+    return plain if quick else plain | added
 
 
 def _gemm_silu_mul(quick: bool) -> dict[str, Params]:

@@ -78,6 +78,8 @@ def _gemm(m: Maker, c: Params) -> Call:
     args = {"out": m.blank(rows, n), "x": m.normal(rows, k), "weight": m.normal(n, k, scale=k**-0.5)}
     if c["bias"]:
         args["bias"] = m.normal(n)
+    if c.get("residual"):
+        args["residual"] = m.normal(rows, n)
     return Call("gemm", args, ("out",))
 
 
@@ -85,6 +87,8 @@ def _gemm_excerpt(call: Call, c: Params, rows: slice) -> Call:
     args = {"x": read(call, "x", rows), "weight": _rows(call, "weight", c["n"])}
     if c["bias"]:
         args["bias"] = _rows(call, "bias", c["n"])
+    if c.get("residual"):
+        args["residual"] = _columns(read(call, "residual", rows), c["n"])
     return Call("gemm", args, ("out",))
 
 
@@ -301,7 +305,9 @@ BENCH_OPS: dict[str, BenchOp] = {
         _tokens, _rms_norm_excerpt,
     ),
     "gemm": BenchOp(
-        _gemm, lambda c: gemm.gemm_cost(c["m"], c["n"], c["k"], c["bias"]), lambda c: int(c["m"]),
+        _gemm,
+        lambda c: gemm.gemm_cost(c["m"], c["n"], c["k"], c["bias"], residual=c.get("residual", False)),
+        lambda c: int(c["m"]),
         _gemm_excerpt, lambda call, c, rows: [_columns(read(call, "out", rows), c["n"])], unit="TFLOP/s",
     ),
     "qk_norm": BenchOp(

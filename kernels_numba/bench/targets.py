@@ -35,9 +35,15 @@ def sizes_of(op: str, params: Params) -> tuple[int, int, int]:
     return m, n, k
 
 
+def grid(op: str) -> dict[str, Params]:
+    """The cases of an op that are held against the targets: those that add no residual."""
+    return {name: params for name, params in bench_cases(op).items() if not params.get("residual")}
+
+
 def reads_weights(op: str, params: Params) -> bool:
     """Whether a case has so few tokens that the card's reading is what it is held against."""
-    return op in RUNGS and sizes_of(op, params)[0] <= GEMM_FEW_M[-1]
+    few = op in RUNGS and sizes_of(op, params)[0] <= GEMM_FEW_M[-1]
+    return few and not params.get("residual")
 
 
 def copies(op: str, params: Params) -> bool:
@@ -82,7 +88,7 @@ class Timed:
 
 def timed(rows: Iterable[dict[str, Any]]) -> list[Timed]:
     """The rows that are cases of the grid, burst and with a cold L2."""
-    grids = {op: bench_cases(op) for op in RUNGS}
+    grids = {op: grid(op) for op in RUNGS}
     return [
         Timed(row["op"], row["rung"], *sizes_of(row["op"], grids[row["op"]][row["case"]]), row["us"],
               row["ratio"])

@@ -37,6 +37,15 @@ def _rms_norm(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
 
 def _gemm(torch: Any, t: Tensors, call: Call, c: Params) -> Bound:
     x, weight, out = t["x"], t["weight"], t["out"]
+    if "residual" in t:
+        residual, bias = t["residual"], t.get("bias")
+
+        def run() -> Any:
+            if bias is None:
+                return torch.matmul(x, weight.t(), out=out).add_(residual)
+            return torch.nn.functional.linear(x, weight, bias).add_(residual)
+
+        return Bound("torch.matmul, add_" if bias is None else "F.linear, add_", run)
     if "bias" in t:
         return Bound("F.linear", lambda: torch.nn.functional.linear(x, weight, t["bias"]))
     return Bound("torch.matmul", lambda: torch.matmul(x, weight.t(), out=out))

@@ -71,7 +71,7 @@ def lm_head(out: Any, hidden: Any, weight: Any, logits_rows: Any, *, stream: Any
     config = pick_config(out.shape[0])
     kernel = make_lm_head_kernel(out.shape[0], element_name(hidden))
     grid = (-(-out.shape[1] // config.tile_n), -(-out.shape[0] // config.tile_m))
-    kernel[grid, config.threads, stream or 0](out, hidden, weight, weight, logits_rows)
+    kernel[grid, config.threads, stream or 0](out, hidden, weight, weight, logits_rows, hidden)
 
 
 def lm_head_warp(

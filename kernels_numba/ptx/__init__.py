@@ -14,6 +14,7 @@ Multiplying matrices
 mma.py            a warp's 16 x 8 x 16 product: mma.sync (sm_80), and who holds which element
 wgmma.py          a warpgroup's 64 x N product from shared memory: wgmma (sm_90a), and its descriptors
 epilogue.py       its accumulators out of registers: packed, staged by stmatrix, stored, a bias added
+residual.py       a residual added to them, rounded, from shared or from global memory
 
 Waiting for one another
 mbarrier.py       barriers in shared memory that count arrivals and bytes: mbarrier

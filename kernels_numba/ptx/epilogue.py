@@ -9,6 +9,7 @@ a variable would leave the registers. Refuses to know: tiles, barriers, what the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -85,6 +86,32 @@ def boxes_of(n: int, limit: int) -> tuple[tuple[Box, ...], ...]:
     return tuple(map(tuple, rounds))
 
 
+def stage_boxes(
+    builder: Any,
+    rounds: tuple[tuple[Box, ...], ...],
+    args: tuple[Any, ...],
+    words: Callable[[int], list[Any]],
+) -> None:
+    """The code of make_stage. args: round, base, row, half; words(c): the four words of the 16 columns from c
+    on that stmatrix .x4 takes."""
+    i32 = ir.IntType(32)
+    which, base, row, half = args
+    text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
+    store_type = ir.FunctionType(ir.VoidType(), [i32] * 5)
+    store = ir.InlineAsm(store_type, text, "r,r,r,r,r,~{memory}", side_effect=True)
+    for number, boxes in enumerate(rounds):
+        with builder.if_then(builder.icmp_signed("==", which, i32(number))):
+            for box in boxes:
+                shift, mask = _XOR[box.columns]
+                moved = builder.and_(builder.lshr(row, i32(shift)), i32(mask))
+                start = builder.add(base, builder.mul(row, i32(2 * box.columns)))
+                start = builder.add(start, i32(box.offset))
+                for j in range(0, box.columns // 8, 2):
+                    unit = builder.xor(builder.add(half, i32(j)), moved)
+                    at = builder.add(start, builder.shl(unit, i32(4)))
+                    builder.call(store, [at, *words(box.first + 8 * j)])
+
+
 @cache
 def make_stage(n: int, rounds: tuple[tuple[Box, ...], ...], dtype: str) -> Any:
     """f(acc, round, base, row, half): the round's boxes of this warpgroup's 64 rows to shared memory.
@@ -97,33 +124,18 @@ def make_stage(n: int, rounds: tuple[tuple[Box, ...], ...], dtype: str) -> Any:
     _check(n, dtype, tuple(PACK))
     if not _asm.USABLE:
         return _asm.unavailable("make_stage")
-    i32 = ir.IntType(32)
-    text = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};"
-    store_type = ir.FunctionType(ir.VoidType(), [i32] * 5)
     signature, types = _asm.signature, compiler.cuda.types
 
     @_asm.intrinsic  # type: ignore[untyped-decorator]
     def stage(typingctx: Any, acc: Any, which: Any, base: Any, row: Any, half: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             data = _pointer(context, builder, sig.args[0], args[0])
-            _, which_, base_, row_, half_ = args
-            store = ir.InlineAsm(store_type, text, "r,r,r,r,r,~{memory}", side_effect=True)
 
-            def pairs(first: int) -> list[Any]:
-                loaded = [_load(builder, data, first + i) for i in range(8)]
+            def words(column: int) -> list[Any]:
+                loaded = [_load(builder, data, column // 2 + i) for i in range(8)]
                 return [_pack(builder, dtype, *loaded[i : i + 2]) for i in range(0, 8, 2)]
 
-            for number, boxes in enumerate(rounds):
-                with builder.if_then(builder.icmp_signed("==", which_, i32(number))):
-                    for box in boxes:
-                        shift, mask = _XOR[box.columns]
-                        moved = builder.and_(builder.lshr(row_, i32(shift)), i32(mask))
-                        start = builder.add(base_, builder.mul(row_, i32(2 * box.columns)))
-                        start = builder.add(start, i32(box.offset))
-                        for j in range(0, box.columns // 8, 2):
-                            unit = builder.xor(builder.add(half_, i32(j)), moved)
-                            at = builder.add(start, builder.shl(unit, i32(4)))
-                            builder.call(store, [at, *pairs((box.first // 8 + j) * 4)])
+            stage_boxes(builder, rounds, args[1:], words)
             return context.get_dummy_value()
 
         return signature(types.none, acc, *[types.int32] * 4), codegen
@@ -232,6 +244,35 @@ def make_send_rows(rounds: tuple[tuple[Box, ...], ...]) -> Any:
     return send_rows
 
 
+def store_pairs(
+    builder: Any, n: int, dtype: str, args: tuple[Any, ...], pair: Callable[[int], list[Any]]
+) -> None:
+    """The code of make_store_rows. args: its own behind acc; pair(i): what is stored of acc[i] and the next,
+    two float32 or one word."""
+    out, row_bytes, col, num_cols, low, high = args
+    i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+    wide = dtype == "float32"
+    item = 4 if wide else 2
+    operands = [f32, f32] if wide else [i32]
+    values = "{$2, $3}" if wide else "$2"
+    text = (
+        "{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n@p st.global."
+        + ("v2.f32" if wide else "b32")
+        + f" [$0], {values};\n}}"
+    )
+    constraints = "l,r," + ("f,f" if wide else "r") + ",~{memory}"
+    store_type = ir.FunctionType(ir.VoidType(), [i64, i32, *operands])
+    store = ir.InlineAsm(store_type, text, constraints, side_effect=True)
+    below = builder.add(out, builder.shl(builder.sext(row_bytes, i64), i64(3)))
+    left = builder.sub(num_cols, col)  # compared with constants: nothing to keep in a register
+    for j in range(n // 8):
+        inside = builder.zext(builder.icmp_signed(">", left, i32(8 * j)), i32)
+        for start, may, first in ((out, low, 4 * j), (below, high, 4 * j + 2)):
+            values_ = pair(first)
+            allowed = builder.select(builder.icmp_signed("!=", may, i32(0)), inside, i32(0))
+            builder.call(store, [builder.add(start, i64(8 * j * item)), allowed, *values_])
+
+
 @cache
 def make_store_rows(n: int, dtype: str) -> Any:
     """f(acc, out, row_bytes, col, num_cols, low, high): acc to global memory, two neighbouring columns a
@@ -246,18 +287,6 @@ def make_store_rows(n: int, dtype: str) -> Any:
     _check(n, dtype, ("float32", *PACK))
     if not _asm.USABLE:
         return _asm.unavailable("make_store_rows")
-    i32, i64, f32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-    wide = dtype == "float32"
-    item = 4 if wide else 2
-    operands = [f32, f32] if wide else [i32]
-    values = "{$2, $3}" if wide else "$2"
-    text = (
-        "{\n.reg .pred p;\nsetp.ne.b32 p, $1, 0;\n@p st.global."
-        + ("v2.f32" if wide else "b32")
-        + f" [$0], {values};\n}}"
-    )
-    constraints = "l,r," + ("f,f" if wide else "r") + ",~{memory}"
-    store_type = ir.FunctionType(ir.VoidType(), [i64, i32, *operands])
     signature, types = _asm.signature, compiler.cuda.types
 
     @_asm.intrinsic  # type: ignore[untyped-decorator]
@@ -266,18 +295,12 @@ def make_store_rows(n: int, dtype: str) -> Any:
     ) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
             data = _pointer(context, builder, sig.args[0], args[0])
-            _, out_, row_bytes_, col_, num_cols_, low_, high_ = args
-            store = ir.InlineAsm(store_type, text, constraints, side_effect=True)
-            below = builder.add(out_, builder.shl(builder.sext(row_bytes_, i64), i64(3)))
-            left = builder.sub(num_cols_, col_)  # compared with constants: nothing to keep in a register
-            for j in range(n // 8):
-                inside = builder.zext(builder.icmp_signed(">", left, i32(8 * j)), i32)
-                for start, may, first in ((out_, low_, 4 * j), (below, high_, 4 * j + 2)):
-                    pair = [_load(builder, data, first), _load(builder, data, first + 1)]
-                    if not wide:
-                        pair = [_pack(builder, dtype, *pair)]
-                    allowed = builder.select(builder.icmp_signed("!=", may, i32(0)), inside, i32(0))
-                    builder.call(store, [builder.add(start, i64(8 * j * item)), allowed, *pair])
+
+            def pair(first: int) -> list[Any]:
+                both = [_load(builder, data, first), _load(builder, data, first + 1)]
+                return both if dtype == "float32" else [_pack(builder, dtype, *both)]
+
+            store_pairs(builder, n, dtype, args[1:], pair)
             return context.get_dummy_value()
 
         parameters = [types.int64, types.int32, types.int32, types.int32, types.int32, types.int32]

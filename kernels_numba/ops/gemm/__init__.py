@@ -1,11 +1,12 @@
-"""Linear layer: out = x @ weight.T + bias.
+"""Linear layer: out = x @ weight.T + bias, or residual + that.
 
-Knows: two matrices and a bias. Refuses to know: how many requests the rows of x come from, in the strict
-sense: an output's bits depend on its row of x, its row of weight and K alone.
+Knows: two matrices, a bias and a residual. Refuses to know: how many requests the rows of x come from, in the
+strict sense: an output's bits depend on its row of x, its row of weight and K alone.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -50,32 +51,38 @@ def pick_config(num_rows: int) -> Config:
     return FEW if num_rows <= FEW_ROWS else MANY
 
 
-def gemm_spec(x: Any, weight: Any, bias: Any = None) -> Any:
+def gemm_spec(x: Any, weight: Any, bias: Any = None, residual: Any = None) -> Any:
     """out[m, n] = sum_k x[m, k] weight[n, k] + bias[n]: x[T, K], weight[N, K], bias[N] or None -> float32[T,
-    N]."""
+    N]. With residual[T, N]: residual + that, rounded to residual's dtype before."""
     out = wide(x) @ wide(weight).T
-    return out if bias is None else out + wide(bias)
+    out = out if bias is None else out + wide(bias)
+    return out if residual is None else wide(residual) + wide(out.astype(np.asarray(residual).dtype))
 
 
 def gemm_cost(
-    m: int, n: int, k: int, bias: bool = False, dtype: str = "bfloat16", out_dtype: str = ""
-) -> Cost:
-    """x, weight and bias read once, out written once; 2 operations a product, 1 a bias. Nothing for m = 0."""
+    m: int, n: int, k: int, bias: bool = False, dtype: str = "bfloat16", out_dtype: str = "",
+    residual: bool = False,
+) -> Cost:  # fmt: skip
+    """x, weight, bias and residual read once, out written once; 2 operations a product, 1 a bias, 1 a
+    residual. Nothing for m = 0."""
     if m == 0:
         return Cost(0, 0)
-    read = (m * k + n * k + (n if bias else 0)) * ITEMSIZE[dtype]
-    return Cost(
-        bytes=read + m * n * ITEMSIZE[out_dtype or dtype], flops=2 * m * n * k + (m * n if bias else 0)
-    )
+    read = m * k + n * k + (n if bias else 0) + (m * n if residual else 0)
+    flops = 2 * m * n * k + m * n * (bias + residual)
+    return Cost(bytes=read * ITEMSIZE[dtype] + m * n * ITEMSIZE[out_dtype or dtype], flops=flops)
 
 
 @cache
-def make_gemm_kernel(config: Config, dtype: str, out_dtype: str, has_bias: bool, gather: bool = False) -> Any:
+def make_gemm_kernel(
+    config: Config, dtype: str, out_dtype: str, has_bias: bool, gather: bool = False,
+    has_residual: bool = False,
+) -> Any:  # fmt: skip
     """out[m, n] = sum over k ascending of x[m, k] weight[n, k], one fma a step from 0, then + bias[n],
-    rounded once.
+    rounded once; with has_residual, residual[m, n] + that, rounded.
 
     Arguments: out O[M, N], x T[M, K], weight T[N, K], bias T[N] (weight again if unused), rows i32[M]: with
-    `gather` the row of x for each row of out (elsewhere unused; x again).
+    `gather` the row of x for each row of out (elsewhere unused; x again), residual O[M, N], which may be out
+    (x again if unused).
     Who does what: block (bn, bm) makes the tile_m x tile_n outputs from (bm * tile_m, bn * tile_n). All its
     threads load a tile_k slice of both tiles, adjacent threads adjacent k (coalesced); then each thread
     multiplies for its rows x cols outputs, which lie tile_m / rows and tile_n / cols apart, so adjacent
@@ -103,11 +110,18 @@ def make_gemm_kernel(config: Config, dtype: str, out_dtype: str, has_bias: bool,
     def same_row(row_of: Any, m: Any) -> Any:
         return m
 
+    def add_residual(rounded: Any, residual: Any, m: Any, n: Any) -> Any:
+        return from_float(to_float(residual[m, n]) + to_float(rounded))
+
+    def no_residual(rounded: Any, residual: Any, m: Any, n: Any) -> Any:
+        return rounded
+
     finish = jit(device=True)(add_bias if has_bias else no_bias)
+    added = jit(device=True)(add_residual if has_residual else no_residual)
     source_row = jit(device=True)(gathered_row if gather else same_row)
 
     @jit()
-    def gemm_kernel(out: Any, x: Any, weight: Any, bias: Any, row_of: Any) -> None:
+    def gemm_kernel(out: Any, x: Any, weight: Any, bias: Any, row_of: Any, residual: Any) -> None:
         s_x = cuda.shared.array((tile_k, pitch_m), np.float32)
         s_w = cuda.shared.array((tile_k, pitch_n), np.float32)
         acc = cuda.local.array(outputs, np.float32)
@@ -150,18 +164,22 @@ def make_gemm_kernel(config: Config, dtype: str, out_dtype: str, has_bias: bool,
             for j in range(cols):
                 n = n0 + thread_n + j * threads_n
                 if m < num_m and n < num_n:
-                    out[m, n] = from_float(finish(acc[i * cols + j], bias, n))
+                    rounded = from_float(finish(acc[i * cols + j], bias, n))
+                    out[m, n] = added(rounded, residual, m, n)
 
     return gemm_kernel
 
 
-def _check(kind: type[Host], out: Any, x: Any, weight: Any, bias: Any) -> None:
+def check_operands(kind: type[Host], out: Any, x: Any, weight: Any, bias: Any, residual: Any) -> None:
+    """ValueError for wrong dtypes, shapes, strides; a residual has out's dtype and shape."""
     dtypes = kind.elements("gemm", "out", out)
     check("gemm", "out", out, dtypes, (None, None), rows=1)
     check("gemm", "x", x, dtypes, (out.shape[0], None), rows=1)
     check("gemm", "weight", weight, dtypes, (out.shape[1], x.shape[1]))
     if bias is not None:
         check("gemm", "bias", bias, dtypes, (out.shape[1],))
+    if residual is not None:
+        check("gemm", "residual", residual, (out.dtype,), out.shape, rows=1)
 
 
 def blas_product(out: Any, x: Any, weight: Any) -> None:
@@ -182,93 +200,104 @@ def blas_product(out: Any, x: Any, weight: Any) -> None:
         out[...] = np.matmul(weight, x.T).T
 
 
-def gemm_reference(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "reference": one BLAS product straight into `out` for float32; other dtypes through float32
-    copies."""
-    _check(Host, out, x, weight, bias)
+def gemm_reference(
+    out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None, stream: Any = None
+) -> None:
+    """Rung "reference": one BLAS product straight into `out` for float32, or beside it where a residual is to
+    be added, which may be out; other dtypes through float32 copies."""
+    check_operands(Host, out, x, weight, bias, residual)
     if out.dtype == x.dtype == weight.dtype == np.float32:
-        blas_product(out, x, weight)
+        product = out if residual is None else np.empty(out.shape, np.float32)
+        blas_product(product, x, weight)
         if bias is not None:
-            np.add(out, bias, out=out)
+            np.add(product, bias, out=product)
+        if residual is not None:
+            np.add(residual, product, out=out)
     else:
-        out[...] = gemm_spec(x, weight, bias)
+        out[...] = gemm_spec(x, weight, bias, residual)
 
 
-def gemm(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "plain": launch the kernel on `stream`. ValueError for wrong dtypes, shapes, strides."""
-    _check(Device, out, x, weight, bias)
+def gemm(
+    out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None, stream: Any = None
+) -> None:
+    """Rung "plain": launch the kernel on `stream`. residual: T[M, N], which may be out. ValueError for wrong
+    dtypes, shapes, strides."""
+    check_operands(Device, out, x, weight, bias, residual)
     check_aligned("gemm", "weight", weight)
     if out.size == 0:
         return
     dtype = element_name(out)
     config = pick_config(out.shape[0])
-    kernel = make_gemm_kernel(config, dtype, dtype, bias is not None)
+    kernel = make_gemm_kernel(config, dtype, dtype, bias is not None, has_residual=residual is not None)
+    unused = weight if bias is None else bias, x, x if residual is None else residual
     grid = (-(-out.shape[1] // config.tile_n), -(-out.shape[0] // config.tile_m))
-    kernel[grid, config.threads, stream or 0](out, x, weight, weight if bias is None else bias, x)
+    kernel[grid, config.threads, stream or 0](out, x, weight, *unused)
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "toy_one_row": {"m": 1, "n": 5, "k": 7, "bias": False},
-    "toy_bias": {"m": 3, "n": 9, "k": 8, "bias": True},
-    "rows_2": {"m": 2, "n": 40, "k": 24, "bias": True},
-    "rows_64": {"m": 64, "n": 40, "k": 24, "bias": False},
-    "toy_many_rows": {"m": 17, "n": 3, "k": 3, "bias": False},
-    "toy_empty": {"m": 0, "n": 8, "k": 8, "bias": True},
-    "smollm2_135m_qkv_decode": {"m": 1, "n": 960, "k": 576, "bias": False},
-    "smollm2_135m_gate_up_prefill": {"m": 700, "n": 3072, "k": 576, "bias": False},
-    "smollm2_135m_down": {"m": 17, "n": 576, "k": 1536, "bias": False},
-    "qwen2_7b_qkv": {"m": 33, "n": 4608, "k": 3584, "bias": True},
-    "odd": {"m": 67, "n": 131, "k": 77, "bias": True},
+    "toy_one_row": {"m": 1, "n": 5, "k": 7, "bias": False, "residual": False},
+    "toy_bias": {"m": 3, "n": 9, "k": 8, "bias": True, "residual": False},
+    "rows_2": {"m": 2, "n": 40, "k": 24, "bias": True, "residual": False},
+    "rows_64": {"m": 64, "n": 40, "k": 24, "bias": False, "residual": False},
+    "toy_many_rows": {"m": 17, "n": 3, "k": 3, "bias": False, "residual": False},
+    "toy_empty": {"m": 0, "n": 8, "k": 8, "bias": True, "residual": False},
+    "toy_residual": {"m": 3, "n": 9, "k": 8, "bias": True, "residual": True},
+    "toy_residual_many_rows": {"m": 17, "n": 3, "k": 3, "bias": False, "residual": True},
+    "smollm2_135m_qkv_decode": {"m": 1, "n": 960, "k": 576, "bias": False, "residual": False},
+    "smollm2_135m_gate_up_prefill": {"m": 700, "n": 3072, "k": 576, "bias": False, "residual": False},
+    "smollm2_135m_down": {"m": 17, "n": 576, "k": 1536, "bias": False, "residual": False},
+    "smollm2_135m_down_residual": {"m": 70, "n": 576, "k": 1536, "bias": False, "residual": True},
+    "qwen2_7b_qkv": {"m": 33, "n": 4608, "k": 3584, "bias": True, "residual": False},
+    "odd": {"m": 67, "n": 131, "k": 77, "bias": True, "residual": False},
 }
 
 
-def gemm_hopper(
-    out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None, num_rows: Any = None
-) -> None:
+def gemm_hopper(out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None, stream: Any = None,
+                num_rows: Any = None) -> None:  # fmt: skip
     """Rung "hopper" (sm_90a): tensor cores and TMA, by the kernel for few tokens or that for many; see
     on_hopper.py, which is imported when first used."""
     from kernels_numba.ops.gemm import on_hopper
 
-    on_hopper.gemm_hopper(out, x, weight, bias, stream=stream, num_rows=num_rows)
+    on_hopper.gemm_hopper(out, x, weight, bias, residual=residual, stream=stream, num_rows=num_rows)
 
 
-def gemm_mma_sync(
-    out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None, num_rows: Any = None
-) -> None:
+def gemm_mma_sync(out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None,
+                  stream: Any = None, num_rows: Any = None) -> None:  # fmt: skip
     """Rung "mma_sync" (sm_80 and newer): tensor cores a warp at a time, few tokens and many; see
     ops/gemm_mma, which is imported when first used."""
     from kernels_numba.ops.gemm_mma import gemm_mma
 
-    gemm_mma(out, x, weight, bias, stream=stream, num_rows=num_rows)
+    gemm_mma(out, x, weight, bias, residual=residual, stream=stream, num_rows=num_rows)
 
 
-def gemm_naive(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "naive": one thread, one output; see ladder/naive.py."""
-    from kernels_numba.ops.gemm.ladder.naive import gemm_naive
+def _imported_when_used(module: str, function: str, what: str) -> Rung:
+    """The rung `function` of a module of kernels_numba.ops, which is imported by the first call."""
 
-    gemm_naive(out, x, weight, bias, stream=stream)
+    def rung(
+        out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None, stream: Any = None
+    ) -> None:
+        step = getattr(importlib.import_module(f"kernels_numba.ops.{module}"), function)
+        step(out, x, weight, bias, residual=residual, stream=stream)
 
-
-def gemm_mma_step(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "mma_step" (sm_80 and newer): what "mma_sync" is at its simplest; see ladder/mma_step.py."""
-    from kernels_numba.ops.gemm.ladder.mma_step import gemm_mma_step
-
-    gemm_mma_step(out, x, weight, bias, stream=stream)
-
-
-def gemm_wgmma(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "wgmma" (sm_90a): tensor cores a warpgroup at a time, fed by TMA; see ladder/wgmma.py."""
-    from kernels_numba.ops.gemm.ladder.wgmma import gemm_wgmma
-
-    gemm_wgmma(out, x, weight, bias, stream=stream)
+    rung.__name__, rung.__doc__ = function, what
+    return rung
 
 
-def gemm_gemv(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "gemv" (9.0), one token only: bits of its own, so no engine takes it; see gemm_few/gemv.py."""
-    from kernels_numba.ops.gemm_few.gemv import gemv
-
-    gemv(out, x, weight, bias, stream=stream)
-
+gemm_naive = _imported_when_used(
+    "gemm.ladder.naive", "gemm_naive", 'Rung "naive": one thread, one output; see ladder/naive.py.'
+)
+gemm_mma_step = _imported_when_used(
+    "gemm.ladder.mma_step", "gemm_mma_step",
+    'Rung "mma_step" (sm_80 and newer): what "mma_sync" is at its simplest; see ladder/mma_step.py.',
+)  # fmt: skip
+gemm_wgmma = _imported_when_used(
+    "gemm.ladder.wgmma", "gemm_wgmma",
+    'Rung "wgmma" (sm_90a): tensor cores a warpgroup at a time, fed by TMA; see ladder/wgmma.py.',
+)  # fmt: skip
+gemm_gemv = _imported_when_used(
+    "gemm_few.gemv", "gemv",
+    'Rung "gemv" (9.0), one token only: bits of its own, so no engine takes it; see gemm_few/gemv.py.',
+)  # fmt: skip
 
 rungs: dict[str, Rung] = {
     "reference": gemm_reference, "naive": gemm_naive, "plain": gemm, "mma_step": gemm_mma_step,

@@ -21,8 +21,8 @@ NAMES: dict[Any, str] = {BFLOAT16: "bfloat16", FLOAT16: "float16", FLOAT32: "flo
 
 @dataclass(frozen=True)
 class Operands:
-    """Device addresses (bias 0 if there is none), sizes, bytes from one row to the next, types of x (and of
-    weight and bias) and of out."""
+    """Device addresses (bias and residual 0 if there is none), sizes, bytes from one row to the next, types
+    of x (and of weight, bias and residual) and of out."""
 
     out: int
     x: int
@@ -36,6 +36,8 @@ class Operands:
     weight_stride: int
     dtype: str
     out_dtype: str
+    residual: int = 0
+    residual_stride: int = 0
 
 
 def _matrix(name: str, array: Any, dtypes: Any, shape: tuple[int | None, int | None]) -> tuple[int, int]:
@@ -60,16 +62,18 @@ def _matrix(name: str, array: Any, dtypes: Any, shape: tuple[int | None, int | N
 
 
 def operands(
-    out: Any, x: Any, weight: Any, bias: Any = None, inputs: tuple[Any, ...] = (BFLOAT16,)
-) -> Operands:
-    """Check out O[M, N], x T[M, K], weight T[N, K], bias T[N] or None; T one of `inputs`, O the same or
-    float32.
+    out: Any, x: Any, weight: Any, bias: Any = None, inputs: tuple[Any, ...] = (BFLOAT16,),
+    residual: Any = None,
+) -> Operands:  # fmt: skip
+    """Check out O[M, N], x T[M, K], weight T[N, K], bias T[N] or None, residual T[M, N] or None, which may be
+    out; T one of `inputs`, O the same or, without a residual, float32.
 
     N and K are positive multiples of 8, M is 0 or more. ValueError names what is wrong and what is required.
     """
     x_at, x_stride = _matrix("x", x, inputs, (None, None))
     dtypes = (x.dtype,)
-    out_at, out_stride = _matrix("out", out, (x.dtype, FLOAT32), (x.shape[0], None))
+    results = (x.dtype, FLOAT32) if residual is None else (x.dtype,)  # a residual stream has x's type
+    out_at, out_stride = _matrix("out", out, results, (x.shape[0], None))
     m, n = out.shape
     weight_at, weight_stride = _matrix("weight", weight, dtypes, (n, x.shape[1]))
     bias_at = 0
@@ -78,9 +82,12 @@ def operands(
         bias_at = address(bias)
         if bias_at % 4:
             fail("gemm", "bias", f"starts at address {bias_at:#x}", "a multiple of 4 bytes")
+    residual_at = residual_stride = 0
+    if residual is not None:
+        residual_at, residual_stride = _matrix("residual", residual, dtypes, (m, n))
     return Operands(
         out_at, x_at, weight_at, bias_at, int(m), int(n), int(x.shape[1]),
-        out_stride, x_stride, weight_stride, NAMES[x.dtype], NAMES[out.dtype],
+        out_stride, x_stride, weight_stride, NAMES[x.dtype], NAMES[out.dtype], residual_at, residual_stride,
     )  # fmt: skip
 
 

@@ -65,18 +65,21 @@ from kernels_numba.ptx.mbarrier import (
     mbarrier_expect_tx,
     mbarrier_init,
 )
+from kernels_numba.ptx.residual import Source, make_stage_sum, make_store_sum_rows
 from kernels_numba.ptx.tma import (
     bulk_commit,
     bulk_wait_read,
     encode_tensor_map,
     tma_load_2d,
     tma_load_2d_multicast,
+    tma_prefetch_2d,
     tma_prefetch_map,
 )
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma, make_wgmma_wait
 
 SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32, int32)"
 X_MAP = len(BOX_COLUMNS)  # the tensor maps before those of x, then those of weight: MAPS each
+RESIDUAL_MAP = X_MAP + 2 * MAPS
 MUTANTS = ("", "wrong_phase", "lost_arrival", "no_fence")
 
 
@@ -102,31 +105,37 @@ PRODUCT = Build()
 
 def make_gemm_hopper_kernel(
     config: HopperConfig, dtype: str, out_dtype: str, has_bias: bool, build: Build = PRODUCT,
-    activation: str = "",
+    epilogue: str = "",
 ) -> Any:  # fmt: skip
     """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once.
-    activation "silu": of gates and ups in turn, 8 of each, rounded, silu(gate) up, rounded: N / 2 columns.
+    epilogue "silu": of gates and ups in turn, 8 of each, rounded, silu(gate) up, rounded: N / 2 columns;
+    "residual": residual[m, n] + that, rounded again.
 
-    Arguments: maps: address of tensor maps u64[7, 16]: out in boxes of 64, 32 and 16 columns, x (boxes
-    [tile_m, 64], then those of the last tile), weight ([tile_n, 64], likewise); out, bias: addresses;
-    num_rows: address of i32[1], the real M; rows: of x, the most that M can be; n, k; out_stride: bytes from
-    one row of out to the next; group: row tiles walked together.
+    Arguments: maps: address of tensor maps u64[8, 16]: out in boxes of 64, 32 and 16 columns, x (boxes
+    [tile_m, 64], then those of the last tile), weight ([tile_n, 64], likewise), residual ([tile_m, 64]); out,
+    bias: addresses; num_rows: address of i32[1], the real M; rows: of x, the most that M can be; n, k;
+    out_stride: bytes from one row of out to the next; group: row tiles walked together.
     Who does what: warpgroups 0 to consumers - 1: wgmma on 64 rows of the tile each, then the epilogue; one
     elected thread of the warp after them: the TMA producer. Blocks walk tiles blockIdx, blockIdx + gridDim,
     ... in groups of `group` row tiles, so that operands that neighbours share stay in L2.
     Shared memory: smem_plan(config). Barriers: full[s] hands a loaded stage to the consumers (1 arrival and
     the bytes), empty[s] hands it back (one arrival a consumer's warp); named barrier 1 + consumer keeps a
     warpgroup's staged output and its TMA store apart.
+    A residual comes through the same stages, as one or two more steps after those of K: in boxes of 64
+    columns, the first where a step's x would be, the others where its weights would; a tile begins with
+    bringing them to the L2 cache. So it is there when the product is done, and out may be the residual
+    itself: a tile is read before it is written.
     64 rows leave through swizzled shared memory: by TMA if all lie below M; the last, partial ones by
     predicated stores of 16 bytes, because the map's extent is the buffer's, not M; a consumer whose rows are
     all at or past M neither multiplies nor stores. float32 results, and partial rows of the widest tiles
     (config.sends_rows), leave directly.
     Programmatic dependent launch: the block lets the next launch start at once, and itself fetches weights
     before it waits for the launches before it. So weights and num_rows must have been written before the
-    chain of dependent launches began (a copy is never part of one); x, out and bias may be written by it.
+    chain of dependent launches began (a copy is never part of one); x, out, residual and bias may be written
+    by it.
     """
     tile_m, tile_n, stages, consumers = config.tile_m, config.tile_n, config.stages, config.consumers
-    staged_bytes, gated = config.staged_bytes, activation == "silu"
+    staged_bytes, gated, added = config.staged_bytes, epilogue == "silu", epilogue == "residual"
     out_n, rounds, sends_rows = config.out_columns(gated), config.rounds_of(gated), config.sends_rows
     plan = smem_plan(config)
     x_at, weight_at, out_at = plan.offset("x"), plan.offset("weight"), plan.offset("out")
@@ -143,11 +152,22 @@ def make_gemm_hopper_kernel(
     store_rows, add_bias = make_store_rows(out_n, out_dtype), make_add_bias(tile_n, dtype)
     gate, halved = make_gate(tile_n if gated else PAIR, dtype), int(gated)
     wait_full, wait_empty = make_mbarrier_wait("full", build.debug), make_mbarrier_wait("empty", build.debug)
-    pause = make_stress(build.stress)
+    pause, debug = make_stress(build.stress), build.debug
     fenced, wrong_phase = build.mutant != "no_fence", int(build.mutant == "wrong_phase")
     handed_back = build.mutant != "lost_arrival"
     x_map, weight_map = MAP_BYTES * X_MAP, MAP_BYTES * (X_MAP + MAPS)
+    residual_map = MAP_BYTES * RESIDUAL_MAP
     boxes_of_tile = make_boxes_of_tile(tile_m, tile_n, X_MAP, X_MAP + MAPS, cluster)
+    num_boxes, residual_steps, boxes_a_step = config.residual_boxes if added else (0, 0, 1)
+    source = Source(boxes_a_step, x_bytes)
+    stage_sum = make_stage_sum(out_n, rounds, dtype, source)
+    store_sum_rows = make_store_sum_rows(out_n, dtype, source)
+    # The round that is the last to read a step of the residual.
+    read_in = [
+        max(turn for turn, boxes in enumerate(rounds) if boxes[0].first < step * boxes_a_step * TILE_K)
+        for step in range(1, residual_steps + 1)
+    ]
+    first_read, second_read = (*read_in, -1, -1)[:2]
     int32, int64, uint32 = cuda.types.int32, cuda.types.int64, cuda.types.uint32
 
     @jit(device=True)
@@ -163,12 +183,31 @@ def make_gemm_hopper_kernel(
             return int32(first + rest % height), int32(rest // height * uint32(cluster) + cluster_rank())
         return int32(first + rest % height), int32(rest // height)
 
+    @jit(device=True, forceinline=True)
+    def next_stage(stage: Any, phase: Any) -> Any:
+        """The stage after `stage`, and the phase it has then."""
+        if stage == stages - 1:
+            return int32(0), int32(phase ^ 1)
+        return int32(stage + 1), phase
+
     @jit(device=True)
     def load_weight(smem: Any, weights: Any, stage: Any, k_at: Any, col: Any, stage_bytes: Any) -> None:
         """Arm a stage's full barrier for all its bytes, and fetch its weights; weights: their map."""
         ready = int32(smem + full_at + 8 * stage)
         mbarrier_expect_tx(ready, stage_bytes)
         tma_load_2d(int32(smem + weight_at + stage * weight_bytes), weights, ready, k_at, col)
+
+    @jit(device=True)
+    def load_residual(smem: Any, maps: Any, stage: Any, step: Any, row: Any, col: Any) -> None:
+        """The boxes of a step of the residual; row, col: where the tile begins."""
+        ready = int32(smem + full_at + 8 * stage)
+        first = int32(step * boxes_a_step)
+        count = int32(min(int32(boxes_a_step), int32(num_boxes - first)))
+        mbarrier_expect_tx(ready, int32(count * x_bytes))
+        to = int32(smem + x_at + stage * x_bytes)
+        for box in range(count):
+            tma_load_2d(to, int64(maps + residual_map), ready, int32(col + (first + box) * 64), row)
+            to = int32(smem + weight_at + stage * weight_bytes + box * x_bytes)
 
     @jit(device=True)
     def load(
@@ -194,6 +233,8 @@ def make_gemm_hopper_kernel(
             row = int32(tile_row * tile_m)
             col = int32(tile_col * tile_n)
             tokens, weights, begin, stage_bytes = boxes_of_tile(maps, row, rows, col, n)
+            for box in range(num_boxes):  # to the L2 cache: all blocks will want theirs at one time
+                tma_prefetch_2d(int64(maps + residual_map), int32(col + box * 64), row)
             k_tile = int32(0)
             while k_tile < k_tiles:
                 k_at = int32(k_tile * 64)
@@ -214,6 +255,12 @@ def make_gemm_hopper_kernel(
                     stage = int32(0)
                     phase = int32(phase ^ 1)
                 k_tile = int32(k_tile + 1)
+            if added:
+                for step in range(residual_steps):
+                    pause(int32(1))
+                    wait_empty(int32(smem + empty_at + 8 * stage), int32(phase ^ 1))
+                    load_residual(smem, maps, stage, int32(step), row, col)
+                    stage, phase = next_stage(stage, phase)
             tile = uint32(tile + uint32(cuda.gridDim.x) // uint32(cluster))
 
     @jit(device=True, forceinline=True)
@@ -228,15 +275,30 @@ def make_gemm_hopper_kernel(
     @jit(device=True, forceinline=True)
     def store(
         acc: Any, base: Any, row: Any, col: Any, m: Any, n: Any, maps: Any, out: Any, bias: Any,
-        out_stride: Any, consumer: Any,
+        out_stride: Any, consumer: Any, smem: Any, stage: Any, phase: Any,
     ) -> None:  # fmt: skip
-        """The epilogue of a warpgroup's 64 rows from `row`, columns from `col`; base: its staging memory."""
+        """The epilogue of a warpgroup's 64 rows from `row`, columns from `col`; base: its staging memory;
+        stage, phase: where a residual comes."""
         member = int32(cuda.threadIdx.x & 127)
         lane = int32(member & 31)
         my_row = int32(row + (member >> 5) * 16 + (lane >> 2))
         if has_bias:
             biased = int32(col + (lane & 3) * 2)
             add_bias(acc, int64(bias + int64(biased) * 2), biased, n)
+        line, half = int32((member >> 5) * 16 + (lane & 15)), int32(lane >> 4)
+        other = stage
+        if added:
+            wait_full(int32(smem + full_at + 8 * stage), phase)
+            if residual_steps > 1:
+                other, other_phase = next_stage(stage, phase)
+                wait_full(int32(smem + full_at + 8 * other), other_phase)
+            if debug:
+                cuda.syncwarp()  # a bounded wait lets lanes go on apart
+            pause(int32(2))
+        rows_at = int32(smem + consumer * consumer_x)
+        first, first_2 = int32(rows_at + x_at + stage * x_bytes), int32(rows_at + x_at + other * x_bytes)
+        rows_at = int32(rows_at + weight_at)
+        rest, rest_2 = int32(rows_at + stage * weight_bytes), int32(rows_at + other * weight_bytes)
         if gated:
             gate(acc)
         n = int32(n >> halved)
@@ -250,7 +312,10 @@ def make_gemm_hopper_kernel(
                     bulk_wait_read(0)
                 named_barrier_sync(int32(consumer + 1), 128)
                 pause(int32(3))
-                stage_out(acc, turn, base, int32((member >> 5) * 16 + (lane & 15)), int32(lane >> 4))
+                if added:
+                    stage_sum(acc, turn, base, line, half, first, rest, first_2, rest_2)
+                else:
+                    stage_out(acc, turn, base, line, half)
                 if fenced:
                     fence_proxy_async()
                 named_barrier_sync(int32(consumer + 1), 128)
@@ -259,9 +324,24 @@ def make_gemm_hopper_kernel(
                 elif member == 0:
                     store_boxes(maps, turn, base, row, col, n)
                     bulk_commit()
-        elif row < m:
-            address = int64(out + int64(my_row) * int64(out_stride) + int64(my_col) * item_out)
-            store_rows(acc, address, out_stride, my_col, n, int32(my_row < m), int32(my_row + 8 < m))
+                if turn == first_read:
+                    hand_back(int32(smem + empty_at + 8 * stage), lane)
+                if turn == second_read:
+                    hand_back(int32(smem + empty_at + 8 * other), lane)
+        else:
+            if row < m:
+                to = int64(out + int64(my_row) * int64(out_stride) + int64(my_col) * item_out)
+                low, high = int32(my_row < m), int32(my_row + 8 < m)
+                if added:
+                    store_sum_rows(
+                        acc, to, out_stride, my_col, n, low, high, line, half, first, rest, first_2, rest_2
+                    )
+                else:
+                    store_rows(acc, to, out_stride, my_col, n, low, high)
+            if added:
+                hand_back(int32(smem + empty_at + 8 * stage), lane)
+                if residual_steps > 1:
+                    hand_back(int32(smem + empty_at + 8 * other), lane)
 
     def gemm_hopper(
         maps: Any, out: Any, bias: Any, num_rows: Any, rows: Any, n: Any, k: Any, out_stride: Any, group: Any
@@ -326,7 +406,9 @@ def make_gemm_hopper_kernel(
                 finish(acc)
                 hand_back(int32(empty + 8 * previous), lane)
                 col = int32(tile_col * tile_n)
-                store(acc, base, row, col, m, n, maps, out, bias, out_stride, consumer)
+                store(acc, base, row, col, m, n, maps, out, bias, out_stride, consumer, smem, stage, phase)
+                for _ in range(residual_steps):
+                    stage, phase = next_stage(stage, phase)
                 tile = uint32(tile + uint32(cuda.gridDim.x) // uint32(cluster))
             if thread & 127 == 0:
                 # Shared memory must outlive the reads; the writes end before the grid does.
@@ -344,18 +426,18 @@ INPUTS = (BFLOAT16, FLOAT16)
 @cache
 def hopper_kernel(
     config: HopperConfig, dtype: str, out_dtype: str, has_bias: bool, build: Build = PRODUCT,
-    activation: str = "",
+    epilogue: str = "",
 ) -> Kernel:  # fmt: skip
     """The kernel of one specialisation, compiled when first launched."""
     words = [str(config), dtype, out_dtype]
     words += ["bias"] if has_bias else []
-    words += [activation] if activation else []
+    words += [epilogue] if epilogue else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
     words += [build.mutant] if build.mutant else []
     return Kernel(
         "_".join(["gemm_hopper", *words]),
-        lambda: make_gemm_hopper_kernel(config, dtype, out_dtype, has_bias, build, activation),
-        (config, dtype, out_dtype, has_bias, build, activation),
+        lambda: make_gemm_hopper_kernel(config, dtype, out_dtype, has_bias, build, epilogue),
+        (config, dtype, out_dtype, has_bias, build, epilogue),
         SIGNATURE, config.threads, smem_plan(config).bytes, config.cluster, build.pdl, ("sm_90a",),
     )  # fmt: skip
 
@@ -366,8 +448,10 @@ def kernels() -> Iterator[Kernel]:
     for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
         for config in (*CONFIGS, *TABLE_ONLY):
             yield hopper_kernel(config, "bfloat16", out_dtype, has_bias)
+    for config in CONFIGS:
+        yield hopper_kernel(config, "bfloat16", "bfloat16", False, epilogue="residual")
     for config in GATED_CONFIGS:
-        yield hopper_kernel(config, "bfloat16", "bfloat16", False, activation="silu")
+        yield hopper_kernel(config, "bfloat16", "bfloat16", False, epilogue="silu")
 
 
 @lru_cache(maxsize=4096)
@@ -375,7 +459,7 @@ def prepared(
     o: Operands, num_rows: int, config: HopperConfig, group: int, build: Build = PRODUCT,
     activation: str = "",
 ) -> tuple[Launch, Any]:  # fmt: skip
-    """A launch ready to be repeated, and the tensor maps it reads, u64[7, 16] on the device.
+    """A launch ready to be repeated, and the tensor maps it reads, u64[8, 16] on the device.
 
     num_rows: address of the real M. ValueError on another GPU than Hopper, or for a tile that the activation
     cannot have.
@@ -387,16 +471,22 @@ def prepared(
     if activation and config.tile_n % (2 * PAIR):
         raise ValueError(f"config is {config}; with an activation tile_n must be a multiple of {2 * PAIR}")
     columns = o.n // 2 if activation else o.n
-    words = np.zeros((X_MAP + 2 * MAPS, 16), np.uint64)
-    words[X_MAP:-MAPS] = encode_boxes(o.x, o.dtype, (o.m, o.k), o.x_stride, config.tile_m, config.cluster)
-    words[-MAPS:] = encode_boxes(o.weight, o.dtype, (o.n, o.k), o.weight_stride, config.tile_n)
+    words = np.zeros((RESIDUAL_MAP + 1, 16), np.uint64)
+    boxes = encode_boxes(o.x, o.dtype, (o.m, o.k), o.x_stride, config.tile_m, config.cluster)
+    words[X_MAP : X_MAP + MAPS] = boxes
+    boxes = encode_boxes(o.weight, o.dtype, (o.n, o.k), o.weight_stride, config.tile_n)
+    words[X_MAP + MAPS : RESIDUAL_MAP] = boxes
+    if o.residual:
+        box = (config.tile_m, TILE_K)
+        words[RESIDUAL_MAP] = encode_tensor_map(o.residual, o.dtype, (o.m, o.n), (o.residual_stride,), box)
     if o.out_dtype != "float32":
         for place, width in enumerate(BOX_COLUMNS):
             words[place] = encode_tensor_map(
                 o.out, o.out_dtype, (o.m, columns), (o.out_stride,), (64, width), width * ITEM
             )
     maps = cuda.to_device(words)
-    kernel = hopper_kernel(config, o.dtype, o.out_dtype, o.bias != 0, build, activation)
+    epilogue = "residual" if o.residual else activation
+    kernel = hopper_kernel(config, o.dtype, o.out_dtype, o.bias != 0, build, epilogue)
     columns_of_tiles = -(-o.n // config.tile_n)
     if columns_of_tiles % config.cluster:
         raise ValueError(
@@ -421,24 +511,32 @@ def num_sms() -> int:
 
 
 def gemm_hopper(
-    out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None, num_rows: Any = None,
-    config: HopperConfig | None = None, group: int = 0, build: Build = PRODUCT, activation: str = "",
+    out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None, stream: Any = None,
+    num_rows: Any = None, config: HopperConfig | None = None, group: int = 0, build: Build = PRODUCT,
+    activation: str = "",
 ) -> None:  # fmt: skip
     """Rung "hopper": out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) on tensor cores, accumulated in
     float32.
 
     x, weight, bias: bfloat16 (bits as uint16) or float16; out: the same, or float32. N and K are multiples
-    of 8. num_rows: device i32[1] with the real M, at most out's rows, read when the kernel runs; rows from
-    there on are not written. Weights and num_rows must not be written by a launch right before this one (see
-    make_gemm_hopper_kernel). activation "silu": weight's rows are gates and ups in blocks of 8, and out[M,
-    N / 2], of x's dtype, is what silu_mul's rung "warp" makes of the product, in its bits. config, group and
+    of 8. residual: of x's dtype, T[M, N], which may be out: out = residual + the rounded product. num_rows:
+    device i32[1] with the real M, at most out's rows, read when the kernel runs; rows from there on are not
+    written. Weights and num_rows must not be written by a launch right before this one (see
+    make_gemm_hopper_kernel). activation "silu": weight's rows are gates and ups in blocks of 8, and out[M, N
+    / 2], of x's dtype, is what silu_mul's rung "warp" makes of the product, in its bits. config, group and
     build force a tile, its order and a kind of kernel (tuning, tests). ValueError for wrong dtypes, shapes,
     strides or alignment.
     """
     if activation not in ACTIVATIONS:
         fail("gemm", "activation", f"is {activation!r}", '"" or "silu"')
-    of = gated_operands if activation else operands
-    o = of(out, x, weight, bias, INPUTS)
+    if activation and residual is not None:
+        fail("gemm", "residual", f"is given beside activation {activation!r}", "one of the two")
+    gated = activation != ""
+    o = (
+        gated_operands(out, x, weight, bias, INPUTS)
+        if gated
+        else operands(out, x, weight, bias, INPUTS, residual)
+    )
     if o.m == 0:
         return
     picked, order = pick_hopper_config(o.m, o.n, o.k, num_sms(), activation)

@@ -66,6 +66,14 @@ class HopperConfig:
         leave no registers for that: 568 bytes were spilled."""
         return self.consumers == 1 or self.tile_n <= 192
 
+    @property
+    def residual_boxes(self) -> tuple[int, int, int]:
+        """(boxes of 64 columns of a residual, steps in which they come, boxes of a step): in a step, one lies
+        where x would and the others where weights would. No tile needs more than two steps."""
+        boxes = -(-self.tile_n // TILE_K)
+        steps = -(-boxes // (1 + self.tile_n // self.tile_m))
+        return boxes, steps, -(-boxes // steps)
+
     def out_columns(self, gated: bool = False) -> int:
         """Columns of out in a tile: of gates and ups half."""
         return self.tile_n // 2 if gated else self.tile_n

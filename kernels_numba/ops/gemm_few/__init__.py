@@ -8,9 +8,8 @@ the kernel for many tokens (gemm/hopper.py), so its bits are, too: K in steps of
 bias.
 
 Rung "hopper" of gemm and gemm_silu_mul takes it where config.py's use_few says so (gemm/on_hopper.py), and so
-does rung "warp" of lm_head; a residual is reached through gemm_few() alone. gemv.py is what is faster, or
-not, where one token's bits need not be those it has in company. Knows: definitions. Refuses to know: what a
-token belongs to.
+does rung "warp" of lm_head. gemv.py is what is faster, or not, where one token's bits need not be those it
+has in company. Knows: definitions. Refuses to know: what a token belongs to.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from typing import Any
 from kernels_numba.cost import ITEMSIZE, Cost
 from kernels_numba.ops.gemm import gemm_cost, gemm_spec
 from kernels_numba.ops.silu_mul import silu_mul_cost, silu_mul_spec
-from kernels_numba.wide import wide
 
 
 def gemm_few_spec(
@@ -29,9 +27,7 @@ def gemm_few_spec(
     """x[T, K], weight[N, K], bias[N] or None -> float32[T, N]; with residual[T, N] the sum of residual and
     the product, rounded to residual's dtype between; with activation "silu" float32[T, N / 2], the product
     rounded to x's dtype between."""
-    product = gemm_spec(x, weight, bias)
-    if residual is not None:
-        return wide(residual) + wide(product.astype(residual.dtype))
+    product = gemm_spec(x, weight, bias, residual)
     return silu_mul_spec(product.astype(x.dtype)) if activation == "silu" else product
 
 
@@ -39,11 +35,8 @@ def gemm_few_cost(
     m: int, n: int, k: int, bias: bool = False, out_dtype: str = "", epilogue: str = "",
     dtype: str = "bfloat16",
 ) -> Cost:  # fmt: skip
-    """gemm_cost, and of a residual once more its reading and an addition, of "silu" half the writing and
-    silu_mul's operations."""
-    cost = gemm_cost(m, n, k, bias, dtype, out_dtype)
-    if epilogue == "residual":
-        return cost + Cost(m * n * ITEMSIZE[dtype], m * n)
+    """gemm_cost, a residual's too; of "silu" half the writing and silu_mul's operations."""
+    cost = gemm_cost(m, n, k, bias, dtype, out_dtype, epilogue == "residual")
     if epilogue == "silu":
         return cost + Cost(-(m * n // 2) * ITEMSIZE[dtype], silu_mul_cost(m, n // 2, dtype).flops)
     return cost

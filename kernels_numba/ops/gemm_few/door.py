@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kernels_numba.checks import check, fail
+from kernels_numba.checks import fail
 from kernels_numba.ops.gemm.door import ACTIVATIONS, BFLOAT16, FLOAT16, Operands, gated_operands, operands
 
 OP = "gemm_few"
@@ -17,13 +17,10 @@ INPUTS = (BFLOAT16, FLOAT16)
 
 @dataclass(frozen=True)
 class FewOperands:
-    """What gemm.door found, where n counts rows of weights; epilogue: of epilogue.EPILOGUES; the residual's
-    address and bytes from row to row, 0 without one."""
+    """What gemm.door found, where n counts rows of weights; epilogue: of epilogue.EPILOGUES."""
 
     given: Operands
     epilogue: str = ""
-    residual: int = 0
-    residual_stride: int = 0
 
 
 def few_operands(
@@ -41,16 +38,11 @@ def few_operands(
         fail(OP, "residual", f"is given beside activation {activation!r}", "one of the two")
     if activation:
         return FewOperands(gated_operands(out, x, weight, bias, INPUTS), "silu")
-    given = operands(out, x, weight, bias, INPUTS)
-    if residual is None:
-        return FewOperands(given)
-    check(OP, "out", out, (x.dtype,), (None, None), rows=1)
-    check(OP, "residual", residual, (x.dtype,), out.shape, rows=1)
-    other = operands(residual, x, weight, None, INPUTS)
-    return FewOperands(given, "residual", other.out, other.out_stride)
+    given = operands(out, x, weight, bias, INPUTS, residual)
+    return FewOperands(given, "residual" if residual is not None else "")
 
 
 def arguments_of(o: FewOperands, maps: int, num_rows: int) -> tuple[int, ...]:
     """The kernel's arguments; maps, num_rows: addresses, of the tensor maps and of the real M (or 0)."""
     g = o.given
-    return maps, g.out, g.bias, o.residual, num_rows, g.m, g.n, g.k, g.out_stride, o.residual_stride
+    return maps, g.out, g.bias, g.residual, num_rows, g.m, g.n, g.k, g.out_stride, g.residual_stride

@@ -25,18 +25,19 @@ from kernels_numba.ptx.ldst import ld_global_i32
 from kernels_numba.ptx.packs import ld_global_nc_v4_if_at, ld_global_v4_if_at
 from kernels_numba.ptx.predicated import st_global_b32_if, st_global_v2_f32_if
 
-SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int64)"
+SIGNATURE = "void(int64, int64, int64, int64, int64, int32, int32, int64)"
 WARPS = 4  # of a block
 ROWS = 2  # of weight that a warp multiplies: their sums are one word of out
 AT_ONCE = 4  # packs of each row on their way, a lane: 4 KiB a warp, 48 KiB on an SM of 12 warps
 HELD = 4 * AT_ONCE  # words
 
 
-def make_gemv_kernel(dtype: str, out_dtype: str, has_bias: bool) -> Any:
-    """out[n] = sum over k of x[k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once.
+def make_gemv_kernel(dtype: str, out_dtype: str, has_bias: bool, has_residual: bool = False) -> Any:
+    """out[n] = sum over k of x[k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once; with
+    has_residual, residual[n] + that, rounded.
 
-    Arguments: addresses of out O[N], x T[K], weight T[N, K], bias T[N]; n; packs: K / 8; bytes from row to
-    row of weight.
+    Arguments: addresses of out O[N], x T[K], weight T[N, K], bias T[N], residual T[N], which may be out; n;
+    packs: K / 8; bytes from row to row of weight.
     Who does what: warp w of block b makes rows 2 (4 b + w) and the next. Lane l multiplies the packs of 8
     elements l, l + 32, ..., one fma an element, ascending; then lanes' sums are added, from the widest apart
     to neighbours. Packs at K and beyond are not read and count as zeros. Shared memory: none. Registers:
@@ -61,7 +62,9 @@ def make_gemv_kernel(dtype: str, out_dtype: str, has_bias: bool) -> Any:
             total = fma_f32(high(x_words[word]), high(words[word]), total)
         return total
 
-    def gemv(out: Any, x: Any, weight: Any, bias: Any, n: Any, packs: Any, weight_stride: Any) -> None:
+    def gemv(
+        out: Any, x: Any, weight: Any, bias: Any, residual: Any, n: Any, packs: Any, weight_stride: Any
+    ) -> None:
         griddep_launch()
         lane = int32(cuda.threadIdx.x & 31)
         row = int32((int32(cuda.blockIdx.x) * WARPS + int32(cuda.threadIdx.x >> 5)) * ROWS)
@@ -95,6 +98,11 @@ def make_gemv_kernel(dtype: str, out_dtype: str, has_bias: bool) -> Any:
                 added = ld_global_i32(int64(bias + int64(row) * 2))
                 first_sum = add_f32(first_sum, low(added))
                 second_sum = add_f32(second_sum, high(added))
+            if has_residual:
+                added = ld_global_i32(int64(residual + int64(row) * 2))
+                rounded = pack(first_sum, second_sum)
+                first_sum = add_f32(low(added), low(rounded))
+                second_sum = add_f32(high(added), high(rounded))
             one = int32(lane == 0)
             if out_dtype == "float32":
                 st_global_v2_f32_if(one, int64(out + int64(row) * 4), first_sum, second_sum)
@@ -105,10 +113,10 @@ def make_gemv_kernel(dtype: str, out_dtype: str, has_bias: bool) -> Any:
 
 
 @cache
-def gemv_kernel(dtype: str, out_dtype: str, has_bias: bool) -> Kernel:
+def gemv_kernel(dtype: str, out_dtype: str, has_bias: bool, has_residual: bool = False) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
-    key = (dtype, out_dtype, has_bias)
-    name = "_".join(["gemv", dtype, out_dtype, *(["bias"] if has_bias else [])])
+    key = (dtype, out_dtype, has_bias, has_residual)
+    name = f"gemv_{dtype}_{out_dtype}" + "_bias" * has_bias + "_residual" * has_residual
     return Kernel(
         name, lambda: make_gemv_kernel(*key), key, SIGNATURE, WARPS * WARP, pdl=True, archs=("sm_90a",)
     )
@@ -118,23 +126,26 @@ def blocks_and_arguments(o: Operands) -> tuple[int, tuple[int, ...]]:
     """How many blocks, and the kernel's arguments. ValueError for another number of tokens than one."""
     if o.m != 1:
         fail("gemm", "x", f"has {o.m} rows", "1: rung gemv multiplies one token")
-    return -(-o.n // (WARPS * ROWS)), (o.out, o.x, o.weight, o.bias, o.n, o.k // ELEMENTS, o.weight_stride)
+    return -(-o.n // (WARPS * ROWS)), (
+        o.out, o.x, o.weight, o.bias, o.residual, o.n, o.k // ELEMENTS, o.weight_stride,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def prepared(o: Operands) -> Launch:
     """A launch ready to be repeated. ValueError as blocks_and_arguments."""
     blocks, arguments = blocks_and_arguments(o)
-    return gemv_kernel(o.dtype, o.out_dtype, o.bias != 0).prepare(blocks, arguments)
+    return gemv_kernel(o.dtype, o.out_dtype, o.bias != 0, o.residual != 0).prepare(blocks, arguments)
 
 
-def gemv(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "gemv": out[1, N] = x[1, K] @ weight[N, K]^T (+ bias[N]) in float32, compute capability 9.0; not
-    run on a GPU yet.
+def gemv(
+    out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None, stream: Any = None
+) -> None:
+    """Rung "gemv": out[1, N] = x[1, K] @ weight[N, K]^T (+ bias[N]) in float32, compute capability 9.0.
 
     x, weight, bias: bfloat16 (bits as uint16) or float16; out: the same, or float32. N and K are multiples
-    of 8. Not batch-invariant: see the module. ValueError for wrong dtypes, shapes, strides, alignment, more
-    than one token, or another GPU.
+    of 8. residual T[1, N], which may be out: out = residual + the rounded product. Not batch-invariant: see
+    the module. ValueError for wrong dtypes, shapes, strides, alignment, more than one token, or another GPU.
     """
     require_capability("gemv")
-    prepared(operands(out, x, weight, bias, INPUTS))(stream)
+    prepared(operands(out, x, weight, bias, INPUTS, residual))(stream)

@@ -51,16 +51,11 @@ def few_kernel(
     )  # fmt: skip
 
 
-def used_kernels() -> Iterator[Kernel]:
-    """Every kernel that bfloat16 could ask for, fused epilogues too."""
+def kernels() -> Iterator[Kernel]:
+    """Every kernel that an engine in bfloat16 can pick, for building them ahead."""
     for out_dtype, epilogue, has_bias in USED:
         for config in CONFIGS:
             yield few_kernel(config, "bfloat16", out_dtype, epilogue, has_bias)
-
-
-def kernels() -> Iterator[Kernel]:
-    """Those of them that an engine can pick, for building them ahead: it adds no residual here."""
-    yield from (kernel for kernel in used_kernels() if kernel.key[3] != "residual")
 
 
 @lru_cache(maxsize=4096)

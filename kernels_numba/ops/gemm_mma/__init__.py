@@ -4,7 +4,7 @@
     in_numpy.py   its text and its order without a GPU
 
 It is rung "mma_sync" of gemm and gemm_silu_mul, which an engine takes on every card from 8.0 on but Hopper,
-and the product of lm_head's rung "warp" there; a residual is reached through gemm_mma() alone. It has run on
+and the product of lm_head's rung "warp" there. It has run on
 an H100, where its numbers, bits and fused forms are tested; on no other card yet. What it is at its simplest
 is a step of the ladder (ops/gemm/ladder/mma_step.py). Knows: what the launcher checks and launches. Refuses
 to know: what a row of x belongs to.
@@ -29,7 +29,7 @@ from kernels_numba.ops.gemm.door import (
 )
 from kernels_numba.ops.gemm_mma.config import CONFIGS, SM_SMEM, MmaConfig, pick_config
 from kernels_numba.ops.gemm_mma.kernel import mma_kernel
-from kernels_numba.ops.warp.door import Plan, View, count_address, packed, row_bytes, view, view_count
+from kernels_numba.ops.warp.door import Plan, View, count_address, view, view_count
 
 OP = "gemm"
 INPUTS = (BFLOAT16, FLOAT16)
@@ -52,10 +52,12 @@ def card() -> Card:
     return Card(int(device.MULTIPROCESSOR_COUNT), int(device.MAX_SHARED_MEMORY_PER_MULTIPROCESSOR))
 
 
-def _operands(out: View, x: View, weight: View, bias: View | None, activation: str) -> Operands:
+def _operands(
+    out: View, x: View, weight: View, bias: View | None, residual: View | None, activation: str
+) -> Operands:
     """The door's, with N of the product: silu writes half as many columns."""
     if not activation:
-        return operands(out, x, weight, bias, INPUTS)
+        return operands(out, x, weight, bias, INPUTS, residual)
     if out.ndim != 2 or weight.ndim != 2 or weight.shape[0] != 2 * out.shape[1]:
         wanted = f"(2 x out's columns, any), out's shape is {out.shape}"
         fail(OP, "weight", f"has shape {weight.shape}", wanted)
@@ -78,12 +80,7 @@ def plan_gemm_mma(
         fail(OP, "activation", f"is {activation!r}", '"" or "silu"')
     if activation and residual is not None:
         fail(OP, "residual", f"is given beside activation {activation!r}", "one of the two")
-    o = _operands(out, x, weight, bias, activation)
-    residual_at = residual_stride = 0
-    if residual is not None:
-        check(OP, "residual", residual, (x.dtype,), out.shape, rows=1)
-        check(OP, "out", out, (x.dtype,), (None, None), rows=1)  # a residual stream has the inputs' type
-        residual_at, residual_stride = packed(OP, "residual", residual, rows=1), row_bytes(residual)
+    o = _operands(out, x, weight, bias, residual, activation)
     count = count_address(OP, num_rows)
     if o.m == 0:
         return None
@@ -92,8 +89,8 @@ def plan_gemm_mma(
     epilogue = "residual" if residual is not None else activation
     kernel = mma_kernel(config, o.dtype, o.out_dtype, bias is not None, epilogue)
     arguments = (
-        o.out, o.x, o.weight, o.bias, residual_at, count, o.m, o.n, o.k, o.out_stride, o.x_stride,
-        o.weight_stride, residual_stride, group,
+        o.out, o.x, o.weight, o.bias, o.residual, count, o.m, o.n, o.k, o.out_stride, o.x_stride,
+        o.weight_stride, o.residual_stride, group,
     )  # fmt: skip
     return Plan(kernel, -(-o.m // config.tile_m) * -(-o.n // config.tile_n), arguments)
 
@@ -131,16 +128,10 @@ def gemm_mma(
         launch(stream)
 
 
-def every_kernel() -> Iterator[Kernel]:
-    """All that bfloat16 could ask for, fused epilogues too."""
-    yield from kernels()
-    for config in CONFIGS:
-        yield mma_kernel(config, "bfloat16", "bfloat16", False, "residual")
-
-
 def kernels() -> Iterator[Kernel]:
-    """Those of them that an engine can pick, for building them ahead."""
+    """Every kernel that an engine in bfloat16 can pick, for building them ahead."""
     for config in CONFIGS:
         for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
             yield mma_kernel(config, "bfloat16", out_dtype, has_bias)
-        yield mma_kernel(config, "bfloat16", "bfloat16", False, "silu")
+        for epilogue in ("residual", "silu"):
+            yield mma_kernel(config, "bfloat16", "bfloat16", False, epilogue)

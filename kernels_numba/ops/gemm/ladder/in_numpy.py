@@ -24,12 +24,14 @@ def source_of(step: str) -> str:
     return inspect.getsource(STEPS[step])
 
 
-def in_numpy(step: str, out: Any, x: Any, weight: Any, bias: Any = None, *, source: str = "") -> None:
+def in_numpy(
+    step: str, out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None, source: str = ""
+) -> None:
     """out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) by a step's kernel, block after block, in simt.py.
 
-    numpy arrays: x, weight, bias bfloat16 bits as uint16, out the same or float32; rows may be cut from wider
-    ones. source: another text of the step's module, to see what a change does. ValueError for wrong dtypes
-    and shapes, IndexError where the kernel leaves an array, RuntimeError where it would hang.
+    numpy arrays: x, weight, bias, residual bfloat16 bits as uint16, out the same or float32; rows may be cut
+    from wider ones. source: another text of the step's module, to see what a change does. ValueError for
+    wrong dtypes and shapes, IndexError where the kernel leaves an array, RuntimeError where it would hang.
     """
     source = source or source_of(step)
     module = STEPS[step]
@@ -45,14 +47,20 @@ def in_numpy(step: str, out: Any, x: Any, weight: Any, bias: Any = None, *, sour
     if bias is not None:
         check("gemm", "bias", bias, (BFLOAT16,), (n,))
     bias_at = 0 if bias is None else memory.put(bias)
+    residual_at = residual_stride = 0
+    if residual is not None:
+        check("gemm", "residual", residual, (BFLOAT16,), (m, n), rows=1)
+        residual_at = out_at if residual is out else memory.put(residual)
+        residual_stride = residual.strides[0]
     maps = {1: (x, (module.TILE_M, module.TILE_K)), 2: (weight, (module.TILE_N, module.TILE_K))}
     arguments = {
         "mma_step": (
-            out_at, x_at, weight_at, bias_at, m, n, k, out.strides[0], x.strides[0], weight.strides[0],
+            out_at, x_at, weight_at, bias_at, residual_at, m, n, k, out.strides[0], x.strides[0],
+            weight.strides[0], residual_stride,
         ),
-        "wgmma": (1, 2, out_at, bias_at, m, n, k, out.strides[0]),
+        "wgmma": (1, 2, out_at, bias_at, residual_at, m, n, k, out.strides[0], residual_stride),
     }[step]  # fmt: skip
-    specialised = (NAMES[out.dtype], bias is not None)
+    specialised = (NAMES[out.dtype], bias is not None, residual is not None)
     grid = -(-m // module.TILE_M) * -(-n // module.TILE_N)
     simt.run(
         source, f"make_{step}_kernel", specialised, arguments, grid, module.THREADS, module.PLAN.bytes,

@@ -22,6 +22,7 @@ from kernels_numba.ptx.cp_async import cp_async_16_zfill, cp_async_commit, cp_as
 from kernels_numba.ptx.epilogue import make_add_bias, make_store_rows
 from kernels_numba.ptx.matrix import ldmatrix_x4
 from kernels_numba.ptx.mma import mma_m16n8k16_at
+from kernels_numba.ptx.residual import make_add_rows
 from kernels_numba.smem import SmemPlan
 
 TILE_M, TILE_N, TILE_K = 128, 128, 64
@@ -34,14 +35,15 @@ PLAN = SmemPlan.of(
     ("weight", TILE_N * ROW, 1024, STAGES),
     limit=101_376,  # of a block on sm_86, 89 and 120
 )
-SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32, int64, int64)"
+SIGNATURE = "void(int64, int64, int64, int64, int64, int32, int32, int32, int32, int64, int64, int32)"
 
 
-def make_mma_step_kernel(out_dtype: str, has_bias: bool) -> Any:
-    """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once.
+def make_mma_step_kernel(out_dtype: str, has_bias: bool, has_residual: bool = False) -> Any:
+    """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once; with
+    has_residual, residual[m, n] + that, rounded.
 
-    Arguments: addresses of out O[M, N], x bf16[M, K], weight bf16[N, K], bias bf16[N]; m, n, k; bytes from
-    one row to the next of out, x, weight.
+    Arguments: addresses of out O[M, N], x bf16[M, K], weight bf16[N, K], bias bf16[N], residual bf16[M, N],
+    which may be out; m, n, k; bytes from one row to the next of out, x, weight, residual.
     Who does what: a block makes one 128 x 128 tile, block b that of row tile b % tiles_m. All threads copy
     (16 bytes a cp.async); warp w multiplies rows 32 (w / 2) and columns 64 (w % 2) on: 2 x 8 mma.sync a step.
     Shared memory: x bf16[2][128, 64] at 0 and 16,384, weight the same at 32,768 and 49,152. Unit u (16 bytes)
@@ -54,6 +56,7 @@ def make_mma_step_kernel(out_dtype: str, has_bias: bool) -> Any:
     held = WARP_N // 2  # outputs of 16 rows that a thread holds
     item = ITEMSIZE[out_dtype]
     add_bias, store_rows = make_add_bias(WARP_N, "bfloat16"), make_store_rows(WARP_N, out_dtype)
+    add_rows = make_add_rows(WARP_N, "bfloat16")
     int32, int64 = cuda.types.int32, cuda.types.int64
 
     @jit(device=True, forceinline=True)
@@ -70,8 +73,8 @@ def make_mma_step_kernel(out_dtype: str, has_bias: bool) -> Any:
             cp_async_16_zfill(int32(to + 32 * ROW * i), matrix + int64(row) * stride + k_mine * 2, valid)
 
     def mma_step_kernel(
-        out: Any, x: Any, weight: Any, bias: Any, m: Any, n: Any, k: Any,
-        out_stride: Any, x_stride: Any, weight_stride: Any,
+        out: Any, x: Any, weight: Any, bias: Any, residual: Any, m: Any, n: Any, k: Any,
+        out_stride: Any, x_stride: Any, weight_stride: Any, residual_stride: Any,
     ) -> None:  # fmt: skip
         smem = int32(dynamic_shared())
         thread, block = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
@@ -130,6 +133,11 @@ def make_mma_step_kernel(out_dtype: str, has_bias: bool) -> Any:
         if has_bias:
             add_bias(top, bias + int64(col) * 2, col, n)
             add_bias(bottom, bias + int64(col) * 2, col, n)
+        if has_residual:
+            there = int64(residual + int64(row) * int64(residual_stride) + int64(col) * item)
+            add_rows(top, there, residual_stride, col, n, int32(row < m), int32(row + 8 < m))
+            there = int64(there + int64(16) * int64(residual_stride))
+            add_rows(bottom, there, residual_stride, col, n, int32(row + 16 < m), int32(row + 24 < m))
         at = int64(out + int64(row) * out_stride + int64(col) * item)
         store_rows(top, at, out_stride, col, n, int32(row < m), int32(row + 8 < m))
         at = int64(at + int64(16) * out_stride)
@@ -139,28 +147,29 @@ def make_mma_step_kernel(out_dtype: str, has_bias: bool) -> Any:
 
 
 @cache
-def mma_step_kernel(out_dtype: str, has_bias: bool) -> Kernel:
+def mma_step_kernel(out_dtype: str, has_bias: bool, has_residual: bool = False) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
-    name = f"gemm_mma_step_{out_dtype}" + ("_bias" if has_bias else "")
-    return Kernel(
-        name, lambda: make_mma_step_kernel(out_dtype, has_bias), (out_dtype, has_bias),
-        SIGNATURE, THREADS, PLAN.bytes,
-    )  # fmt: skip
+    name = f"gemm_mma_step_{out_dtype}" + "_bias" * has_bias + "_residual" * has_residual
+    key = (out_dtype, has_bias, has_residual)
+    return Kernel(name, lambda: make_mma_step_kernel(*key), key, SIGNATURE, THREADS, PLAN.bytes)
 
 
-def gemm_mma_step(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
+def gemm_mma_step(
+    out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None, stream: Any = None
+) -> None:
     """Rung "mma_step": out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) on tensor cores, sm_80 and newer.
 
-    x, weight, bias: bfloat16 bits as uint16; out: the same, or float32. N and K are multiples of 8.
-    ValueError for wrong dtypes, shapes, strides, alignment, or an older GPU.
+    x, weight, bias: bfloat16 bits as uint16; out: the same, or float32. N and K are multiples of 8. residual
+    bf16[M, N], which may be out: out = residual + the rounded product. ValueError for wrong dtypes, shapes,
+    strides, alignment, or an older GPU.
     """
     require_capability("mma_step")
-    given = operands(out, x, weight, bias)
+    given = operands(out, x, weight, bias, residual=residual)
     if given.m == 0:
         return
-    kernel = mma_step_kernel(given.out_dtype, bias is not None)
+    kernel = mma_step_kernel(given.out_dtype, bias is not None, residual is not None)
     arguments = (
-        given.out, given.x, given.weight, given.bias, given.m, given.n, given.k,
-        given.out_stride, given.x_stride, given.weight_stride,
+        given.out, given.x, given.weight, given.bias, given.residual, given.m, given.n, given.k,
+        given.out_stride, given.x_stride, given.weight_stride, given.residual_stride,
     )  # fmt: skip
     kernel.prepare(-(-given.m // TILE_M) * -(-given.n // TILE_N), arguments)(stream)

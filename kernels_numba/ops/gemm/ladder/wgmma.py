@@ -20,6 +20,7 @@ from kernels_numba.ops.gemm.door import operands, require_capability
 from kernels_numba.ptx.control import dynamic_shared, warp_uniform
 from kernels_numba.ptx.epilogue import make_add_bias, make_store_rows
 from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_expect_tx, mbarrier_init, mbarrier_wait
+from kernels_numba.ptx.residual import make_add_rows
 from kernels_numba.ptx.tma import encode_tensor_map, tma_load_2d
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_wgmma
 from kernels_numba.smem import SmemPlan
@@ -35,14 +36,15 @@ PLAN = SmemPlan.of(
     ("full", 8, 8, STAGES),
     limit=232_448,
 )
-SIGNATURE = "void(int64, int64, int64, int64, int32, int32, int32, int32)"
+SIGNATURE = "void(int64, int64, int64, int64, int64, int32, int32, int32, int32, int32)"
 
 
-def make_wgmma_kernel(out_dtype: str, has_bias: bool) -> Any:
-    """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once.
+def make_wgmma_kernel(out_dtype: str, has_bias: bool, has_residual: bool = False) -> Any:
+    """out[m, n] = sum over k of x[m, k] weight[n, k] (+ bias[n]), accumulated in float32, rounded once; with
+    has_residual, residual[m, n] + that, rounded.
 
-    Arguments: x_map, weight_map: addresses of tensor maps (boxes [128, 64]); addresses of out O[M, N] and
-    bias bf16[N]; m, n, k; bytes from one row of out to the next.
+    Arguments: x_map, weight_map: addresses of tensor maps (boxes [128, 64]); addresses of out O[M, N], bias
+    bf16[N], residual bf16[M, N], which may be out; m, n, k; bytes from one row of out, residual to the next.
     Who does what: a block makes one 128 x 128 tile, block b that of row tile b % tiles_m. Thread 0 asks the
     copy engine for tiles; warpgroup g multiplies rows 64 g on: one wgmma m64n128k16 for 16 of K.
     Shared memory: x bf16[3][128, 64] at 0, weight the same at 49,152, barriers full[3] at 98,304. Tiles lie
@@ -57,6 +59,7 @@ def make_wgmma_kernel(out_dtype: str, has_bias: bool) -> Any:
     item = ITEMSIZE[out_dtype]
     multiply = make_wgmma(TILE_N, TILE_K // 16, "bfloat16", wait=0)
     add_bias, store_rows = make_add_bias(TILE_N, "bfloat16"), make_store_rows(TILE_N, out_dtype)
+    add_rows = make_add_rows(TILE_N, "bfloat16")
     int32, int64 = cuda.types.int32, cuda.types.int64
 
     @jit(device=True, forceinline=True)
@@ -68,8 +71,9 @@ def make_wgmma_kernel(out_dtype: str, has_bias: bool) -> Any:
         tma_load_2d(int32(smem + s_weight + stage * tile_bytes), weight_map, full, k_at, col0)
 
     def wgmma_kernel(
-        x_map: Any, weight_map: Any, out: Any, bias: Any, m: Any, n: Any, k: Any, out_stride: Any
-    ) -> None:
+        x_map: Any, weight_map: Any, out: Any, bias: Any, residual: Any, m: Any, n: Any, k: Any,
+        out_stride: Any, residual_stride: Any,
+    ) -> None:  # fmt: skip
         smem = int32(dynamic_shared())
         thread, block = int32(cuda.threadIdx.x), int32(cuda.blockIdx.x)
         warp, lane = int32(warp_uniform(int32(thread >> 5))), int32(thread & 31)
@@ -108,6 +112,9 @@ def make_wgmma_kernel(out_dtype: str, has_bias: bool) -> Any:
         col = int32(col0 + (lane & 3) * 2)
         if has_bias:
             add_bias(acc, bias + int64(col) * 2, col, n)
+        if has_residual:
+            there = int64(residual + int64(row) * int64(residual_stride) + int64(col) * item)
+            add_rows(acc, there, residual_stride, col, n, int32(row < m), int32(row + 8 < m))
         at = int64(out + int64(row) * out_stride + int64(col) * item)
         store_rows(acc, at, out_stride, col, n, int32(row < m), int32(row + 8 < m))
 
@@ -115,13 +122,11 @@ def make_wgmma_kernel(out_dtype: str, has_bias: bool) -> Any:
 
 
 @cache
-def wgmma_kernel(out_dtype: str, has_bias: bool) -> Kernel:
+def wgmma_kernel(out_dtype: str, has_bias: bool, has_residual: bool = False) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
-    name = f"gemm_wgmma_{out_dtype}" + ("_bias" if has_bias else "")
-    return Kernel(
-        name, lambda: make_wgmma_kernel(out_dtype, has_bias), (out_dtype, has_bias),
-        SIGNATURE, THREADS, PLAN.bytes,
-    )  # fmt: skip
+    name = f"gemm_wgmma_{out_dtype}" + "_bias" * has_bias + "_residual" * has_residual
+    key = (out_dtype, has_bias, has_residual)
+    return Kernel(name, lambda: make_wgmma_kernel(*key), key, SIGNATURE, THREADS, PLAN.bytes)
 
 
 @lru_cache(maxsize=4096)
@@ -137,21 +142,25 @@ def _maps(x: tuple[int, int, int], weight: tuple[int, int, int], k: int) -> Any:
     return cuda.to_device(np.stack(words))
 
 
-def gemm_wgmma(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
+def gemm_wgmma(
+    out: Any, x: Any, weight: Any, bias: Any = None, *, residual: Any = None, stream: Any = None
+) -> None:
     """Rung "wgmma": out[M, N] = x[M, K] @ weight[N, K]^T (+ bias[N]) on tensor cores, compute capability 9.0.
 
-    x, weight, bias: bfloat16 bits as uint16; out: the same, or float32. N and K are multiples of 8.
-    ValueError for wrong dtypes, shapes, strides, alignment, or another GPU.
+    x, weight, bias: bfloat16 bits as uint16; out: the same, or float32. N and K are multiples of 8. residual
+    bf16[M, N], which may be out: out = residual + the rounded product. ValueError for wrong dtypes, shapes,
+    strides, alignment, or another GPU.
     """
     require_capability("wgmma")
-    given = operands(out, x, weight, bias)
+    given = operands(out, x, weight, bias, residual=residual)
     if given.m == 0:
         return
-    kernel = wgmma_kernel(given.out_dtype, bias is not None)
+    kernel = wgmma_kernel(given.out_dtype, bias is not None, residual is not None)
     maps = address(
         _maps((given.x, given.m, given.x_stride), (given.weight, given.n, given.weight_stride), given.k)
     )
     arguments = (
-        maps, maps + 128, given.out, given.bias, given.m, given.n, given.k, given.out_stride,
+        maps, maps + 128, given.out, given.bias, given.residual, given.m, given.n, given.k, given.out_stride,
+        given.residual_stride,
     )  # fmt: skip
     kernel.prepare(-(-given.m // TILE_M) * -(-given.n // TILE_N), arguments)(stream)
