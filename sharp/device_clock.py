@@ -4,7 +4,7 @@ A driver tells milliseconds between two events, as float32: exact to a microseco
 hours. So times are counted from a base event that is renewed every REBASE_S. Host and device clocks drift
 apart; a step cannot have begun on the device before it was queued, nor have ended after the host saw its end,
 and what contradicts that is shifted. Knows events by `elapsed_ms`, `done` and `synchronize` (driver.Event);
-refuses to know what lies between them. Not run on a GPU yet.
+refuses to know what lies between them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """CUDA graphs of steps, one a bucket: captured once, replayed by one call of the driver.
 
 Knows: capture, instantiation, replay, what must live as long as a graph, and how much memory graphs take.
-Refuses to know: what is launched in them, and what a step is. Not run on a GPU yet.
+Refuses to know: what is launched in them, and what a step is.
 
 What is captured are addresses. So everything that a captured launch reads stays where it is until close():
 weights, pages, workspace and the fixed buffers belong to the model; tensor maps belong to prepared launches,

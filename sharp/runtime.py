@@ -7,7 +7,7 @@ A step crosses as one pinned array of words (step_buffers.py) while the one befo
 between the streams is an event. Its launches are a bucket's (buckets.py), the same in a graph and without: so
 both give the same bits. Nothing here waits for the device but land(), for its own step.
 Knows: the order of a step's work, and what may be overwritten when. Refuses to know: what is launched
-(model.forward), requests. Not run on a GPU yet.
+(model.forward), requests.
 """
 
 from __future__ import annotations
