@@ -108,15 +108,16 @@ def make_gemm_hopper_kernel(
     activation "silu": of gates and ups in turn, 8 of each, rounded, silu(gate) up, rounded: N / 2 columns.
 
     Arguments: maps: address of tensor maps u64[7, 16]: out in boxes of 64, 32 and 16 columns, x (boxes
-    [tile_m, 64], then those of the last tile), weight ([tile_n, 64], likewise); out, bias: addresses;
-    num_rows: address of i32[1], the real M; rows: of x, the most that M can be; n, k; out_stride: bytes from
-    one row of out to the next; group: row tiles walked together.
+    [tile_m / cluster, 64], then those of the last tile), weight ([tile_n, 64], likewise); out, bias:
+    addresses; num_rows: address of i32[1], the real M; rows: of x, the most that M can be; n, k; out_stride:
+    bytes from one row of out to the next; group: row tiles walked together.
     Who does what: warpgroups 0 to consumers - 1: wgmma on 64 rows of the tile each, then the epilogue; one
     elected thread of the warp after them: the TMA producer. Blocks walk tiles blockIdx, blockIdx + gridDim,
     ... in groups of `group` row tiles, so that operands that neighbours share stay in L2.
+    In a cluster each block's producer fetches a part of x into all its blocks; tiles then count clusters.
     Shared memory: smem_plan(config). Barriers: full[s] hands a loaded stage to the consumers (1 arrival and
-    the bytes), empty[s] hands it back (one arrival a consumer's warp); named barrier 1 + consumer keeps a
-    warpgroup's staged output and its TMA store apart.
+    the bytes), empty[s] hands it back to the cluster (one arrival a consumer's warp); named barrier 1 +
+    consumer keeps a warpgroup's staged output and its TMA store apart.
     64 rows leave through swizzled shared memory: by TMA if all lie below M; the last, partial ones by
     predicated stores of 16 bytes, because the map's extent is the buffer's, not M; a consumer whose rows are
     all at or past M neither multiplies nor stores. float32 results, and partial rows of the widest tiles

@@ -129,8 +129,7 @@ def prepared(o: Operands) -> Launch:
 
 
 def gemv(out: Any, x: Any, weight: Any, bias: Any = None, *, stream: Any = None) -> None:
-    """Rung "gemv": out[1, N] = x[1, K] @ weight[N, K]^T (+ bias[N]) in float32, compute capability 9.0; not
-    run on a GPU yet.
+    """Rung "gemv": out[1, N] = x[1, K] @ weight[N, K]^T (+ bias[N]) in float32, compute capability 9.0.
 
     x, weight, bias: bfloat16 (bits as uint16) or float16; out: the same, or float32. N and K are multiples
     of 8. Not batch-invariant: see the module. ValueError for wrong dtypes, shapes, strides, alignment, more
