@@ -88,15 +88,29 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+SHARED_MISTAKES = {
+    "a stage is handed back to one block": (
+        "hopper",
+        "mbarrier_arrive_remote(barrier, lane)",
+        "mbarrier_arrive(barrier)",
+    ),
+    "a stage is refilled when one block is done": ("hopper", "4 * consumers * cluster)", "4 * consumers)"),
+    "all blocks fetch the same part of x": ("boxes", "int32(cluster_rank()) * part", "part"),
+}
+
+
+@pytest.mark.parametrize("mistake", [*MISTAKES, *SHARED_MISTAKES])
 def test_mistakes_are_noticed_in_numpy(mistake):
-    product = make_product(np.random.default_rng(2), 140, 200, 136)
+    part, old, new = (MISTAKES | SHARED_MISTAKES)[mistake]
+    config, n, k = HopperConfig(128, 80), 200, 136
+    if mistake in SHARED_MISTAKES:
+        config, n, k = HopperConfig(64, 16, cluster=2), 64, 712  # more steps of K than stages
+    product = make_product(np.random.default_rng(2), 140, n, k)
     want = rounded(product.sums(), "bfloat16")
-    part, old, new = MISTAKES[mistake]
 
     def right(seed, **how):
         try:
-            return same_bits(product_of(product, HopperConfig(128, 80), real=99, seed=seed, **how), want[:99])
+            return same_bits(product_of(product, config, real=99, seed=seed, **how), want[:99])
         except (AssertionError, IndexError, RuntimeError):
             return False
 

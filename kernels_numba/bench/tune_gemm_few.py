@@ -33,7 +33,7 @@ FEW_M = (1, 2, 4, 8, 16, 32, 48, 64, 65, 100, 128, 200, 256, 384)
 HEAD_M = (1, 8, 64, 256)
 # Not picked, but tried where they could win. One block an SM, so all its shared memory is stages: for what
 # has fewer tiles than there are SMs.
-UNPICKED = (FewConfig(64, 64, 2),)
+UNPICKED = (FewConfig(64, 64, 2), *(FewConfig(128, tile_t, 2) for tile_t in (8, 16, 32)))
 MANY_MORE = (HopperConfig(64, 32, deep=True), *TABLE_ONLY)
 MORE_M = (64, 128, 200, 256)  # tokens for which the last are tried
 MANY = "many"  # begins the names of the many-token GEMM's contenders

@@ -112,15 +112,16 @@ def make_gemm_hopper_kernel(
     "residual": residual[m, n] + that, rounded again.
 
     Arguments: maps: address of tensor maps u64[8, 16]: out in boxes of 64, 32 and 16 columns, x (boxes
-    [tile_m, 64], then those of the last tile), weight ([tile_n, 64], likewise), residual ([tile_m, 64]); out,
-    bias: addresses; num_rows: address of i32[1], the real M; rows: of x, the most that M can be; n, k;
-    out_stride: bytes from one row of out to the next; group: row tiles walked together.
+    [tile_m / cluster, 64], then those of the last tile), weight ([tile_n, 64], likewise), residual ([tile_m,
+    64]); out, bias: addresses; num_rows: address of i32[1], the real M; rows: of x, the most that M can be;
+    n, k; out_stride: bytes from one row of out to the next; group: row tiles walked together.
     Who does what: warpgroups 0 to consumers - 1: wgmma on 64 rows of the tile each, then the epilogue; one
     elected thread of the warp after them: the TMA producer. Blocks walk tiles blockIdx, blockIdx + gridDim,
     ... in groups of `group` row tiles, so that operands that neighbours share stay in L2.
+    In a cluster each block's producer fetches a part of x into all its blocks; tiles then count clusters.
     Shared memory: smem_plan(config). Barriers: full[s] hands a loaded stage to the consumers (1 arrival and
-    the bytes), empty[s] hands it back (one arrival a consumer's warp); named barrier 1 + consumer keeps a
-    warpgroup's staged output and its TMA store apart.
+    the bytes), empty[s] hands it back to the cluster (one arrival a consumer's warp); named barrier 1 +
+    consumer keeps a warpgroup's staged output and its TMA store apart.
     A residual comes through the same stages, as one or two more steps after those of K: in boxes of 64
     columns, the first where a step's x would be, the others where its weights would; a tile begins with
     bringing them to the L2 cache. So it is there when the product is done, and out may be the residual
@@ -448,7 +449,7 @@ def kernels() -> Iterator[Kernel]:
     for out_dtype, has_bias in (("bfloat16", False), ("bfloat16", True), ("float32", False)):
         for config in (*CONFIGS, *TABLE_ONLY):
             yield hopper_kernel(config, "bfloat16", out_dtype, has_bias)
-    for config in CONFIGS:
+    for config in (*CONFIGS, *TABLE_ONLY):
         yield hopper_kernel(config, "bfloat16", "bfloat16", False, epilogue="residual")
     for config in GATED_CONFIGS:
         yield hopper_kernel(config, "bfloat16", "bfloat16", False, epilogue="silu")

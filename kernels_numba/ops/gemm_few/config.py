@@ -128,9 +128,8 @@ def smem_plan(config: FewConfig) -> SmemPlan:
 # half the memory holds what must be in flight and registers allow it: where tiles follow on tiles, so one
 # stores while the other multiplies, and the next launch finds room to fetch its weights before this one ends.
 CONFIGS = (
-    *(FewConfig(64, tile_t) for tile_t in (8, 16, 32, 64, 96, 112, 128)),
+    *(FewConfig(64, tile_t) for tile_t in (8, 16, 32, 64, 96, 128)),
     *(FewConfig(64, tile_t, 2) for tile_t in (8, 16, 32)),
-    *(FewConfig(128, tile_t, 2) for tile_t in (8, 16, 32)),
     *(FewConfig(128, tile_t) for tile_t in (64, 128, 256)),
 )  # fmt: skip
 
