@@ -59,6 +59,7 @@ class PrefillConfig:
     early: int | None = None
     consumers: int = 0
     short_turns: bool = False
+    queries: Literal["shared", "registers"] = "shared"
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or self.source not in ("pages", "rows"):

@@ -59,6 +59,7 @@ from kernels_numba.ptx.control import (
 from kernels_numba.ptx.debug import make_mbarrier_wait, make_stress
 from kernels_numba.ptx.fences import fence_proxy_async
 from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_init
+from kernels_numba.ptx.matrix import ldmatrix_x4
 from kernels_numba.ptx.named_barrier import named_barrier_arrive, named_barrier_sync
 from kernels_numba.ptx.predicated import st_global_f32_if, st_shared_zero_16_if
 from kernels_numba.ptx.predicated_vector import st_global_v4_if
@@ -119,7 +120,8 @@ def make_prefill_kernel(
     turn_threads, row_bytes = 2 * WARPGROUP, head_dim * 2
     turns, short_turns = config.turns, config.short_turns
     has_window, width = window is not None, window or 0
-    multiply_k = make_wgmma_panels(TILE, head_dim, dtype, "shared", q_panel, PANEL_BYTES)
+    in_registers, query_words = config.queries == "registers", head_dim // 4
+    multiply_k = make_wgmma_panels(TILE, head_dim, dtype, config.queries, q_panel, PANEL_BYTES)
     multiply_v = make_wgmma(head_dim, TILE // 16, dtype, a="registers", b_major="mn")
     descriptor_v = make_descriptor_mn_major(PANEL_BYTES)
     scores_ready, scores_alone = make_wgmma_wait(TILE, 1), make_wgmma_wait(TILE, 0)
@@ -220,7 +222,13 @@ def make_prefill_kernel(
         words = cuda.local.array(4, np.int32)
         for k in range(scores):
             s[k] = zero
-        queries = descriptor_k_major(int32(smem + q_at + consumer * (ROWS * 128)))
+        my_queries = int32(smem + q_at + consumer * (ROWS * 128))
+        if in_registers:
+            queries = cuda.local.array(query_words, np.int32)
+            four = cuda.local.array(4, np.int32)
+            q_row = int32((warp & 3) * WARP_ROWS + (lane & 15))
+        else:
+            queries = descriptor_k_major(my_queries)
         my_state = int32(smem + state_at + warp * (state_bytes // 4))  # of this warp alone
         mine = int32(my_state + lane * 16)
         my_rows = int32(smem + rows_at + warp * ROW_STATE_BYTES + r * 16)
@@ -261,6 +269,18 @@ def make_prefill_kernel(
                     l_low[k] = zero
                     l_high[k] = zero
                 wait_full(int32(smem + q_full + 8 * consumer), q_phase)
+                if in_registers:
+                    loaded = int32(0)
+                    for step in range(head_dim // 16):
+                        unit_of = int32((2 * step & 7) + (lane >> 4))
+                        at = int32(my_queries + (step >> 2) * q_panel + q_row * 128)
+                        ldmatrix_x4(four, int32(at + ((unit_of ^ (q_row & 7)) << 4)))
+                        for k in range(4):
+                            queries[4 * step + k] = four[k]
+                            loaded = int32(loaded | four[k])
+                    # An arrival does not wait for loads under way; group >> 16 is 0 (make_records).
+                    hand_back(int32(smem + q_empty + 8 * consumer + (loaded & (group >> 16))), lane)
+                    q_phase = int32(q_phase ^ 1)
                 # Tiles before the window of this warpgroup's rows.
                 while has_window and tile < my_tile:
                     pass_by(smem, stage, phase, v_stage, v_phase, consumer, lane)
@@ -324,7 +344,7 @@ def make_prefill_kernel(
                         for g in range(early_groups):
                             unmade = int32(unmade | int32(l_low[g] < zero) | int32(l_high[g] < zero))
                         hold(s)
-                        wait_full(int32(smem + q_full + 8 * consumer), int32(q_phase ^ unmade))
+                        wait_full(int32(smem + v_full + 8 * v_stage), int32(v_phase ^ unmade))
                         output_ready(o)
                         if not early and handed_back:
                             hand_back(int32(smem + v_empty + 8 * v_stage), lane)
@@ -351,9 +371,9 @@ def make_prefill_kernel(
                     output_ready(o)
                     hand_back(int32(smem + v_empty + 8 * v_stage), lane)
                     v_stage, v_phase = following(v_stage, v_phase)
-                # No product of this warpgroup reads the queries any more.
-                hand_back(int32(smem + q_empty + 8 * consumer), lane)
-                q_phase = int32(q_phase ^ 1)
+                if not in_registers:  # no product of this warpgroup reads the queries any more
+                    hand_back(int32(smem + q_empty + 8 * consumer), lane)
+                    q_phase = int32(q_phase ^ 1)
                 # Tiles that other warpgroups' rows see.
                 while tile < tile_end:
                     pass_by(smem, stage, phase, v_stage, v_phase, consumer, lane)
