@@ -120,6 +120,7 @@ def make_prefill_kernel(
     turn_threads, row_bytes = 2 * WARPGROUP, head_dim * 2
     turns, short_turns = config.turns, config.short_turns
     has_window, width = window is not None, window or 0
+    late = config.late
     in_registers, query_words = config.queries == "registers", head_dim // 4
     multiply_k = make_wgmma_panels(TILE, head_dim, dtype, config.queries, q_panel, PANEL_BYTES)
     multiply_v = make_wgmma(head_dim, TILE // 16, dtype, a="registers", b_major="mn")
@@ -130,7 +131,7 @@ def make_prefill_kernel(
     largest, weigh, hide = make_weigh(window, int(build.mutant == "mask"))
     pack_weights, rescale = make_pack(dtype), make_rescale(head_dim)
     stage_out = make_stage(head_dim, dtype)
-    sums, keep, end_split, fold_into = make_state(head_dim)
+    sums, end_split, fold_rows, fold_into, keep = make_state(head_dim)
     wait_full, (take, after) = make_mbarrier_wait("full", build.debug), make_records(config, build)
     inverse, quotient = make_quotient()
     schedule, load_queries, load_keys = make_producers(config, window, build)
@@ -205,6 +206,26 @@ def make_prefill_kernel(
         hand_back(int32(smem + k_empty + 8 * stage), lane)
         wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
         hand_back(int32(smem + v_empty + 8 * v_stage), lane)
+
+    @jit(device=True, forceinline=True)
+    def settle(
+        o: Any, state: Any, rows: Any, ended: Any, splits: Any, f_low: Any, f_high: Any
+    ) -> Any:  # fmt: skip
+        """o before the next P V: times f, or after a split folded into what is kept, and 0 -> the splits that
+        are kept."""
+        a_low, a_high = zero, zero
+        if ended:
+            _, _, _, _, a_low, a_high, f_low, f_high = fold_rows(rows, splits)
+        if ballot(int32(int32(f_low != one) | int32(f_high != one))) != 0:
+            rescale(o, f_low, f_high)  # times 1 changes nothing
+        if ended:
+            if folds and splits > 0:
+                fold_into(o, state, a_low, a_high)
+            keep(o, state)
+            splits = int32(splits + 1)
+            for k in range(outputs):
+                o[k] = zero
+        return splits
 
     @jit(device=True)
     def consume(
@@ -302,7 +323,7 @@ def make_prefill_kernel(
                     m_low, m_high, n_low, n_high, f_low, f_high = largest(s, m_low, m_high, c)
                     weigh(s, 0, GROUPS, l_low, l_high, c, n_low, n_high, f_low, f_high)
                     pack_weights(s, p)
-                    tile = int32(tile + 1)
+                    tile, ended = int32(tile + 1), False
                     while tile < my_end:
                         # S of this tile, then P V of the one before it, whose weights p holds.
                         wait_full(int32(smem + k_full + 8 * stage), phase)
@@ -311,6 +332,8 @@ def make_prefill_kernel(
                         multiply_k(s, queries, descriptor_k_major(int32(smem + k_at + stage * tile_bytes)), 0)
                         if short_turns:
                             pass_turn(consumer)
+                        if late:
+                            splits = settle(o, mine, my_rows, ended, splits, f_low, f_high)
                         wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
                         values = int32(smem + v_at + v_stage * tile_bytes)
                         if has_window and cleaned:
@@ -351,15 +374,11 @@ def make_prefill_kernel(
                         v_stage, v_phase = following(v_stage, v_phase)
                         weigh(s, early_groups, GROUPS, l_low, l_high, c, n_low, n_high, f_low, f_high)
                         pack_weights(s, p)
-                        if ended:
-                            fold_into(o, mine, my_rows, splits, folds)
-                            keep(o, mine)
-                            splits = int32(splits + 1)
-                            for k in range(outputs):
-                                o[k] = zero
-                        elif ballot(int32(int32(f_low != one) | int32(f_high != one))) != 0:
-                            rescale(o, f_low, f_high)  # times 1 changes nothing
+                        if not late:
+                            splits = settle(o, mine, my_rows, ended, splits, f_low, f_high)
                         tile = int32(tile + 1)
+                    if late:
+                        splits = settle(o, mine, my_rows, ended, splits, f_low, f_high)
                     wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
                     values = int32(smem + v_at + v_stage * tile_bytes)
                     seen_from, seen_to = int32(0), int32(most - (tile - 1) * TILE)
@@ -383,7 +402,12 @@ def make_prefill_kernel(
                 last_low, last_high = sums(l_low), sums(l_high)
                 if splits > 0:
                     end_split(m_low, m_high, last_low, last_high, my_rows)
-                    m_low, m_high, last_low, last_high = fold_into(o, mine, my_rows, splits, folds)
+                    m_low, m_high, last_low, last_high, a_low, a_high, b_low, b_high = fold_rows(
+                        my_rows, splits
+                    )
+                    rescale(o, b_low, b_high)
+                    if folds:
+                        fold_into(o, mine, a_low, a_high)
                 low_inverse = select_f32(int32(last_low > zero), divide_f32(one, last_low), zero)
                 high_inverse = select_f32(int32(last_high > zero), divide_f32(one, last_high), zero)
                 # Through this warp's shared memory, so that rows leave 16 bytes a lane.
