@@ -61,6 +61,7 @@ class PrefillConfig:
     short_turns: bool = False
     queries: Literal["shared", "registers"] = "shared"
     late: bool = False
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or self.source not in ("pages", "rows"):

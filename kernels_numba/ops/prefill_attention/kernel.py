@@ -124,6 +124,12 @@ def make_prefill_kernel(
     in_registers, query_words = config.queries == "registers", head_dim // 4
     multiply_k = make_wgmma_panels(TILE, head_dim, dtype, config.queries, q_panel, PANEL_BYTES)
     multiply_v = make_wgmma(head_dim, TILE // 16, dtype, a="registers", b_major="mn")
+    narrow_v = [
+        make_wgmma(head_dim, keys // 16, dtype, a="registers", b_major="mn")
+        for keys in range(GROUP_KEYS, TILE, GROUP_KEYS)
+    ]
+    v_1, v_2, v_3 = narrow_v
+    narrow = config.narrow
     descriptor_v = make_descriptor_mn_major(PANEL_BYTES)
     scores_ready, scores_alone = make_wgmma_wait(TILE, 1), make_wgmma_wait(TILE, 0)
     output_ready = make_wgmma_wait(head_dim, 0)
@@ -208,6 +214,18 @@ def make_prefill_kernel(
         hand_back(int32(smem + v_empty + 8 * v_stage), lane)
 
     @jit(device=True, forceinline=True)
+    def add_values(o: Any, p: Any, values: Any, groups: Any) -> None:
+        """P V of the first groups of 32 keys of a tile, queued."""
+        if not narrow or groups == GROUPS:
+            multiply_v(o, p, values, 1)
+        elif groups == 3:
+            v_3(o, p, values, 1)
+        elif groups == 2:
+            v_2(o, p, values, 1)
+        else:
+            v_1(o, p, values, 1)
+
+    @jit(device=True, forceinline=True)
     def settle(
         o: Any, state: Any, rows: Any, ended: Any, splits: Any, f_low: Any, f_high: Any
     ) -> Any:  # fmt: skip
@@ -282,6 +300,7 @@ def make_prefill_kernel(
                 my_tile, my_end = first_tile(my_least), tiles_of(my_most)
                 if my_first > last or my_tile >= my_end:
                     my_tile, my_end = tile, tile
+                last_groups = int32((my_most - (my_end - 1) * TILE + (GROUP_KEYS - 1)) >> 5)
                 m_low, m_high = lowest, lowest
                 splits = int32(0)  # folded so far
                 for k in range(outputs):
@@ -386,7 +405,7 @@ def make_prefill_kernel(
                         seen_from = int32(least - width - (tile - 1) * TILE)
                     if cleaned and (seen_to < TILE or seen_from > 0):
                         clean(values, seen_from, seen_to, consumer, member)
-                    multiply_v(o, p, descriptor_v(values), 1)
+                    add_values(o, p, descriptor_v(values), last_groups)
                     output_ready(o)
                     hand_back(int32(smem + v_empty + 8 * v_stage), lane)
                     v_stage, v_phase = following(v_stage, v_phase)
