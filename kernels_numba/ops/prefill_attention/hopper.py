@@ -49,6 +49,8 @@ def prefill_kernel(
     words += [f"early{config.early}"] if config.early != EARLY[config.head_dim] else []
     words += ["short_turns"] if config.short_turns else []
     words += [f"consumers{config.consumers}"] if config.consumers != CONSUMERS[config.head_dim] else []
+    words += ["q_registers"] if config.queries == "registers" else []
+    words += [name for name in ("late", "narrow") if getattr(config, name)]
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
