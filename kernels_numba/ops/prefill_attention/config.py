@@ -62,6 +62,7 @@ class PrefillConfig:
     queries: Literal["shared", "registers"] = "shared"
     late: bool = False
     narrow: bool = False
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or self.source not in ("pages", "rows"):

@@ -30,6 +30,7 @@ from kernels_numba.ops.prefill_attention.config import (
 )
 from kernels_numba.ops.prefill_attention.door import Operands, Workspace, operands, require_capability
 from kernels_numba.ops.prefill_attention.kernel import SIGNATURE, make_prefill_kernel
+from kernels_numba.ops.prefill_attention.smooth import make_prefill_kernel as make_smooth
 from kernels_numba.ptx.tma import encode_tensor_map
 
 ARCHS = ("sm_90a",)
@@ -50,7 +51,7 @@ def prefill_kernel(
     words += ["short_turns"] if config.short_turns else []
     words += [f"consumers{config.consumers}"] if config.consumers != CONSUMERS[config.head_dim] else []
     words += ["q_registers"] if config.queries == "registers" else []
-    words += [name for name in ("late", "narrow") if getattr(config, name)]
+    words += [name for name in ("late", "narrow", "smooth") if getattr(config, name)]
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
@@ -58,7 +59,7 @@ def prefill_kernel(
     words += [build.mutant] if build.mutant else []
     return Kernel(
         "_".join(words),
-        lambda: make_prefill_kernel(config, dtype, window, with_lse, build),
+        lambda: (make_smooth if config.smooth else make_prefill_kernel)(config, dtype, window, with_lse, build),
         (config, dtype, window, with_lse, build),
         SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl, archs=ARCHS,
     )  # fmt: skip

@@ -58,8 +58,9 @@ def in_numpy(
         q2.strides[0], out2.strides[0], table.strides[0] // 4, exponent_scale(softmax_scale),
     )  # fmt: skip
     specialised = (config, "bfloat16", window, lse is not None, build)
+    modules = MODULES if not config.smooth else (*MODULES[:-1], f"{PACKAGE}.smooth")
     simt_warps.run(
-        MODULES, "make_prefill_kernel", specialised, arguments, grid, config.threads, smem_plan(config).bytes,
+        modules, "make_prefill_kernel", specialised, arguments, grid, config.threads, smem_plan(config).bytes,
         memory, maps, seed, change, GroupWarp,
     )  # fmt: skip
     return counters
