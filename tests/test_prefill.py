@@ -125,9 +125,13 @@ def test_no_choice_shows_in_a_bit(which):
     rng = np.random.default_rng(which)
     batch = make_batch(rng, queries, lens, heads, group, head_dim, window=window, spread=2, margin=1)
     want = by_contract(batch)
-    for way in [{"smooth": True}, {"smooth": True, "queries": "registers"}]:
-        for grid in (1, 2, 5):
-            assert same_bits(run_in_numpy(batch, PrefillConfig(head_dim, **way), grid=grid), want), (way, grid)
+    both = {"sections": True, "ahead": True}
+    for way in [both, {"smooth": True, **both}, {"smooth": True, "queries": "registers", **both}]:
+        for grid in (1, 3):
+            assert same_bits(run_in_numpy(batch, PrefillConfig(head_dim, **way), grid=grid), want), (
+                way,
+                grid,
+            )
     for way in [*WAYS, {name: value for way in WAYS for name, value in way.items()}]:
         assert same_bits(run_in_numpy(batch, PrefillConfig(head_dim, **way), grid=2), want), way
 

@@ -63,6 +63,8 @@ class PrefillConfig:
     late: bool = False
     narrow: bool = False
     smooth: bool = False
+    sections: bool = False
+    ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or self.source not in ("pages", "rows"):

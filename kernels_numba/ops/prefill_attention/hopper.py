@@ -51,7 +51,7 @@ def prefill_kernel(
     words += ["short_turns"] if config.short_turns else []
     words += [f"consumers{config.consumers}"] if config.consumers != CONSUMERS[config.head_dim] else []
     words += ["q_registers"] if config.queries == "registers" else []
-    words += [name for name in ("late", "narrow", "smooth") if getattr(config, name)]
+    words += [name for name in ("late", "narrow", "smooth", "ahead") if getattr(config, name)]
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
@@ -83,6 +83,16 @@ def own_workspace() -> Workspace:
     return Workspace.of()
 
 
+def section_of(o: Operands, config: PrefillConfig) -> int:
+    """How many kv heads are worked on at a time: as few as give each multiprocessor four items, so that the keys
+    and values which are read again and again stay in L2 and yet the last items are short ones."""
+    if not config.sections:
+        return o.num_kv_heads
+    items = o.tokens * o.group // config.tile_rows
+    fit = (n for n in range(1, o.num_kv_heads) if o.num_kv_heads % n == 0 and items * n >= 3 * num_sms())
+    return next(fit, o.num_kv_heads)
+
+
 @lru_cache(maxsize=4096)
 def prepared(
     o: Operands, workspace: Workspace, source: Source = "pages", window: int | None = None,
@@ -102,7 +112,7 @@ def prepared(
     items = o.num_kv_heads * (o.tokens * o.group // config.tile_rows + o.num_seqs)
     arguments = (
         address(maps), o.q, o.out, o.lse, o.cu_seqlens_q, o.context_lens, o.table,
-        address(workspace.counters), o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride,
+        address(workspace.counters), o.num_seqs, o.num_kv_heads, section_of(o, config), o.group, o.q_stride, o.out_stride,
         o.table_stride, o.c,
     )  # fmt: skip
     return kernel.prepare(min(items, num_sms()), arguments), maps

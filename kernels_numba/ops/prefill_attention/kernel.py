@@ -67,7 +67,7 @@ from kernels_numba.ptx.vector import ld_shared_v4
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_descriptor_mn_major, make_wgmma, make_wgmma_wait
 from kernels_numba.ptx.wgmma_panels import make_hold, make_wgmma_panels
 
-SIGNATURE = f"void({', '.join(['int64'] * 8 + ['int32'] * 6 + ['float32'])})"
+SIGNATURE = f"void({', '.join(['int64'] * 8 + ['int32'] * 7 + ['float32'])})"
 TILE_SHIFT = TILE.bit_length() - 1
 GROUPS = TILE // GROUP_KEYS
 TURN, OWN = 1, 5  # named barriers: from here on, one a consumer
@@ -83,7 +83,7 @@ def make_prefill_kernel(
     [num_blocks num_kv_heads 64, D], of rows [total keys, num_kv_heads D]; q and out T[tokens, num_q_heads,
     D]; lse f32[tokens, num_q_heads] (with_lse); cu_seqlens_q i32[num_seqs + 1]; context_lens i32[num_seqs];
     block_table i32[num_seqs, ..], or with rows cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0
-    again at the end. Then num_seqs, num_kv_heads, group, bytes from one token to the next of q and of out,
+    again at the end. Then num_seqs, num_kv_heads, section (producers.py), group, bytes from one token to the next of q and of out,
     entries from one row to the next of block_table; c (attention_contract.py).
     Who does what: warpgroups 0 to consumers - 1: 64 rows of a tile each; then a warpgroup of producers
     (producers.py): warp 0 keys and values, warp 1 which item comes next (schedule.py), warps 2 and 3 the
@@ -465,7 +465,7 @@ def make_prefill_kernel(
 
     def prefill_kernel(
         maps: Any, q: Any, out: Any, lse: Any, cu: Any, lens: Any, table: Any, counters: Any, num_seqs: Any,
-        heads: Any, group: Any, q_stride: Any, out_stride: Any, table_stride: Any, c: Any,
+        heads: Any, section: Any, group: Any, q_stride: Any, out_stride: Any, table_stride: Any, c: Any,
     ) -> None:  # fmt: skip
         if pdl:
             griddep_launch()
@@ -494,7 +494,7 @@ def make_prefill_kernel(
             if role == 0:
                 load_keys(smem, maps, table, heads, group, table_stride, lane)
             elif role == 1:
-                schedule(smem, cu, lens, counters, num_seqs, heads, group, lane)
+                schedule(smem, cu, lens, counters, num_seqs, heads, section, group, lane)
             else:
                 load_queries(smem, q, group, q_stride, int32(role - 2), lane)
         else:

@@ -67,7 +67,7 @@ from kernels_numba.ptx.vector import ld_shared_v4
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_descriptor_mn_major, make_wgmma, make_wgmma_wait
 from kernels_numba.ptx.wgmma_panels import make_hold, make_wgmma_panels
 
-SIGNATURE = f"void({', '.join(['int64'] * 8 + ['int32'] * 6 + ['float32'])})"
+SIGNATURE = f"void({', '.join(['int64'] * 8 + ['int32'] * 7 + ['float32'])})"
 TILE_SHIFT = TILE.bit_length() - 1
 GROUPS = TILE // GROUP_KEYS
 ITEM_ENDED = 2
@@ -84,7 +84,7 @@ def make_prefill_kernel(
     [num_blocks num_kv_heads 64, D], of rows [total keys, num_kv_heads D]; q and out T[tokens, num_q_heads,
     D]; lse f32[tokens, num_q_heads] (with_lse); cu_seqlens_q i32[num_seqs + 1]; context_lens i32[num_seqs];
     block_table i32[num_seqs, ..], or with rows cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0
-    again at the end. Then num_seqs, num_kv_heads, group, bytes from one token to the next of q and of out,
+    again at the end. Then num_seqs, num_kv_heads, section (producers.py), group, bytes from one token to the next of q and of out,
     entries from one row to the next of block_table; c (attention_contract.py).
     Who does what: warpgroups 0 to consumers - 1: 64 rows of a tile each; then a warpgroup of producers
     (producers.py): warp 0 keys and values, warp 1 which item comes next (schedule.py), warps 2 and 3 the
@@ -274,8 +274,24 @@ def make_prefill_kernel(
             splits = int32(splits + 1)
             if ended == ITEM_ENDED:
                 finish(
-                    o, out, lse, heads, group, out_stride, factor, my_state, warp, lane, m_low, m_high, l_low,
-                    l_high, head, token0, my_first, my_last,
+                    o,
+                    out,
+                    lse,
+                    heads,
+                    group,
+                    out_stride,
+                    factor,
+                    my_state,
+                    warp,
+                    lane,
+                    m_low,
+                    m_high,
+                    l_low,
+                    l_high,
+                    head,
+                    token0,
+                    my_first,
+                    my_last,
                 )
                 splits = int32(0)
             else:
@@ -398,7 +414,9 @@ def make_prefill_kernel(
                     p_head, p_token0, p_first, p_last = head, token0, my_first, my_last
                     if tile == my_end:
                         # On to the next item, unless there is none, or too much lies between.
-                        seq, n_head, n_row0, n_rows, n_token0, start = take(smem, slot, slot_phase, group, lane)
+                        seq, n_head, n_row0, n_rows, n_token0, start = take(
+                            smem, slot, slot_phase, group, lane
+                        )
                         slot, slot_phase = after(slot, slot_phase)
                         taken = True
                         (
@@ -436,8 +454,25 @@ def make_prefill_kernel(
                         if short_turns:
                             pass_turn(consumer)
                         splits = settle(
-                            o, out, lse, heads, group, out_stride, factor, my_state, warp, lane, my_rows,
-                            ended, splits, f_low, f_high, o_head, o_token0, o_first, o_last,
+                            o,
+                            out,
+                            lse,
+                            heads,
+                            group,
+                            out_stride,
+                            factor,
+                            my_state,
+                            warp,
+                            lane,
+                            my_rows,
+                            ended,
+                            splits,
+                            f_low,
+                            f_high,
+                            o_head,
+                            o_token0,
+                            o_first,
+                            o_last,
                         )
                         if switched:
                             o_head, o_token0, o_first, o_last = p_head, p_token0, p_first, p_last
@@ -455,7 +490,9 @@ def make_prefill_kernel(
                         stage, phase = following(stage, phase)
                         if tile * TILE + TILE > my_least or (has_window and tile * TILE < my_most - width):
                             hide(s, int32(tile * TILE + 2 * i), low, high)
-                        ended = int32((tile & (split_tiles - 1)) == 0)  # the split of the tile before this one
+                        ended = int32(
+                            (tile & (split_tiles - 1)) == 0
+                        )  # the split of the tile before this one
                         if switched:
                             ended = int32(ITEM_ENDED)
                         if ended > 0:
@@ -522,7 +559,7 @@ def make_prefill_kernel(
 
     def prefill_kernel(
         maps: Any, q: Any, out: Any, lse: Any, cu: Any, lens: Any, table: Any, counters: Any, num_seqs: Any,
-        heads: Any, group: Any, q_stride: Any, out_stride: Any, table_stride: Any, c: Any,
+        heads: Any, section: Any, group: Any, q_stride: Any, out_stride: Any, table_stride: Any, c: Any,
     ) -> None:  # fmt: skip
         if pdl:
             griddep_launch()
@@ -551,7 +588,7 @@ def make_prefill_kernel(
             if role == 0:
                 load_keys(smem, maps, table, heads, group, table_stride, lane)
             elif role == 1:
-                schedule(smem, cu, lens, counters, num_seqs, heads, group, lane)
+                schedule(smem, cu, lens, counters, num_seqs, heads, section, group, lane)
             else:
                 load_queries(smem, q, group, q_stride, int32(role - 2), lane)
         else:
