@@ -28,7 +28,7 @@ SMEM_LIMIT = 232_448  # of a block
 CONSUMERS = {64: 3, 128: 2}  # warpgroups by head_dim; the one behind them are the producers
 EARLY = {64: 1, 128: 0}  # groups of weights made while P V runs
 LOADERS = 2  # of the producers' warps, those that load queries
-REGISTERS = {2: (32, 240), 3: (32, 160)}  # a thread, of producers and consumers; 168 or 128 at the start
+REGISTERS = {2: (40, 232), 3: (32, 160)}  # a thread, of producers and consumers; 168 or 128 at the start
 MUTANTS = (
     "",
     "scale",

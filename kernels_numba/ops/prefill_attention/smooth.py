@@ -58,8 +58,8 @@ from kernels_numba.ptx.control import (
 )
 from kernels_numba.ptx.debug import make_mbarrier_wait, make_stress
 from kernels_numba.ptx.fences import fence_proxy_async
-from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_init
 from kernels_numba.ptx.matrix import ldmatrix_x4
+from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_init
 from kernels_numba.ptx.named_barrier import named_barrier_arrive, named_barrier_sync
 from kernels_numba.ptx.predicated import st_global_f32_if, st_shared_zero_16_if
 from kernels_numba.ptx.predicated_vector import st_global_v4_if
