@@ -57,9 +57,10 @@ def prefill_kernel(
     words += [name for name in ("debug", "stress") if getattr(build, name)]
     words += [f"split{build.split}"] if build.split != SPLIT else []
     words += [build.mutant] if build.mutant else []
+    make = make_smooth if config.smooth else make_prefill_kernel
     return Kernel(
         "_".join(words),
-        lambda: (make_smooth if config.smooth else make_prefill_kernel)(config, dtype, window, with_lse, build),
+        lambda: make(config, dtype, window, with_lse, build),
         (config, dtype, window, with_lse, build),
         SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl, archs=ARCHS,
     )  # fmt: skip
@@ -84,8 +85,8 @@ def own_workspace() -> Workspace:
 
 
 def section_of(o: Operands, config: PrefillConfig) -> int:
-    """How many kv heads are worked on at a time: as few as give each multiprocessor four items, so that the keys
-    and values which are read again and again stay in L2 and yet the last items are short ones."""
+    """How many kv heads are worked on at a time: as few as give each multiprocessor three items, so that
+    keys and values, which are read again and again, stay in L2, and yet the last items are short ones."""
     if not config.sections:
         return o.num_kv_heads
     items = o.tokens * o.group // config.tile_rows
@@ -112,8 +113,8 @@ def prepared(
     items = o.num_kv_heads * (o.tokens * o.group // config.tile_rows + o.num_seqs)
     arguments = (
         address(maps), o.q, o.out, o.lse, o.cu_seqlens_q, o.context_lens, o.table,
-        address(workspace.counters), o.num_seqs, o.num_kv_heads, section_of(o, config), o.group, o.q_stride, o.out_stride,
-        o.table_stride, o.c,
+        address(workspace.counters), o.num_seqs, o.num_kv_heads, section_of(o, config), o.group, o.q_stride,
+        o.out_stride, o.table_stride, o.c,
     )  # fmt: skip
     return kernel.prepare(min(items, num_sms()), arguments), maps
 

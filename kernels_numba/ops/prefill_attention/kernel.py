@@ -83,8 +83,9 @@ def make_prefill_kernel(
     [num_blocks num_kv_heads 64, D], of rows [total keys, num_kv_heads D]; q and out T[tokens, num_q_heads,
     D]; lse f32[tokens, num_q_heads] (with_lse); cu_seqlens_q i32[num_seqs + 1]; context_lens i32[num_seqs];
     block_table i32[num_seqs, ..], or with rows cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0
-    again at the end. Then num_seqs, num_kv_heads, section (producers.py), group, bytes from one token to the next of q and of out,
-    entries from one row to the next of block_table; c (attention_contract.py).
+    again at the end. Then num_seqs, num_kv_heads, how many of these are worked on at a time, group, bytes
+    from one token to the next of q and of out, entries from one row to the next of block_table; c
+    (attention_contract.py).
     Who does what: warpgroups 0 to consumers - 1: 64 rows of a tile each; then a warpgroup of producers
     (producers.py): warp 0 keys and values, warp 1 which item comes next (schedule.py), warps 2 and 3 the
     queries of a consumer each. A row is (token, head of the group), token first: a tile is full where tokens

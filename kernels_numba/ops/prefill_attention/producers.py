@@ -77,8 +77,8 @@ def make_records(config: PrefillConfig, build: Build) -> tuple[Any, Any]:
 def make_producers(config: PrefillConfig, window: int | None, build: Build) -> tuple[Any, Any, Any]:
     """(schedule, load_queries, load_keys), each for one whole warp, until there are no more items.
 
-    schedule(smem, cu, lens, counters, num_seqs, heads, section, group, lane) takes items and posts them: i32[8] of
-    sequence (-1: no more), head, first row, rows of the sequence, its first token, the position of that.
+    schedule(smem, cu, lens, counters, num_seqs, heads, section, group, lane) takes items and posts them:
+    i32[8] of sequence (-1: no more), head, first row, rows of the sequence, its first token, the position of that.
     load_queries(smem, q, group, q_stride, loader, lane): of each consumer's rows this loader's half, zeros
     past the sequence's last.
     load_keys(smem, maps, table, heads, group, table_stride, lane): K, then V of each tile of keys that a row
@@ -291,7 +291,7 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
                             to = int32(smem + v_at + v_stage * tile_bytes)
                             full = int32(smem + v_full + 8 * v_stage)
                             load_parts(to, full, int64(maps + 128), v_x, v_first, v_second, v_begin, v_end)
-                    # Values follow a tile later: the stage that they wait for is free later than that of keys.
+                    # Values follow a tile later: their stage is free later than that of keys.
                     some, v_stage, v_phase = True, stage, phase
                     v_x, v_first, v_second, v_begin, v_end = x, y_first, y_second, begin, end
                     stage = int32(stage + 1)

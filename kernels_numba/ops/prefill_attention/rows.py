@@ -134,9 +134,9 @@ def make_rescale(head_dim: int) -> Any:
 def make_state(head_dim: int) -> tuple[Any, Any, Any, Any, Any]:
     """(sums, end_split, fold_rows, fold_into, keep): what the end of a split does to a thread's rows.
 
-    sums(places) -> l of a row, from the lane's four places. end_split(m_low, m_high, sum_low, sum_high, rows):
-    a split's m and l to shared memory, from address `rows` on, the same 16 bytes for a quad. fold_rows(rows,
-    splits) -> (m_low, m_high, sum_low, sum_high, a_low, a_high, b_low, b_high): m and l of what was kept of
+    sums(places) -> l of a row, from the lane's four places. end_split(m_low, m_high, sum_low, sum_high,
+    rows): a split's m and l to shared memory, from address `rows` on, the same 16 bytes for a quad.
+    fold_rows(rows, splits) -> (m_low, m_high, sum_low, sum_high, a_low, a_high, b_low, b_high): m and l of what was kept of
     `splits` splits folded with the one that ended, kept and returned, and the factors of o of either side
     (of no splits 0 and 1). fold_into(o, state, a_low, a_high): o[head_dim / 2], already times b, gets what
     was kept times a, from address `state` on, this thread's alone; keep(o, state) puts it there. What is kept

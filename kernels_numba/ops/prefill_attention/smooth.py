@@ -84,8 +84,9 @@ def make_prefill_kernel(
     [num_blocks num_kv_heads 64, D], of rows [total keys, num_kv_heads D]; q and out T[tokens, num_q_heads,
     D]; lse f32[tokens, num_q_heads] (with_lse); cu_seqlens_q i32[num_seqs + 1]; context_lens i32[num_seqs];
     block_table i32[num_seqs, ..], or with rows cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0
-    again at the end. Then num_seqs, num_kv_heads, section (producers.py), group, bytes from one token to the next of q and of out,
-    entries from one row to the next of block_table; c (attention_contract.py).
+    again at the end. Then num_seqs, num_kv_heads, how many of these are worked on at a time, group, bytes
+    from one token to the next of q and of out, entries from one row to the next of block_table; c
+    (attention_contract.py).
     Who does what: warpgroups 0 to consumers - 1: 64 rows of a tile each; then a warpgroup of producers
     (producers.py): warp 0 keys and values, warp 1 which item comes next (schedule.py), warps 2 and 3 the
     queries of a consumer each. A row is (token, head of the group), token first: a tile is full where tokens
@@ -121,16 +122,9 @@ def make_prefill_kernel(
     turn_threads, row_bytes = 2 * WARPGROUP, head_dim * 2
     turns, short_turns = config.turns, config.short_turns
     has_window, width = window is not None, window or 0
-    late = config.late
     in_registers, query_words = config.queries == "registers", head_dim // 4
     multiply_k = make_wgmma_panels(TILE, head_dim, dtype, config.queries, q_panel, PANEL_BYTES)
     multiply_v = make_wgmma(head_dim, TILE // 16, dtype, a="registers", b_major="mn")
-    narrow_v = [
-        make_wgmma(head_dim, keys // 16, dtype, a="registers", b_major="mn")
-        for keys in range(GROUP_KEYS, TILE, GROUP_KEYS)
-    ]
-    v_1, v_2, v_3 = narrow_v
-    narrow = config.narrow
     descriptor_v = make_descriptor_mn_major(PANEL_BYTES)
     scores_ready, scores_alone = make_wgmma_wait(TILE, 1), make_wgmma_wait(TILE, 0)
     output_ready = make_wgmma_wait(head_dim, 0)
@@ -260,8 +254,8 @@ def make_prefill_kernel(
         warp: Any, lane: Any, rows: Any, ended: Any, splits: Any, f_low: Any, f_high: Any, head: Any,
         token0: Any, my_first: Any, my_last: Any,
     ) -> Any:  # fmt: skip
-        """o before the next P V: times f; or after a split (ended 1) folded into what is kept, and 0; or after
-        an item (2) written, and 0 -> the splits that are kept."""
+        """o before the next P V: times f; or after a split (ended 1) folded into what is kept, and 0; or
+        after an item (2) written, and 0 -> the splits that are kept."""
         state = int32(my_state + lane * 16)
         a_low, a_high, m_low, m_high, l_low, l_high = zero, zero, zero, zero, zero, zero
         if ended > 0:
