@@ -78,7 +78,7 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
     """(schedule, load_queries, load_keys), each for one whole warp, until there are no more items.
 
     schedule(smem, cu, lens, counters, num_seqs, heads, section, group, lane) takes items and posts them:
-    i32[8] of sequence (-1: no more), head, first row, rows of the sequence, its first token, the position of that.
+    i32[8] of sequence (-1: no more), head, first row, rows of the sequence, its first token, its position.
     load_queries(smem, q, group, q_stride, loader, lane): of each consumer's rows this loader's half, zeros
     past the sequence's last.
     load_keys(smem, maps, table, heads, group, table_stride, lane): K, then V of each tile of keys that a row

@@ -136,10 +136,11 @@ def make_state(head_dim: int) -> tuple[Any, Any, Any, Any, Any]:
 
     sums(places) -> l of a row, from the lane's four places. end_split(m_low, m_high, sum_low, sum_high,
     rows): a split's m and l to shared memory, from address `rows` on, the same 16 bytes for a quad.
-    fold_rows(rows, splits) -> (m_low, m_high, sum_low, sum_high, a_low, a_high, b_low, b_high): m and l of what was kept of
-    `splits` splits folded with the one that ended, kept and returned, and the factors of o of either side
-    (of no splits 0 and 1). fold_into(o, state, a_low, a_high): o[head_dim / 2], already times b, gets what
-    was kept times a, from address `state` on, this thread's alone; keep(o, state) puts it there. What is kept
+    fold_rows(rows, splits) -> (m_low, m_high, sum_low, sum_high, a_low, a_high, b_low, b_high): m and l of
+    what was kept of `splits` splits folded with the one that ended, kept and returned, and the factors of o
+    of either side (of no splits 0 and 1). fold_into(o, state, a_low, a_high): o[head_dim / 2], already times
+    b, gets what was kept times a, from address `state` on, this thread's alone; keep(o, state) puts it there.
+    What is kept
     in shared memory is held by no register while the next tile's weights are made.
     """
     vectors, folded, fold_factors, quad = head_dim // 8, make_folded(), make_fold_factors(), make_quad()
