@@ -268,6 +268,7 @@ def run(
                     for row, measured in zip(rows, (outcome.measured, outcome.sustained), strict=False):
                         other = measured.get(contest.BASELINE)
                         note = targets.note(item.op, item.params, measured[rung].us, read_gbs)
+                        note += "".join(f", {what} {n:.1f} s" for what, n in outcome.seconds.items() if n > 1)
                         write(describe(row, measured[rung], other, outcome.l2, options.rounds, note))
                     if rows:
                         file.add(rows)
