@@ -116,26 +116,6 @@ def test_packed_rows_of_keys_give_the_same_bits():
     assert same_bits(run_in_numpy(batch, PrefillConfig(128, "rows")), by_contract(batch))
 
 
-WAYS = [{"late": True}, {"narrow": True}, {"queries": "registers"}]
-
-
-@pytest.mark.parametrize("which", range(len(BATCHES)))
-def test_no_choice_shows_in_a_bit(which):
-    queries, lens, heads, group, head_dim, window = BATCHES[which]
-    rng = np.random.default_rng(which)
-    batch = make_batch(rng, queries, lens, heads, group, head_dim, window=window, spread=2, margin=1)
-    want = by_contract(batch)
-    both = {"sections": True, "ahead": True}
-    for way in [both, {"smooth": True, **both}, {"smooth": True, "queries": "registers", **both}]:
-        for grid in (1, 3):
-            assert same_bits(run_in_numpy(batch, PrefillConfig(head_dim, **way), grid=grid), want), (
-                way,
-                grid,
-            )
-    for way in [*WAYS, {"late": True, "narrow": True, "queries": "registers"}]:
-        assert same_bits(run_in_numpy(batch, PrefillConfig(head_dim, **way), grid=2), want), way
-
-
 def test_other_splits_are_attention_with_other_bits():
     """What is measured to see what the folds cost."""
     batch = make_batch(np.random.default_rng(5), [60], [2100], 1, 2, 64, spread=2)

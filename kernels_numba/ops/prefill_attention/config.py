@@ -59,12 +59,6 @@ class PrefillConfig:
     early: int | None = None
     consumers: int = 0
     short_turns: bool = False
-    queries: Literal["shared", "registers"] = "shared"
-    late: bool = False
-    narrow: bool = False
-    smooth: bool = False
-    sections: bool = False
-    ahead: bool = False
 
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS or self.source not in ("pages", "rows"):

@@ -30,7 +30,6 @@ from kernels_numba.ops.prefill_attention.config import (
 )
 from kernels_numba.ops.prefill_attention.door import Operands, Workspace, operands, require_capability
 from kernels_numba.ops.prefill_attention.kernel import SIGNATURE, make_prefill_kernel
-from kernels_numba.ops.prefill_attention.smooth import make_prefill_kernel as make_smooth
 from kernels_numba.ptx.tma import encode_tensor_map
 
 ARCHS = ("sm_90a",)
@@ -50,17 +49,14 @@ def prefill_kernel(
     words += [f"early{config.early}"] if config.early != EARLY[config.head_dim] else []
     words += ["short_turns"] if config.short_turns else []
     words += [f"consumers{config.consumers}"] if config.consumers != CONSUMERS[config.head_dim] else []
-    words += ["q_registers"] if config.queries == "registers" else []
-    words += [name for name in ("late", "narrow", "smooth", "ahead") if getattr(config, name)]
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
     words += [f"split{build.split}"] if build.split != SPLIT else []
     words += [build.mutant] if build.mutant else []
-    make = make_smooth if config.smooth else make_prefill_kernel
     return Kernel(
         "_".join(words),
-        lambda: make(config, dtype, window, with_lse, build),
+        lambda: make_prefill_kernel(config, dtype, window, with_lse, build),
         (config, dtype, window, with_lse, build),
         SIGNATURE, config.threads, smem_plan(config).bytes, pdl=build.pdl, archs=ARCHS,
     )  # fmt: skip
@@ -84,16 +80,6 @@ def own_workspace() -> Workspace:
     return Workspace.of()
 
 
-def section_of(o: Operands, config: PrefillConfig) -> int:
-    """How many kv heads are worked on at a time: as few as give each multiprocessor three items, so that
-    keys and values, which are read again and again, stay in L2, and yet the last items are short ones."""
-    if not config.sections:
-        return o.num_kv_heads
-    items = o.tokens * o.group // config.tile_rows
-    fit = (n for n in range(1, o.num_kv_heads) if o.num_kv_heads % n == 0 and items * n >= 3 * num_sms())
-    return next(fit, o.num_kv_heads)
-
-
 @lru_cache(maxsize=4096)
 def prepared(
     o: Operands, workspace: Workspace, source: Source = "pages", window: int | None = None,
@@ -113,8 +99,8 @@ def prepared(
     items = o.num_kv_heads * (o.tokens * o.group // config.tile_rows + o.num_seqs)
     arguments = (
         address(maps), o.q, o.out, o.lse, o.cu_seqlens_q, o.context_lens, o.table,
-        address(workspace.counters), o.num_seqs, o.num_kv_heads, section_of(o, config), o.group, o.q_stride,
-        o.out_stride, o.table_stride, o.c,
+        address(workspace.counters), o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride,
+        o.table_stride, o.c,
     )  # fmt: skip
     return kernel.prepare(min(items, num_sms()), arguments), maps
 

@@ -54,14 +54,12 @@ def in_numpy(
     maps = {MAPS: (matrices[0], box), MAPS + 128: (matrices[1], box)}
     arguments = (
         MAPS, memory.put(q2), memory.put(out2), lse_at, memory.put(cu_seqlens_q), memory.put(context_lens),
-        memory.put(table), memory.put(counters), len(context_lens), num_kv_heads,
-        1 if config.sections else num_kv_heads, num_q_heads // num_kv_heads,
+        memory.put(table), memory.put(counters), len(context_lens), num_kv_heads, num_q_heads // num_kv_heads,
         q2.strides[0], out2.strides[0], table.strides[0] // 4, exponent_scale(softmax_scale),
     )  # fmt: skip
     specialised = (config, "bfloat16", window, lse is not None, build)
-    modules = MODULES if not config.smooth else (*MODULES[:-1], f"{PACKAGE}.smooth")
     simt_warps.run(
-        modules, "make_prefill_kernel", specialised, arguments, grid, config.threads, smem_plan(config).bytes,
+        MODULES, "make_prefill_kernel", specialised, arguments, grid, config.threads, smem_plan(config).bytes,
         memory, maps, seed, change, GroupWarp,
     )  # fmt: skip
     return counters

@@ -58,7 +58,6 @@ from kernels_numba.ptx.control import (
 )
 from kernels_numba.ptx.debug import make_mbarrier_wait, make_stress
 from kernels_numba.ptx.fences import fence_proxy_async
-from kernels_numba.ptx.matrix import ldmatrix_x4
 from kernels_numba.ptx.mbarrier import fence_mbarrier_init, mbarrier_arrive, mbarrier_init
 from kernels_numba.ptx.named_barrier import named_barrier_arrive, named_barrier_sync
 from kernels_numba.ptx.predicated import st_global_f32_if, st_shared_zero_16_if
@@ -67,7 +66,7 @@ from kernels_numba.ptx.vector import ld_shared_v4
 from kernels_numba.ptx.wgmma import descriptor_k_major, make_descriptor_mn_major, make_wgmma, make_wgmma_wait
 from kernels_numba.ptx.wgmma_panels import make_hold, make_wgmma_panels
 
-SIGNATURE = f"void({', '.join(['int64'] * 8 + ['int32'] * 7 + ['float32'])})"
+SIGNATURE = f"void({', '.join(['int64'] * 8 + ['int32'] * 6 + ['float32'])})"
 TILE_SHIFT = TILE.bit_length() - 1
 GROUPS = TILE // GROUP_KEYS
 TURN, OWN = 1, 5  # named barriers: from here on, one a consumer
@@ -83,9 +82,8 @@ def make_prefill_kernel(
     [num_blocks num_kv_heads 64, D], of rows [total keys, num_kv_heads D]; q and out T[tokens, num_q_heads,
     D]; lse f32[tokens, num_q_heads] (with_lse); cu_seqlens_q i32[num_seqs + 1]; context_lens i32[num_seqs];
     block_table i32[num_seqs, ..], or with rows cu_seqlens_k i32[num_seqs + 1]; counters i32[2], both 0, and 0
-    again at the end. Then num_seqs, num_kv_heads, how many of these are worked on at a time, group, bytes
-    from one token to the next of q and of out, entries from one row to the next of block_table; c
-    (attention_contract.py).
+    again at the end. Then num_seqs, num_kv_heads, group, bytes from one token to the next of q and of out,
+    entries from one row to the next of block_table; c (attention_contract.py).
     Who does what: warpgroups 0 to consumers - 1: 64 rows of a tile each; then a warpgroup of producers
     (producers.py): warp 0 keys and values, warp 1 which item comes next (schedule.py), warps 2 and 3 the
     queries of a consumer each. A row is (token, head of the group), token first: a tile is full where tokens
@@ -121,16 +119,8 @@ def make_prefill_kernel(
     turn_threads, row_bytes = 2 * WARPGROUP, head_dim * 2
     turns, short_turns = config.turns, config.short_turns
     has_window, width = window is not None, window or 0
-    late = config.late
-    in_registers, query_words = config.queries == "registers", head_dim // 4
-    multiply_k = make_wgmma_panels(TILE, head_dim, dtype, config.queries, q_panel, PANEL_BYTES)
+    multiply_k = make_wgmma_panels(TILE, head_dim, dtype, "shared", q_panel, PANEL_BYTES)
     multiply_v = make_wgmma(head_dim, TILE // 16, dtype, a="registers", b_major="mn")
-    narrow_v = [
-        make_wgmma(head_dim, keys // 16, dtype, a="registers", b_major="mn")
-        for keys in range(GROUP_KEYS, TILE, GROUP_KEYS)
-    ]
-    v_1, v_2, v_3 = narrow_v
-    narrow = config.narrow
     descriptor_v = make_descriptor_mn_major(PANEL_BYTES)
     scores_ready, scores_alone = make_wgmma_wait(TILE, 1), make_wgmma_wait(TILE, 0)
     output_ready = make_wgmma_wait(head_dim, 0)
@@ -138,7 +128,7 @@ def make_prefill_kernel(
     largest, weigh, hide = make_weigh(window, int(build.mutant == "mask"))
     pack_weights, rescale = make_pack(dtype), make_rescale(head_dim)
     stage_out = make_stage(head_dim, dtype)
-    sums, end_split, fold_rows, fold_into, keep = make_state(head_dim)
+    sums, keep, end_split, fold_into = make_state(head_dim)
     wait_full, (take, after) = make_mbarrier_wait("full", build.debug), make_records(config, build)
     inverse, quotient = make_quotient()
     schedule, load_queries, load_keys = make_producers(config, window, build)
@@ -214,38 +204,6 @@ def make_prefill_kernel(
         wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
         hand_back(int32(smem + v_empty + 8 * v_stage), lane)
 
-    @jit(device=True, forceinline=True)
-    def add_values(o: Any, p: Any, values: Any, groups: Any) -> None:
-        """P V of the first groups of 32 keys of a tile, queued."""
-        if not narrow or groups == GROUPS:
-            multiply_v(o, p, values, 1)
-        elif groups == 3:
-            v_3(o, p, values, 1)
-        elif groups == 2:
-            v_2(o, p, values, 1)
-        else:
-            v_1(o, p, values, 1)
-
-    @jit(device=True, forceinline=True)
-    def settle(
-        o: Any, state: Any, rows: Any, ended: Any, splits: Any, f_low: Any, f_high: Any
-    ) -> Any:  # fmt: skip
-        """o before the next P V: times f, or after a split folded into what is kept, and 0 -> the splits that
-        are kept."""
-        a_low, a_high = zero, zero
-        if ended:
-            _, _, _, _, a_low, a_high, f_low, f_high = fold_rows(rows, splits)
-        if ballot(int32(int32(f_low != one) | int32(f_high != one))) != 0:
-            rescale(o, f_low, f_high)  # times 1 changes nothing
-        if ended:
-            if folds and splits > 0:
-                fold_into(o, state, a_low, a_high)
-            keep(o, state)
-            splits = int32(splits + 1)
-            for k in range(outputs):
-                o[k] = zero
-        return splits
-
     @jit(device=True)
     def consume(
         smem: Any, out: Any, lse: Any, heads: Any, group: Any, out_stride: Any, c: Any, thread: Any,
@@ -262,13 +220,7 @@ def make_prefill_kernel(
         words = cuda.local.array(4, np.int32)
         for k in range(scores):
             s[k] = zero
-        my_queries = int32(smem + q_at + consumer * (ROWS * 128))
-        if in_registers:
-            queries = cuda.local.array(query_words, np.int32)
-            four = cuda.local.array(4, np.int32)
-            q_row = int32((warp & 3) * WARP_ROWS + (lane & 15))
-        else:
-            queries = descriptor_k_major(my_queries)
+        queries = descriptor_k_major(int32(smem + q_at + consumer * (ROWS * 128)))
         my_state = int32(smem + state_at + warp * (state_bytes // 4))  # of this warp alone
         mine = int32(my_state + lane * 16)
         my_rows = int32(smem + rows_at + warp * ROW_STATE_BYTES + r * 16)
@@ -301,7 +253,6 @@ def make_prefill_kernel(
                 my_tile, my_end = first_tile(my_least), tiles_of(my_most)
                 if my_first > last or my_tile >= my_end:
                     my_tile, my_end = tile, tile
-                last_groups = int32((my_most - (my_end - 1) * TILE + (GROUP_KEYS - 1)) >> 5)
                 m_low, m_high = lowest, lowest
                 splits = int32(0)  # folded so far
                 for k in range(outputs):
@@ -310,18 +261,6 @@ def make_prefill_kernel(
                     l_low[k] = zero
                     l_high[k] = zero
                 wait_full(int32(smem + q_full + 8 * consumer), q_phase)
-                if in_registers:
-                    loaded = int32(0)
-                    for step in range(head_dim // 16):
-                        unit_of = int32((2 * step & 7) + (lane >> 4))
-                        at = int32(my_queries + (step >> 2) * q_panel + q_row * 128)
-                        ldmatrix_x4(four, int32(at + ((unit_of ^ (q_row & 7)) << 4)))
-                        for k in range(4):
-                            queries[4 * step + k] = four[k]
-                            loaded = int32(loaded | four[k])
-                    # An arrival does not wait for loads under way; group >> 16 is 0 (make_records).
-                    hand_back(int32(smem + q_empty + 8 * consumer + (loaded & (group >> 16))), lane)
-                    q_phase = int32(q_phase ^ 1)
                 # Tiles before the window of this warpgroup's rows.
                 while has_window and tile < my_tile:
                     pass_by(smem, stage, phase, v_stage, v_phase, consumer, lane)
@@ -343,7 +282,7 @@ def make_prefill_kernel(
                     m_low, m_high, n_low, n_high, f_low, f_high = largest(s, m_low, m_high, c)
                     weigh(s, 0, GROUPS, l_low, l_high, c, n_low, n_high, f_low, f_high)
                     pack_weights(s, p)
-                    tile, ended = int32(tile + 1), False
+                    tile = int32(tile + 1)
                     while tile < my_end:
                         # S of this tile, then P V of the one before it, whose weights p holds.
                         wait_full(int32(smem + k_full + 8 * stage), phase)
@@ -352,8 +291,6 @@ def make_prefill_kernel(
                         multiply_k(s, queries, descriptor_k_major(int32(smem + k_at + stage * tile_bytes)), 0)
                         if short_turns:
                             pass_turn(consumer)
-                        if late:
-                            splits = settle(o, mine, my_rows, ended, splits, f_low, f_high)
                         wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
                         values = int32(smem + v_at + v_stage * tile_bytes)
                         if has_window and cleaned:
@@ -387,18 +324,22 @@ def make_prefill_kernel(
                         for g in range(early_groups):
                             unmade = int32(unmade | int32(l_low[g] < zero) | int32(l_high[g] < zero))
                         hold(s)
-                        wait_full(int32(smem + v_full + 8 * v_stage), int32(v_phase ^ unmade))
+                        wait_full(int32(smem + q_full + 8 * consumer), int32(q_phase ^ unmade))
                         output_ready(o)
                         if not early and handed_back:
                             hand_back(int32(smem + v_empty + 8 * v_stage), lane)
                         v_stage, v_phase = following(v_stage, v_phase)
                         weigh(s, early_groups, GROUPS, l_low, l_high, c, n_low, n_high, f_low, f_high)
                         pack_weights(s, p)
-                        if not late:
-                            splits = settle(o, mine, my_rows, ended, splits, f_low, f_high)
+                        if ended:
+                            fold_into(o, mine, my_rows, splits, folds)
+                            keep(o, mine)
+                            splits = int32(splits + 1)
+                            for k in range(outputs):
+                                o[k] = zero
+                        elif ballot(int32(int32(f_low != one) | int32(f_high != one))) != 0:
+                            rescale(o, f_low, f_high)  # times 1 changes nothing
                         tile = int32(tile + 1)
-                    if late:
-                        splits = settle(o, mine, my_rows, ended, splits, f_low, f_high)
                     wait_full(int32(smem + v_full + 8 * v_stage), v_phase)
                     values = int32(smem + v_at + v_stage * tile_bytes)
                     seen_from, seen_to = int32(0), int32(most - (tile - 1) * TILE)
@@ -406,13 +347,13 @@ def make_prefill_kernel(
                         seen_from = int32(least - width - (tile - 1) * TILE)
                     if cleaned and (seen_to < TILE or seen_from > 0):
                         clean(values, seen_from, seen_to, consumer, member)
-                    add_values(o, p, descriptor_v(values), last_groups)
+                    multiply_v(o, p, descriptor_v(values), 1)
                     output_ready(o)
                     hand_back(int32(smem + v_empty + 8 * v_stage), lane)
                     v_stage, v_phase = following(v_stage, v_phase)
-                if not in_registers:  # no product of this warpgroup reads the queries any more
-                    hand_back(int32(smem + q_empty + 8 * consumer), lane)
-                    q_phase = int32(q_phase ^ 1)
+                # No product of this warpgroup reads the queries any more.
+                hand_back(int32(smem + q_empty + 8 * consumer), lane)
+                q_phase = int32(q_phase ^ 1)
                 # Tiles that other warpgroups' rows see.
                 while tile < tile_end:
                     pass_by(smem, stage, phase, v_stage, v_phase, consumer, lane)
@@ -422,12 +363,7 @@ def make_prefill_kernel(
                 last_low, last_high = sums(l_low), sums(l_high)
                 if splits > 0:
                     end_split(m_low, m_high, last_low, last_high, my_rows)
-                    m_low, m_high, last_low, last_high, a_low, a_high, b_low, b_high = fold_rows(
-                        my_rows, splits
-                    )
-                    rescale(o, b_low, b_high)
-                    if folds:
-                        fold_into(o, mine, a_low, a_high)
+                    m_low, m_high, last_low, last_high = fold_into(o, mine, my_rows, splits, folds)
                 low_inverse = select_f32(int32(last_low > zero), divide_f32(one, last_low), zero)
                 high_inverse = select_f32(int32(last_high > zero), divide_f32(one, last_high), zero)
                 # Through this warp's shared memory, so that rows leave 16 bytes a lane.
@@ -466,7 +402,7 @@ def make_prefill_kernel(
 
     def prefill_kernel(
         maps: Any, q: Any, out: Any, lse: Any, cu: Any, lens: Any, table: Any, counters: Any, num_seqs: Any,
-        heads: Any, section: Any, group: Any, q_stride: Any, out_stride: Any, table_stride: Any, c: Any,
+        heads: Any, group: Any, q_stride: Any, out_stride: Any, table_stride: Any, c: Any,
     ) -> None:  # fmt: skip
         if pdl:
             griddep_launch()
@@ -495,7 +431,7 @@ def make_prefill_kernel(
             if role == 0:
                 load_keys(smem, maps, table, heads, group, table_stride, lane)
             elif role == 1:
-                schedule(smem, cu, lens, counters, num_seqs, heads, section, group, lane)
+                schedule(smem, cu, lens, counters, num_seqs, heads, group, lane)
             else:
                 load_queries(smem, q, group, q_stride, int32(role - 2), lane)
         else:

@@ -77,8 +77,8 @@ def make_records(config: PrefillConfig, build: Build) -> tuple[Any, Any]:
 def make_producers(config: PrefillConfig, window: int | None, build: Build) -> tuple[Any, Any, Any]:
     """(schedule, load_queries, load_keys), each for one whole warp, until there are no more items.
 
-    schedule(smem, cu, lens, counters, num_seqs, heads, section, group, lane) takes items and posts them:
-    i32[8] of sequence (-1: no more), head, first row, rows of the sequence, its first token, its position.
+    schedule(smem, cu, lens, counters, num_seqs, heads, group, lane) takes items and posts them: i32[8] of
+    sequence (-1: no more), head, first row, rows of the sequence, its first token, the position of that.
     load_queries(smem, q, group, q_stride, loader, lane): of each consumer's rows this loader's half, zeros
     past the sequence's last.
     load_keys(smem, maps, table, heads, group, table_stride, lane): K, then V of each tile of keys that a row
@@ -100,7 +100,6 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
     units, row_bytes, q_panel = head_dim // 8, head_dim * 2, tile_rows * 128
     unit_shift, lines = units.bit_length() - 1, WARP // units  # rows that a warp copies at once
     share = ROWS // LOADERS
-    ahead = config.ahead
     by_page, pdl, page_off = config.source == "pages", build.pdl, int(build.mutant == "page")
     has_window, width = window is not None, window or 0
     locate, span, (inverse, quotient) = make_schedule(tile_rows), make_span(), make_quotient()
@@ -111,10 +110,9 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
 
     @jit(device=True)
     def schedule(
-        smem: Any, cu: Any, lens: Any, counters: Any, num_seqs: Any, heads: Any, section: Any, group: Any,
-        lane: Any,
+        smem: Any, cu: Any, lens: Any, counters: Any, num_seqs: Any, heads: Any, group: Any, lane: Any
     ) -> None:  # fmt: skip
-        target, heads_from = int32(cuda.blockIdx.x), int32(0)
+        target = int32(cuda.blockIdx.x)
         begin, end = span(cu, num_seqs, lane)
         level, chunk, before, lower = int32(TOP), begin, int32(0), int32(-1)
         slot, phase = int32(0), int32(0)
@@ -122,12 +120,8 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
         working = True
         while working:
             found, seq, head, row0, rows, token0, start, level, chunk, before, lower = locate(
-                cu, lens, begin, end, section, group, lane, target, level, chunk, before, lower
+                cu, lens, begin, end, heads, group, lane, target, level, chunk, before, lower
             )
-            if found == 0 and heads_from + section < heads:
-                heads_from = int32(heads_from + section)
-                level, chunk, lower = int32(TOP), begin, int32(-1)
-                continue
             if pdl and not waited:
                 griddep_wait()  # a launch before this one may still count
             waited = True
@@ -137,7 +131,7 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
             if lane == 0:
                 to = int32(smem + record_at + 32 * slot)
                 st_shared_b32(to, select_i32(found, seq, -1))
-                st_shared_b32(int32(to + 4), int32(heads_from + head))
+                st_shared_b32(int32(to + 4), head)
                 st_shared_b32(int32(to + 8), row0)
                 st_shared_b32(int32(to + 12), rows)
                 st_shared_b32(int32(to + 16), token0)
@@ -224,8 +218,6 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
         smem: Any, maps: Any, table: Any, heads: Any, group: Any, table_stride: Any, lane: Any
     ) -> None:  # fmt: skip
         slot, slot_phase, stage, phase = int32(0), int32(0), int32(0), int32(0)
-        v_x, v_first, v_second, v_begin, v_end = int32(0), int32(0), int32(0), int32(0), int32(0)
-        some, v_stage, v_phase = False, int32(0), int32(0)
         factor = inverse(group)
         if pdl:
             griddep_wait()
@@ -279,30 +271,14 @@ def make_producers(config: PrefillConfig, window: int | None, build: Build) -> t
                         to = int32(smem + k_at + stage * tile_bytes)
                         full = int32(smem + k_full + 8 * stage)
                         load_parts(to, full, maps, x, y_first, y_second, begin, end)
-                    if not ahead:
-                        wait_empty(int32(smem + v_empty + 8 * stage), int32(phase ^ 1))
-                        if lane == 0:
-                            to = int32(smem + v_at + stage * tile_bytes)
-                            full = int32(smem + v_full + 8 * stage)
-                            load_parts(to, full, int64(maps + 128), x, y_first, y_second, begin, end)
-                    elif some:
-                        wait_empty(int32(smem + v_empty + 8 * v_stage), int32(v_phase ^ 1))
-                        if lane == 0:
-                            to = int32(smem + v_at + v_stage * tile_bytes)
-                            full = int32(smem + v_full + 8 * v_stage)
-                            load_parts(to, full, int64(maps + 128), v_x, v_first, v_second, v_begin, v_end)
-                    # Values follow a tile later: their stage is free later than that of keys.
-                    some, v_stage, v_phase = True, stage, phase
-                    v_x, v_first, v_second, v_begin, v_end = x, y_first, y_second, begin, end
+                    wait_empty(int32(smem + v_empty + 8 * stage), int32(phase ^ 1))
+                    if lane == 0:
+                        to = int32(smem + v_at + stage * tile_bytes)
+                        full = int32(smem + v_full + 8 * stage)
+                        load_parts(to, full, int64(maps + 128), x, y_first, y_second, begin, end)
                     stage = int32(stage + 1)
                     if stage == stages:
                         stage, phase = int32(0), int32(phase ^ 1)
                     tile = int32(tile + 1)
-        if ahead and some:
-            wait_empty(int32(smem + v_empty + 8 * v_stage), int32(v_phase ^ 1))
-            if lane == 0:
-                to = int32(smem + v_at + v_stage * tile_bytes)
-                full = int32(smem + v_full + 8 * v_stage)
-                load_parts(to, full, int64(maps + 128), v_x, v_first, v_second, v_begin, v_end)
 
     return schedule, load_queries, load_keys

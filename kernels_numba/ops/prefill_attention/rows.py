@@ -131,65 +131,24 @@ def make_rescale(head_dim: int) -> Any:
 
 
 @cache
-def make_state(head_dim: int) -> tuple[Any, Any, Any, Any, Any]:
-    """(sums, end_split, fold_rows, fold_into, keep): what the end of a split does to a thread's rows.
+def make_state(head_dim: int) -> tuple[Any, Any, Any, Any]:
+    """(sums, keep, end_split, fold_into): what the end of a split does to a thread's rows.
 
-    sums(places) -> l of a row, from the lane's four places. end_split(m_low, m_high, sum_low, sum_high,
-    rows): a split's m and l to shared memory, from address `rows` on, the same 16 bytes for a quad.
-    fold_rows(rows, splits) -> (m_low, m_high, sum_low, sum_high, a_low, a_high, b_low, b_high): m and l of
-    what was kept of `splits` splits folded with the one that ended, kept and returned, and the factors of o
-    of either side (of no splits 0 and 1). fold_into(o, state, a_low, a_high): o[head_dim / 2], already times
-    b, gets what was kept times a, from address `state` on, this thread's alone; keep(o, state) puts it there.
-    What is kept
-    in shared memory is held by no register while the next tile's weights are made.
+    sums(places) -> l of a row, from the lane's four places. keep(o, state): o[head_dim / 2] to shared memory,
+    16 bytes at a time from address `state` on, for this thread alone. end_split(m_low, m_high, sum_low,
+    sum_high, rows): a split's m and l to shared memory, from address `rows` on, the same 16 bytes for a quad.
+    fold_into(o, state, rows, splits, folds) -> (m_low, m_high, sum_low, sum_high): o becomes what was kept of
+    `splits` splits folded with the one that ended, m and l too: kept beside it, and returned. What is kept in
+    shared memory is held by no register while the next tile's weights are made.
     """
     vectors, folded, fold_factors, quad = head_dim // 8, make_folded(), make_fold_factors(), make_quad()
     quad_sum = quad[1]
-    zero, one = np.float32(0), np.float32(1)
     int32 = cuda.types.int32
 
     @jit(device=True, forceinline=True)
     def sums(places: Any) -> Any:
         left = add_f32(quad_sum(places[0]), quad_sum(places[1]))
         return add_f32(left, add_f32(quad_sum(places[2]), quad_sum(places[3])))
-
-    @jit(device=True, forceinline=True)
-    def end_split(m_low: Any, m_high: Any, sum_low: Any, sum_high: Any, rows: Any) -> None:
-        four = cuda.local.array(4, np.float32)
-        four[0], four[1], four[2], four[3] = m_low, m_high, sum_low, sum_high
-        st_shared_v4(rows, four)
-        cuda.syncwarp()
-
-    @jit(device=True, forceinline=True)
-    def fold_rows(rows: Any, splits: Any) -> Any:
-        ended = cuda.local.array(4, np.float32)
-        four = cuda.local.array(4, np.float32)
-        ld_shared_v4(ended, rows)
-        m_low, m_high, sum_low, sum_high = ended[0], ended[1], ended[2], ended[3]
-        a_low, a_high, b_low, b_high = zero, zero, one, one
-        if splits > 0:
-            ld_shared_v4(four, int32(rows + ROW_STATE_BYTES // 2))
-            m_low, a_low, b_low = fold_factors(four[0], m_low)
-            m_high, a_high, b_high = fold_factors(four[1], m_high)
-            sum_low = folded(four[2], a_low, sum_low, b_low)
-            sum_high = folded(four[3], a_high, sum_high, b_high)
-            cuda.syncwarp()
-        four[0], four[1], four[2], four[3] = m_low, m_high, sum_low, sum_high
-        st_shared_v4(int32(rows + ROW_STATE_BYTES // 2), four)
-        cuda.syncwarp()
-        return m_low, m_high, sum_low, sum_high, a_low, a_high, b_low, b_high
-
-    @jit(device=True, forceinline=True)
-    def fold_into(o: Any, state: Any, a_low: Any, a_high: Any) -> None:
-        four = cuda.local.array(4, np.float32)
-        for k in range(vectors):
-            if k % 4 == 0:
-                cuda.syncwarp()  # keeps loads below: all at once would need 64 registers more
-            ld_shared_v4(four, int32(state + k * VECTOR_STRIDE))
-            o[4 * k] = fma_f32(four[0], a_low, o[4 * k])
-            o[4 * k + 1] = fma_f32(four[1], a_low, o[4 * k + 1])
-            o[4 * k + 2] = fma_f32(four[2], a_high, o[4 * k + 2])
-            o[4 * k + 3] = fma_f32(four[3], a_high, o[4 * k + 3])
 
     @jit(device=True, forceinline=True)
     def keep(o: Any, state: Any) -> None:
@@ -199,7 +158,39 @@ def make_state(head_dim: int) -> tuple[Any, Any, Any, Any, Any]:
                 four[j] = o[4 * k + j]
             st_shared_v4(int32(state + k * VECTOR_STRIDE), four)
 
-    return sums, end_split, fold_rows, fold_into, keep
+    @jit(device=True, forceinline=True)
+    def end_split(m_low: Any, m_high: Any, sum_low: Any, sum_high: Any, rows: Any) -> None:
+        four = cuda.local.array(4, np.float32)
+        four[0], four[1], four[2], four[3] = m_low, m_high, sum_low, sum_high
+        st_shared_v4(rows, four)
+        cuda.syncwarp()
+
+    @jit(device=True, forceinline=True)
+    def fold_into(o: Any, state: Any, rows: Any, splits: Any, folds: Any) -> Any:
+        ended = cuda.local.array(4, np.float32)
+        four = cuda.local.array(4, np.float32)
+        ld_shared_v4(ended, rows)
+        m_low, m_high, sum_low, sum_high = ended[0], ended[1], ended[2], ended[3]
+        if splits > 0:
+            ld_shared_v4(four, int32(rows + ROW_STATE_BYTES // 2))
+            m_low, a_low, b_low = fold_factors(four[0], m_low)
+            m_high, a_high, b_high = fold_factors(four[1], m_high)
+            sum_low = folded(four[2], a_low, sum_low, b_low)
+            sum_high = folded(four[3], a_high, sum_high, b_high)
+            if folds:
+                for k in range(vectors):
+                    ld_shared_v4(four, int32(state + k * VECTOR_STRIDE))
+                    o[4 * k] = folded(four[0], a_low, o[4 * k], b_low)
+                    o[4 * k + 1] = folded(four[1], a_low, o[4 * k + 1], b_low)
+                    o[4 * k + 2] = folded(four[2], a_high, o[4 * k + 2], b_high)
+                    o[4 * k + 3] = folded(four[3], a_high, o[4 * k + 3], b_high)
+            cuda.syncwarp()
+        four[0], four[1], four[2], four[3] = m_low, m_high, sum_low, sum_high
+        st_shared_v4(int32(rows + ROW_STATE_BYTES // 2), four)
+        cuda.syncwarp()
+        return m_low, m_high, sum_low, sum_high
+
+    return sums, keep, end_split, fold_into
 
 
 @cache
