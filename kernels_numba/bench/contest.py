@@ -43,7 +43,7 @@ Contender = Callable[..., Any]
 class Outcome:
     """measured, sustained: by contender, and BASELINE where there is one; refused: why a contender was not
     timed; baseline: its name, NO_TWIN, or None if none was asked for; l2: what the cache may have held;
-    seconds: that the workload took so far, by what it did."""
+    seconds: that the workload took so far, by what it did (checked: with the baseline bound for it)."""
 
     baseline: str | None
     l2: str
