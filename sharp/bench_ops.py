@@ -270,6 +270,7 @@ def run(
                         other = measured.get(contest.BASELINE)
                         us, moved = measured[rung].us, row["gbs"]
                         note = targets.note(item.op, item.params, us, read_gbs, copy_gbs, moved)
+                        note += "".join(f", {what} {n:.1f} s" for what, n in outcome.seconds.items() if n > 1)
                         write(describe(row, measured[rung], other, outcome.l2, options.rounds, note))
                     if rows:
                         file.add(rows)

@@ -205,6 +205,8 @@ def test_a_right_kernel_is_timed(op, case):
     """Data, launch, check and turns of every op, with the real plain kernel, in the simulator."""
     outcome = workload(op, case).compare({"plain": OPS[op].rungs["plain"]}, 5)
     assert outcome.refused == {}
+    assert {"made", "checked", "captured", "timed"} <= set(outcome.seconds)
+    assert all(seconds > 0 for seconds in outcome.seconds.values())
     assert outcome.baseline is None
     assert outcome.l2 == "warm L2"
     assert list(outcome.measured) == ["plain"]

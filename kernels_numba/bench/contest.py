@@ -10,7 +10,9 @@ checks and turns hang together. Refuses to know: what is measured, and how it is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,13 +42,15 @@ Contender = Callable[..., Any]
 @dataclass
 class Outcome:
     """measured, sustained: by contender, and BASELINE where there is one; refused: why a contender was not
-    timed; baseline: its name, NO_TWIN, or None if none was asked for; l2: what the cache may have held."""
+    timed; baseline: its name, NO_TWIN, or None if none was asked for; l2: what the cache may have held;
+    seconds: that the workload took so far, by what it did (checked: with the baseline bound for it)."""
 
     baseline: str | None
     l2: str
     measured: dict[str, Measurement] = field(default_factory=dict)
     sustained: dict[str, Measurement] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Workload:
@@ -63,16 +67,27 @@ class Workload:
             raise ValueError(f"no op {op!r} to measure; there are {', '.join(BENCH_OPS)}")
         lane = lane or device_lane()
         self.entry, self.params, self.torch = BENCH_OPS[op], params, torch
+        self.seconds: dict[str, float] = {}
         self.lane: Lane = lane
         self.cost = self.entry.cost(params)
         count = buffer_sets(self.cost.bytes, cold, lane.cold_bytes)
         self.l2 = l2_state(self.cost.bytes, count, lane.cold_bytes)
         shared: dict[str, Any] = {}
-        self.sets = [self.entry.make(Maker(i, shared), params) for i in range(count)]
+        with self._taking("made"):
+            self.sets = [self.entry.make(Maker(i, shared), params) for i in range(count)]
+            cuda.synchronize()  # the data came on another stream than the one that is timed
         self._arguments = [{**call.resolved(), **call.kwargs} for call in self.sets]
         self._baseline: tuple[str | None, Timed | None] | None = None
         self._excerpts: list[Any] | None = None
-        cuda.synchronize()  # the data came on another stream than the one that is timed
+
+    @contextmanager
+    def _taking(self, what: str) -> Iterator[None]:
+        """Count the seconds inside as `what`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
     def __enter__(self) -> Workload:
         return self
@@ -89,7 +104,8 @@ class Workload:
     def check(self, name: str, contender: Contender) -> float:
         """The error of one call on poisoned outputs, in tolerances. ArithmeticError over 1."""
         call, arguments = self.sets[-1], self._arguments[-1]
-        bound = self.torch.bind(call, self.params, copies=True) if self.torch else None
+        with self._taking("baseline bound"):
+            bound = self.torch.bind(call, self.params, copies=True) if self.torch else None
 
         def launch() -> None:
             cuda.synchronize()
@@ -154,16 +170,20 @@ class Workload:
         timed: dict[str, Timed] = {}
         for name, contender in contenders.items():
             try:
-                errors[name] = self.check(name, contender)
-                timed[name] = self._timed(contender)
+                with self._taking("checked"):
+                    errors[name] = self.check(name, contender)
+                with self._taking("captured"):
+                    timed[name] = self._timed(contender)
             except Exception as error:  # compilers, drivers and launchers have errors of their own
                 refused[name] = f"{type(error).__name__}: {error}"
-        outcome = Outcome(None, self.l2, refused=refused)
+        outcome = Outcome(None, self.l2, refused=refused, seconds=self.seconds)
         if timed:
-            outcome.baseline, baseline = self._baseline_timed()
+            with self._taking("baseline captured"):
+                outcome.baseline, baseline = self._baseline_timed()
             if baseline is not None:
                 timed = {BASELINE: baseline, **timed}
-            outcome.measured = race(timed, errors, rounds)
+            with self._taking("timed"):
+                outcome.measured = race(timed, errors, rounds)
             short = {
                 name: one
                 for name, one in timed.items()

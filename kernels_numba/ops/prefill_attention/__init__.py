@@ -219,7 +219,7 @@ def prefill_attention_mma_sync(
     softmax_scale: float, window: int | None = None, stream: Any = None, **how: Any,
 ) -> None:  # fmt: skip
     """Rung "mma_sync" (sm_80 and newer): mma.sync, pages by cp.async; see mma_sync.py, whose attend takes the
-    rest. On a GPU a few of its tests have run, no more."""
+    rest."""
     from kernels_numba.ops.prefill_attention.mma_sync import attend
 
     arrays = (out, q, k_cache, v_cache, cu_seqlens_q, context_lens, block_table)

@@ -1,7 +1,6 @@
 """Launches of the Hopper prefill kernel: rung "hopper", over pages, and its form for packed keys and values.
 
-Knows: specialisations, prepared launches,
-grids. Refuses to know: what the kernel does.
+Knows: specialisations, prepared launches, grids. Refuses to know: what the kernel does.
 """
 
 from __future__ import annotations
