@@ -52,7 +52,12 @@ def make_add_up(
     its (m, l, o), which the finishers fold. V rows that are not seen are zeroed in shared memory (0 x NaN is
     NaN).
     """
-    plan, head_dim, stages, chunk_bytes = smem_plan(config), config.head_dim, config.stages, config.chunk_bytes
+    plan, head_dim, stages, chunk_bytes = (
+        smem_plan(config),
+        config.head_dim,
+        config.stages,
+        config.chunk_bytes,
+    )
     chunk_at, weights_at, factor_at = plan.offset("chunk"), plan.offset("weights"), plan.offset("factor")
     sum_at, top_at, record_at = plan.offset("sum"), plan.offset("top"), plan.offset("record")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")

@@ -177,7 +177,9 @@ def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: i
                             for j in range(4):
                                 o[4 * k + j] = folded(o[4 * k + j], a, os[4 * (places * i + k) + j], b)
                             place, inside = place_of(at, k, words), int32(at + k * members < words)
-                            st_global_v4_if(inside, int64(partial + (index * vectors + place) * 16), unwritten)
+                            st_global_v4_if(
+                                inside, int64(partial + (index * vectors + place) * 16), unwritten
+                            )
                             to = int64(partial_ml + (index + (place >> vector_shift)) * 8)
                             first_lane = int32(inside & int32((place & (vectors - 1)) == 0))
                             st_global_b32_if(first_lane, to, UNWRITTEN)

@@ -60,7 +60,7 @@ def make_decode_kernel(
     of the block that was last to start one fold them (finisher.py), and write the zeros of sequences without
     keys.
     Shared memory: smem_plan(config). Chunks lie as the 128-byte swizzle puts them, 64 columns at a time.
-    Barriers: full[s] hands a loaded page to who reads it, empty[s] hands it back (one arrival a warp);
+    Barriers: full[s] hands a loaded page to who reads it, empty[s] hands it back;
     weighed[t] hands a tile's weights to the adders, added[t] back, summed[r] a split's sums; posted[r] hands
     an item to everybody, taken[r] back, stored[r] its stored result to the finishers.
     Pages in which nothing is seen, and table entries of such, are never read.
@@ -98,7 +98,7 @@ def make_decode_kernel(
         if thread == 0:
             for i in range(stages):
                 mbarrier_init(int32(smem + full_at + 8 * i), full_arrivals)
-                mbarrier_init(int32(smem + empty_at + 8 * i), SCORERS)
+                mbarrier_init(int32(smem + empty_at + 8 * i), ADDERS)
             for i in range(TURNS):
                 mbarrier_init(int32(smem + weighed_at + 8 * i), SCORERS)
                 mbarrier_init(int32(smem + added_at + 8 * i), ADDERS)

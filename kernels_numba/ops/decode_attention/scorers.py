@@ -15,7 +15,15 @@ import numpy as np
 from kernels_numba.attention_contract import TILE
 from kernels_numba.attention_tile import LOWEST, make_group_max, make_group_weights, make_negated, make_quad
 from kernels_numba.compiler import cuda, jit
-from kernels_numba.ops.decode_attention.config import ROWS, SCORERS, WARP, Build, DecodeConfig, smem_plan
+from kernels_numba.ops.decode_attention.config import (
+    ADDERS,
+    ROWS,
+    SCORERS,
+    WARP,
+    Build,
+    DecodeConfig,
+    smem_plan,
+)
 from kernels_numba.ops.decode_attention.feed import make_read_record, make_stage_of, make_wait
 from kernels_numba.ops.decode_attention.fold import make_row_of
 from kernels_numba.ops.decode_attention.products import QUERY_BOX, make_read_by, make_score
@@ -42,7 +50,12 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
     rows are asked for with 128 bytes a warp, and lie in shared memory as ldmatrix wants them: fragments asked
     for by the lanes that hold them would take 32 times as many of them, each over 8 rows.
     """
-    plan, head_dim, stages, chunk_bytes = smem_plan(config), config.head_dim, config.stages, config.chunk_bytes
+    plan, head_dim, stages, chunk_bytes = (
+        smem_plan(config),
+        config.head_dim,
+        config.stages,
+        config.chunk_bytes,
+    )
     chunk_at, query_at, weights_at = plan.offset("chunk"), plan.offset("query"), plan.offset("weights")
     factor_at, max_at, sum_at = plan.offset("factor"), plan.offset("max"), plan.offset("sum")
     top_at, record_at = plan.offset("top"), plan.offset("record")
@@ -88,9 +101,7 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
             st_shared_b32(int32(to + place), value)
 
     @jit(device=True)
-    def weigh(
-        smem: Any, q: Any, heads: Any, group: Any, q_stride: Any, c: Any, warp: Any, lane: Any
-    ) -> None:
+    def weigh(smem: Any, q: Any, heads: Any, group: Any, q_stride: Any, c: Any, warp: Any, lane: Any) -> None:
         r, i = int32(lane >> 2), int32(lane & 3)
         s = cuda.local.array(16, np.float32)
         p = cuda.local.array(8, np.int32)
@@ -127,12 +138,17 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
                     begin, end = pages_of(tile, length)
                     count = int32(end - begin)
                     edge = first_of(length) > tile * TILE or length - (tokens - 1) - tile * TILE < TILE
-                    loaded = int32(0)
                     if begin <= my_part and my_part < end:
                         mine, mine_phase = stage_of(stage, phase, int32(my_part - begin))
                         wait_full(int32(smem + full_at + 8 * mine), int32(mine_phase ^ wrong_phase))
                         pause(int32(3))
                         loaded = score(s, query, int32(first_keys + mine * chunk_bytes), lane)
+                        # Two warps read a page of keys, four one of values: each arrives twice here. On the
+                        # other page nobody may arrive who has not seen it come.
+                        cuda.syncwarp()
+                        if lane == 0:
+                            for _ in range(ADDERS // 2):
+                                mbarrier_arrive(read_by(int32(smem + empty_at + 8 * mine), loaded, nothing))
                         if edge:
                             key = int32(tile * TILE + warp * 32 + 2 * i)
                             low_first, high_first = first_of(low_length), first_of(high_length)
@@ -148,12 +164,6 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
                     else:
                         for j in range(16):
                             s[j] = lowest
-                    cuda.syncwarp()
-                    if lane == 0:
-                        for part in range(2):
-                            if part < count:
-                                freed, _ = stage_of(stage, phase, int32(part))
-                                mbarrier_arrive(read_by(int32(smem + empty_at + 8 * freed), loaded, nothing))
                     # Maxima have two places in turn: who writes the next ones has met all who read these.
                     top_low, top_high = group_max(s, 0)
                     top_low, top_high = quad_max(top_low), quad_max(top_high)
