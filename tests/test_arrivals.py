@@ -18,25 +18,27 @@ import pytest
 
 PART = r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?);?\s+/\* 0x[0-9a-f]{16} \*/"
 CHILD = """
-import sys, types
+import importlib.util, sys
 from pathlib import Path
 from kernels_numba.launch import compile_cubin
-from kernels_numba.ops.decode_attention import kernel
 from kernels_numba.ops.decode_attention.config import DecodeConfig
-from kernels_numba.ops.decode_attention.tensor_core import decode_kernel
 
 head_dim, blocks, guarded = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "guarded"
 to = Path(sys.argv[4])
-made = decode_kernel(DecodeConfig(head_dim, "tma", blocks), "bfloat16")
-text = Path(kernel.__file__).read_text()
+name = "kernels_numba.ops.decode_attention.products"
+text = Path(importlib.util.find_spec(name).origin).read_text()
 guard = "return int32(bar + int32(loaded & nothing))"
 assert text.count(guard) == 1
 copy = to / "copied.py"  # numba reads a function's source from its file
 copy.write_text(text if guarded else text.replace(guard, "return int32(bar)"))
-module = types.ModuleType("copied")
-exec(compile(copy.read_text(), str(copy), "exec"), vars(module))
-function = module.make_decode_kernel(DecodeConfig(head_dim, "tma", blocks), "bfloat16")
-(to / "kernel.cubin").write_bytes(compile_cubin(function, made.types, made.threads, "sm_90a", blocks)[1])
+spec = importlib.util.spec_from_file_location(name, copy)
+sys.modules[name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[name])
+from kernels_numba.ops.decode_attention.tensor_core import decode_kernel
+
+made = decode_kernel(DecodeConfig(head_dim, "tma", blocks), "bfloat16")
+cubin = compile_cubin(made.make(), made.types, made.threads, "sm_90a", blocks)[1]
+(to / "kernel.cubin").write_bytes(cubin)
 """
 
 

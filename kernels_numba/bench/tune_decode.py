@@ -20,13 +20,13 @@ from kernels_numba.bench.data import Maker
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, address
 from kernels_numba.ops.decode_attention import OP, decode_attention_hopper
-from kernels_numba.ops.decode_attention.config import SPLITS, Build, ClusterConfig, DecodeConfig
+from kernels_numba.ops.decode_attention.config import SPLITS, Build, DecodeConfig
 from kernels_numba.ops.decode_attention.tensor_core import num_sms
 from kernels_numba.ptx.ldst import st_global_b32
 from kernels_numba.ptx.vector import ld_global_nc_v4
 
 THREADS, BLOCKS_PER_SM, READ_BYTES = 512, 4, 2 << 30
-FEW_HEADS = 64  # kv heads of all sequences, up to which clusters are worth a look
+FEW_HEADS = 64  # kv heads of all sequences, up to which both kinds of blocks are worth a look
 AT_ONCE = 8  # loads of 16 bytes in flight, a thread
 
 
@@ -70,15 +70,12 @@ def kv_bytes(params: Params) -> int:
 
 
 def contenders_of(params: Params) -> dict[str, Any]:
-    """By name: splits of every length; and, of few sequences, the contract's by a cluster and by blocks
-    alone, whichever is picked."""
+    """By name: splits of every length; and, of few sequences, the contract's with one and with two blocks an
+    SM, whichever is picked."""
     contenders = {str(n): partial(decode_attention_hopper, build=Build(split=n)) for n in SPLITS}
     if len(params["context_lens"]) * params["num_kv_heads"] <= FEW_HEADS:
-        ways = {
-            "cluster": ClusterConfig(params["head_dim"]),
-            "alone": DecodeConfig(params["head_dim"], "tma"),
-        }
-        for name, config in ways.items():
+        for name, blocks in (("one", 1), ("two", 2)):
+            config = DecodeConfig(params["head_dim"], "tma", blocks)
             contenders[f"{SPLIT} {name}"] = partial(decode_attention_hopper, config=config)
     return contenders
 
