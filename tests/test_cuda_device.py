@@ -213,8 +213,8 @@ def test_fifty_engines_leave_nothing(host):
 
 
 def test_attention_gets_its_workspaces_from_the_arena(host):
-    """As much as was planned, with counters at 0 and no partial result, large enough for the doors; and kernels that remember a
-    workspace for ever do not keep the memory of a model that is gone."""
+    """As much as was planned, with counters at 0 and no partial result, large enough for the doors; and
+    kernels that remember a workspace for ever do not keep the memory of a model that is gone."""
     model = open_checkpoint(TINY).config
     rungs = {"decode_attention": "mma_sync", "prefill_attention": "hopper"}
     needs = AttentionNeeds.of(model, rungs, 3, 5000)

@@ -30,7 +30,6 @@ from kernels_numba.ops.decode_attention.config import (
 )
 from kernels_numba.ops.decode_attention.door import Operands, Workspace, operands, refusal
 from kernels_numba.ops.decode_attention.in_numpy import in_numpy
-from kernels_numba.ops.decode_attention.tensor_core import decode_kernel
 from kernels_numba.simt_turns import Stuck
 
 ROOT = Path(__file__).resolve().parent.parent

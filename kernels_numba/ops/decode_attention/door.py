@@ -160,9 +160,9 @@ def operands(
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """What launches of one stream share: partial results of `capacity` splits with all their heads, every byte
-    UNWRITTEN_BYTE, and the counters, 0; every launch leaves them so. Steps with more splits, counted over all sequences, abort the
-    launch that meets them: `of` says how much is always enough."""
+    """What launches of one stream share: partial results of `capacity` splits with all their heads, every
+    byte UNWRITTEN_BYTE, and the counters, 0; every launch leaves them so. Steps with more splits, counted
+    over all sequences, abort the launch that meets them: `of` says how much is always enough."""
 
     partial: Any  # f32[capacity, num_q_heads * query_tokens, head_dim]
     partial_ml: Any  # f32[capacity, num_q_heads * query_tokens, 2]

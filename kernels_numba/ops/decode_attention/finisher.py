@@ -1,5 +1,5 @@
-"""The finisher warps of the tensor-core decode kernel: they fold the splits of a sequence, and write the zeros
-of sequences without keys.
+"""The finisher warps of the tensor-core decode kernel: they fold the splits of a sequence, and write the
+zeros of sequences without keys.
 
 They wait for memory so that the warps that multiply need not. Knows: partial results and counters in global
 memory. Refuses to know: how a partial result comes about.

@@ -80,4 +80,4 @@ def in_numpy(
         maps, seed, change,
     )  # fmt: skip
     unwritten = np.concatenate([partial, partial_ml]) == UNWRITTEN
-    return np.count_nonzero(counters) + np.count_nonzero(~unwritten)
+    return int(np.count_nonzero(counters) + np.count_nonzero(~unwritten))

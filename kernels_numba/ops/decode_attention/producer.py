@@ -41,8 +41,9 @@ def make_produce(config: DecodeConfig, window: int | None, build: Build, tokens:
     table_stride, lane): the warp's whole life; arguments as the kernel's.
 
     Items: a block's first is its own number, the others come from counters[0]; counters[1] counts blocks that
-    have none left, and the last of them sets both back to 0; nobody counts if the first ones are all. A posted item: (sequence or -1 for the end, kv
-    head, split, the sequence's splits; splits of the sequences before, context length, first row, 0).
+    have none left, and the last of them sets both back to 0. If the first ones are all, nobody counts. A
+    posted item: (sequence or -1 for the end, kv head, split, the sequence's splits; splits of the sequences
+    before, context length, first row, 0).
     Of dependent launches: lengths and table are read, and as many pages as there are stages fetched, but for
     those of the newest keys (one a query token), before the launches before this one have ended. So those
     must not write these.

@@ -2,7 +2,8 @@
 
 A unit is one split of one sequence, an item a unit and a kv head; items are numbered, and blocks take
 numbers. Units are ordered by size, as far as a class says it: class 0 are whole splits, 1 to CUTS those that
-a sequence's end cuts short, by quarters of a split, the longest first; a sequence without keys has none. So the end is filled with small pieces of work. The order decides when something is computed, never its
+a sequence's end cuts short, by quarters of a split, the longest first; a sequence without keys has none. So
+the end is filled with small pieces of work. The order decides when something is computed, never its
 bits. Knows: lengths, numbers of splits. Refuses to know: pages, heads of what, tiles.
 """
 

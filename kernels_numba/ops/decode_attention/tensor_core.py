@@ -28,7 +28,7 @@ from kernels_numba.ops.decode_attention.config import (
     pick_config,
     smem_plan,
 )
-from kernels_numba.ops.decode_attention.door import OP, Operands, Workspace, operands, require_capability
+from kernels_numba.ops.decode_attention.door import Operands, Workspace, operands, require_capability
 from kernels_numba.ops.decode_attention.kernel import SIGNATURE, make_decode_kernel
 from kernels_numba.ptx.tma import encode_tensor_map
 
