@@ -29,6 +29,7 @@ from kernels_numba.ops.decode_attention.config import (
     smem_plan,
 )
 from kernels_numba.ops.decode_attention.door import Operands, Workspace, operands, refusal
+from kernels_numba.ops.decode_attention.fold import UNWRITTEN
 from kernels_numba.ops.decode_attention.in_numpy import in_numpy
 from kernels_numba.simt_turns import Stuck
 
@@ -180,6 +181,26 @@ def test_any_order_of_warps_gives_the_same_bits():
     assert all(
         np.array_equal(got, want) for result in results for got, want in zip(result, results[0], strict=True)
     )
+
+
+def test_arrivals_for_pages_not_seen_would_hang_or_race():
+    """A warp hands back the page that it has read, not its neighbours': those may not have come yet."""
+    batch = make_batch(np.random.default_rng(5), [1026, 300], 1, 4, 128)
+
+    def for_both(name, text):
+        changed = text.replace(
+            "empty_at + 8 * mine), loaded", "empty_at + 8 * stage_of(stage, phase, _)[0]), loaded"
+        )
+        assert name[-7:] != "scorers" or changed != text
+        return changed
+
+    def wrong(seed):
+        try:
+            return apart(batch, run_in_numpy(batch, "tma", grid=1, seed=seed, change=for_both)) > 1.1
+        except (Stuck, RuntimeError):
+            return True
+
+    assert any(wrong(seed) for seed in range(4))
 
 
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if m])
@@ -513,6 +534,34 @@ def test_decode_replays_and_leaves_counters_at_0(cuda):
     assert all(same_bits(gpu("hopper"), first) for _ in range(20))
     space = own_workspace(5, 5 * -(-batch.block_table.shape[1] * 64 // 1024), 28, 4, 128)
     assert not space.counters.copy_to_host().any()
+    for partial in (space.partial, space.partial_ml):
+        assert (partial.copy_to_host().view(np.int32) == UNWRITTEN).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rung", RUNGS)
+@pytest.mark.parametrize("lens", [[0] * 700, [*[0] * 300, 1500, *[-3] * 300]])
+def test_sequences_without_keys_are_zeros(cuda, rung, lens):
+    """An engine's bucket is mostly such; also of several query tokens, where a sequence has fewer keys."""
+    batch = make_batch(np.random.default_rng(len(lens)), lens, 2, 4, 64)
+    out, lse = OnGpu(cuda, batch)(rung)
+    empty = np.array(lens) <= 0
+    assert not out[empty].astype(np.float32).any()
+    assert np.isneginf(lse[empty]).all()
+    assert np.isfinite(out.astype(np.float32)).all()
+    rows = make_batch(np.random.default_rng(1), [2, 0, 5], 2, 4, 64).by_tokens(np.random.default_rng(2), 3)
+    gpu = OnGpu(cuda, rows)
+    assert same_bits(gpu(rung, query_tokens=3), gpu(rung))
+
+
+@pytest.mark.gpu
+def test_decode_of_nan_ends(cuda):
+    """A result that is NaN is no missing result: whoever folds does not wait for it."""
+    batch = make_batch(np.random.default_rng(3), [3000, 100], 2, 4, 128)
+    batch.q[0, 1] = np.nan
+    out, _ = OnGpu(cuda, batch)("hopper")
+    assert np.isnan(out[0, 1].astype(np.float32)).all()
+    assert np.isfinite(np.delete(out[0], 1, axis=0).astype(np.float32)).all()
 
 
 @pytest.mark.gpu
