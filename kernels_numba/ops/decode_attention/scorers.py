@@ -138,6 +138,10 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
                     begin, end = pages_of(tile, length)
                     count = int32(end - begin)
                     edge = first_of(length) > tile * TILE or length - (tokens - 1) - tile * TILE < TILE
+                    # Before the keys, not only before the weights: no further ahead of the adders, for in a
+                    # short ring the stage of these keys may be that of values which have yet to come, and a
+                    # barrier that is asked for a phase too early says yes.
+                    wait_added(int32(smem + added_at + 8 * turn), int32(turn_phase ^ 1))
                     if begin <= my_part and my_part < end:
                         mine, mine_phase = stage_of(stage, phase, int32(my_part - begin))
                         wait_full(int32(smem + full_at + 8 * mine), int32(mine_phase ^ wrong_phase))
@@ -182,7 +186,6 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
                     m_low, m_high = new_low, new_high
                     t_low, t_high = group_weights(s, 0, p, 0, c, n_low, n_high)
                     l_low, l_high = fma_f32(l_low, f_low, t_low), fma_f32(l_high, f_high, t_high)
-                    wait_added(int32(smem + added_at + 8 * turn), int32(turn_phase ^ 1))
                     for step in range(2):
                         for j in range(4):
                             words[j] = p[4 * step + j]
