@@ -71,7 +71,11 @@ def make_add_up(
     first_key, _, _ = make_schedule(reach, build.split)
     first_of, _, _ = make_schedule(window, build.split)
     pages_of, tiles_of = make_ranges(reach, build.split)
-    row_of, read_by, accumulate = make_row_of(tokens), make_read_by(), make_accumulate(head_dim, dtype)
+    row_of, read_by, accumulate = (
+        make_row_of(tokens),
+        make_read_by(),
+        make_accumulate(head_dim, dtype, config.blocks),
+    )
     stage_of, pause, read_record = make_stage_of(stages), make_stress(build.stress), make_read_record()
     wait_full, wait_posted = make_wait("full", config, build), make_wait("posted", config, build)
     wait_weighed, wait_summed = make_wait("weighed", config, build), make_wait("summed", config, build)
