@@ -17,8 +17,8 @@ from kernels_numba.ptx.matrix import ldmatrix_x4, ldmatrix_x4_trans
 from kernels_numba.ptx.mma import mma_m16n8k16_at, mma_m16n8k16_f16_at
 from kernels_numba.ptx.vector import ld_shared_v4
 
-# Of a warp's steps, by blocks that share an SM (and its registers): how many steps' operands are in registers;
-# loads of the next ones are under way while one multiplies.
+# By blocks that share an SM (and its registers): of how many steps a warp holds the operands. While one
+# multiplies, loads of the next ones are under way.
 STEPS_HELD = {1: 4, 2: 2}
 QUERY_BOX = ROWS * 128  # bytes of 64 columns of the query's rows
 
