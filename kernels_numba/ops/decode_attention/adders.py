@@ -74,7 +74,7 @@ def make_add_up(
     row_of, read_by, accumulate = (
         make_row_of(tokens),
         make_read_by(),
-        make_accumulate(head_dim, dtype, config.blocks),
+        make_accumulate(head_dim, dtype),
     )
     stage_of, pause, read_record = make_stage_of(stages), make_stress(build.stress), make_read_record()
     wait_full, wait_posted = make_wait("full", config, build), make_wait("posted", config, build)

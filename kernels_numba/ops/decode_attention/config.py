@@ -27,32 +27,25 @@ MAX_STAGES = 24
 Feed = Literal["tma", "cp_async"]
 RECORDS, RECORD_BYTES = 2, 32
 TURNS = 2  # tiles of which weights are made while older ones are added up
-# Of a block, by how many share an SM: on Hopper its 233,472 bytes, 1,024 of which go to the system for each;
-# on sm_86, 89 and 120 a block gets 101,376 at most.
-SMEM_LIMITS: dict[tuple[Feed, int], int] = {
-    ("tma", 2): 115_712,
-    ("tma", 1): 232_448,
-    ("cp_async", 1): 101_376,
-}
+# A block has an SM to itself: on Hopper 232,448 bytes of its shared memory; on sm_86, 89 and 120 a block gets
+# 101,376 at most. Two blocks an SM, each with half the stages, were slower on an H100 at every size measured.
+SMEM_LIMITS: dict[Feed, int] = {"tma": 232_448, "cp_async": 101_376}
 SPLITS = (256, 512, 1024, 2048)  # a warp holds the pages of one
 MUTANTS = ("", "scale", "mask", "page", "stale_tail", "wrong_phase", "lost_arrival")
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """head_dim 64 or 128; feed: how pages come to shared memory; blocks: that share an SM, 1 or, fed by TMA,
-    2. ValueError for others."""
+    """head_dim 64 or 128; feed: how pages come to shared memory. ValueError for others."""
 
     head_dim: int
     feed: Feed
-    blocks: int = 1
 
     def __post_init__(self) -> None:
-        if self.head_dim not in HEAD_DIMS or (self.feed, self.blocks) not in SMEM_LIMITS:
+        if self.head_dim not in HEAD_DIMS or self.feed not in SMEM_LIMITS:
             raise ValueError(
-                f"decode_attention: head_dim is {self.head_dim}, feed {self.feed!r} with "
-                f"{self.blocks} blocks an SM; head_dim {' or '.join(map(str, HEAD_DIMS))}, "
-                f"and (feed, blocks) {', '.join(map(str, SMEM_LIMITS))} are required"
+                f"decode_attention: head_dim is {self.head_dim}, feed {self.feed!r}; head_dim "
+                f"{' or '.join(map(str, HEAD_DIMS))}, and feed {' or '.join(SMEM_LIMITS)} are required"
             )
 
     @property
@@ -64,7 +57,7 @@ class DecodeConfig:
     def stages(self) -> int:
         """Chunks in flight: what fits, at least a tile's."""
         fixed = sum(size * count for _, size, _, count in _fixed(self.head_dim, MAX_STAGES))
-        return min(MAX_STAGES, (SMEM_LIMITS[self.feed, self.blocks] - fixed) // self.chunk_bytes)
+        return min(MAX_STAGES, (SMEM_LIMITS[self.feed] - fixed) // self.chunk_bytes)
 
 
 def _fixed(head_dim: int, stages: int) -> tuple[tuple[str, int, int, int], ...]:
@@ -98,7 +91,7 @@ def smem_plan(config: DecodeConfig) -> SmemPlan:
     return SmemPlan.of(
         ("chunk", config.chunk_bytes, 1024, config.stages),
         *_fixed(config.head_dim, config.stages),
-        limit=SMEM_LIMITS[config.feed, config.blocks],
+        limit=SMEM_LIMITS[config.feed],
     )
 
 
@@ -127,12 +120,4 @@ class Build:
 PRODUCT = Build()
 
 
-def pick_config(head_dim: int, feed: Feed, items: int, num_sms: int) -> DecodeConfig:
-    """Two blocks an SM, so that one loads while the other starts or ends an item; where each item has an SM
-    to itself, one with twice the stages. Measured on an H100, 128 items of 1,024 keys: 5 % faster."""
-    return DecodeConfig(head_dim, feed, 1 if feed == "cp_async" or items <= num_sms else 2)
-
-
-CONFIGS = tuple(
-    DecodeConfig(head_dim, feed, blocks) for feed, blocks in SMEM_LIMITS for head_dim in HEAD_DIMS
-)
+CONFIGS = tuple(DecodeConfig(head_dim, feed) for feed in SMEM_LIMITS for head_dim in HEAD_DIMS)

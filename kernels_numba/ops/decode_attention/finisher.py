@@ -39,7 +39,7 @@ def make_finish(config: DecodeConfig, dtype: str, with_lse: bool, build: Build, 
     posted_at, taken_at, stored_at = plan.offset("posted"), plan.offset("taken"), plan.offset("stored")
     row_bytes, read_record, pause = head_dim * 2, make_read_record(), make_stress(build.stress)
     row_tiles, clear = make_row_tiles(tokens), make_clear(head_dim, with_lse, tokens, MEMBERS)
-    fold = make_fold(head_dim, dtype, with_lse, tokens, MEMBERS, config.blocks)
+    fold = make_fold(head_dim, dtype, with_lse, tokens, MEMBERS)
     wait_posted, wait_stored = make_wait("posted", config, build), make_wait("stored", config, build)
     int32, int64 = cuda.types.int32, cuda.types.int64
 

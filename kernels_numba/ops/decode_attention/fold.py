@@ -30,9 +30,8 @@ from kernels_numba.ptx.relaxed import ld_relaxed_v2, ld_relaxed_v4
 # The bits of a word of a partial result that is not there: a NaN that no instruction makes (theirs is
 # 0x7FFFFFFF).
 UNWRITTEN, UNWRITTEN_BYTE = -1, 0xFF
-# By blocks that share an SM: splits, and places of a thread (16 bytes of a row of o each), whose loads are in
-# flight together.
-FLYING = {1: (4, 3), 2: (2, 1)}
+# Splits, and places of a thread (16 bytes of a row of o each), whose loads are in flight together.
+AT_ONCE, PLACES = 4, 3
 PAUSE_NS, PATIENCE = 100, 1 << 22  # between two looks at what is missing; looks before the launch is aborted
 
 
@@ -95,7 +94,7 @@ def make_clear(head_dim: int, with_lse: bool, tokens: int, members: int) -> Any:
 
 
 @cache
-def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: int, blocks: int) -> Any:
+def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: int) -> Any:
     """f(out, lse, partial, partial_ml, first_slot, splits, heads, group, first_row, out_stride, thread):
     `members` threads fold the splits of one kv head, up to 16 of its group x tokens rows from first_row on.
 
@@ -104,8 +103,7 @@ def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: i
     of one warp, who alone read its (m, l), too."""
     vectors = head_dim // 4  # of 16 bytes, in a row of float32
     vector_shift, row_bytes = vectors.bit_length() - 1, head_dim * 2
-    at_once, places = FLYING[blocks]
-    flying, flying_words, held = at_once * places, 4 * at_once * places, 4 * places
+    flying, flying_words, held = AT_ONCE * PLACES, 4 * AT_ONCE * PLACES, 4 * PLACES
     pack = pack_bf16 if dtype == "bfloat16" else pack_f16
     fold_factors, folded, row_of = make_fold_factors(), make_folded(), make_row_of(tokens)
     lowest, zero, one, ln2 = np.float32(LOWEST), np.float32(0), np.float32(1), np.float32(LN2)
@@ -128,8 +126,8 @@ def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: i
         ms = cuda.local.array(flying, np.float32)
         ls = cuda.local.array(flying, np.float32)
         os = cuda.local.array(flying_words, np.float32)
-        m = cuda.local.array(places, np.float32)
-        l_sum = cuda.local.array(places, np.float32)
+        m = cuda.local.array(PLACES, np.float32)
+        l_sum = cuda.local.array(PLACES, np.float32)
         o = cuda.local.array(held, np.float32)
         for j in range(4):
             unwritten[j] = int32(UNWRITTEN)
@@ -138,7 +136,7 @@ def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: i
         first = int32(0)
         while first < words:
             at = int32(first + thread)
-            for k in range(places):
+            for k in range(PLACES):
                 m[k], l_sum[k] = lowest, zero
                 for j in range(4):
                     o[4 * k + j] = zero
@@ -147,19 +145,19 @@ def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: i
                 looks, missing = int32(0), True
                 while missing:
                     absent = int32(0)
-                    for i in range(at_once):
+                    for i in range(AT_ONCE):
                         index = int64(first_slot) + int64(min(int32(split + i), int32(splits - 1))) * heads
                         index = int64(index * rows + first_row)
-                        for k in range(places):
+                        for k in range(PLACES):
                             place = place_of(at, k, words)
                             ld_relaxed_v2(ml, int64(partial_ml + (index + (place >> vector_shift)) * 8))
                             ld_relaxed_v4(loaded, int64(partial + (index * vectors + place) * 16))
-                            ms[places * i + k], ls[places * i + k] = ml[0], ml[1]
+                            ms[PLACES * i + k], ls[PLACES * i + k] = ml[0], ml[1]
                             hole = int32(
                                 int32(bits_f32(ml[0]) == UNWRITTEN) | int32(bits_f32(ml[1]) == UNWRITTEN)
                             )
                             for j in range(4):
-                                os[4 * (places * i + k) + j] = loaded[j]
+                                os[4 * (PLACES * i + k) + j] = loaded[j]
                                 hole = int32(hole | int32(bits_f32(loaded[j]) == UNWRITTEN))
                             absent = int32(absent | (hole & int32(at + k * members < words)))
                     missing = ballot(absent) != 0
@@ -168,14 +166,14 @@ def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: i
                         if looks == PATIENCE:
                             trap()
                         nanosleep(PAUSE_NS)
-                for i in range(at_once):
+                for i in range(AT_ONCE):
                     if split + i < splits:
                         index = int64((int64(first_slot) + int64(split + i) * heads) * rows + first_row)
-                        for k in range(places):
-                            m[k], a, b = fold_factors(m[k], ms[places * i + k])
-                            l_sum[k] = folded(l_sum[k], a, ls[places * i + k], b)
+                        for k in range(PLACES):
+                            m[k], a, b = fold_factors(m[k], ms[PLACES * i + k])
+                            l_sum[k] = folded(l_sum[k], a, ls[PLACES * i + k], b)
                             for j in range(4):
-                                o[4 * k + j] = folded(o[4 * k + j], a, os[4 * (places * i + k) + j], b)
+                                o[4 * k + j] = folded(o[4 * k + j], a, os[4 * (PLACES * i + k) + j], b)
                             place, inside = place_of(at, k, words), int32(at + k * members < words)
                             st_global_v4_if(
                                 inside, int64(partial + (index * vectors + place) * 16), unwritten
@@ -184,8 +182,8 @@ def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: i
                             first_lane = int32(inside & int32((place & (vectors - 1)) == 0))
                             st_global_b32_if(first_lane, to, UNWRITTEN)
                             st_global_b32_if(first_lane, int64(to + 4), UNWRITTEN)
-                split = int32(split + at_once)
-            for k in range(places):
+                split = int32(split + AT_ONCE)
+            for k in range(PLACES):
                 inside = int32(at + k * members < words)
                 place = place_of(at, k, words)
                 row = int32(place >> vector_shift)
@@ -201,6 +199,6 @@ def make_fold(head_dim: int, dtype: str, with_lse: bool, tokens: int, members: i
                     to = int64(lse + (int64(token) * heads * group + row) * 4)
                     value = mul_f32(add_f32(m[k], lg2_f32(l_sum[k])), ln2)
                     st_global_f32_if(int32(inside & int32(column == 0)), to, value)
-            first = int32(first + places * members)
+            first = int32(first + PLACES * members)
 
     return fold

@@ -19,7 +19,7 @@ from kernels_numba.ops.decode_attention.config import (
     ROWS,
     THREADS,
     Build,
-    pick_config,
+    DecodeConfig,
     smem_plan,
 )
 from kernels_numba.ops.decode_attention.fold import UNWRITTEN
@@ -73,7 +73,7 @@ def in_numpy(
         num_kv_heads, group, q2.strides[0], out2.strides[0], block_table.strides[0] // 4, capacity,
         exponent_scale(softmax_scale),
     )  # fmt: skip
-    config = pick_config(head_dim, feed, num_seqs * num_kv_heads, 1)
+    config = DecodeConfig(head_dim, feed)
     specialised = (config, "bfloat16", window, lse is not None, Build(mutant=mutant), tokens)
     simt_warps.run(
         MODULES, "make_decode_kernel", specialised, arguments, grid, THREADS, smem_plan(config).bytes, memory,

@@ -73,7 +73,7 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
     wait_added = make_wait("added", config, build)
     quad_max, quad_sum = make_quad()
     group_max, group_weights = make_group_max(), make_group_weights(dtype)
-    negated, score = make_negated(), make_score(head_dim, dtype, config.blocks)
+    negated, score = make_negated(), make_score(head_dim, dtype)
     wrong_phase, too_many = int(build.mutant == "wrong_phase"), int(build.mutant == "mask")
     lowest, zero = np.float32(LOWEST), np.float32(0)
     int32, int64 = cuda.types.int32, cuda.types.int64

@@ -25,7 +25,6 @@ from kernels_numba.ops.decode_attention.config import (
     Build,
     DecodeConfig,
     Feed,
-    pick_config,
     smem_plan,
 )
 from kernels_numba.ops.decode_attention.door import Operands, Workspace, operands, require_capability
@@ -49,7 +48,7 @@ def decode_kernel(
     tokens: int = 1,
 ) -> Kernel:
     """The kernel of one specialisation, compiled when first launched."""
-    words = ["decode", f"{config.feed}{config.blocks}", f"d{config.head_dim}", dtype]
+    words = ["decode", config.feed, f"d{config.head_dim}", dtype]
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
@@ -61,7 +60,7 @@ def decode_kernel(
         lambda: make_decode_kernel(config, dtype, window, with_lse, build, tokens),
         (config, dtype, window, with_lse, build, tokens),
         SIGNATURE, THREADS, smem_plan(config).bytes,
-        pdl=build.pdl and config.feed == "tma", archs=ARCHS[config.feed], blocks=config.blocks,
+        pdl=build.pdl and config.feed == "tma", archs=ARCHS[config.feed],
     )  # fmt: skip
 
 
@@ -92,7 +91,6 @@ def prepared(
     workspace: Workspace,
     window: int | None,
     build: Build = PRODUCT,
-    config: DecodeConfig | None = None,
 ) -> tuple[Launch, Any]:
     """A launch ready to be repeated, and the tensor maps it reads, u64[2, 16] on the device (None without).
 
@@ -102,9 +100,7 @@ def prepared(
     require_capability(rung)
     feed = FEEDS[rung]
     items = o.num_seqs * o.num_kv_heads * o.row_tiles * o.max_splits(build.split)
-    if config is None and o.tokens > 1:  # with rows of different lengths, two blocks want too many registers
-        config = DecodeConfig(o.head_dim, feed)
-    config = config or pick_config(o.head_dim, feed, items, num_sms())
+    config = DecodeConfig(o.head_dim, feed)
     maps = None
     if feed == "tma":
         shape, stride = (o.num_blocks * o.num_kv_heads * BLOCK_SIZE, o.head_dim), (o.head_dim * ITEM,)
@@ -119,15 +115,13 @@ def prepared(
         o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride, o.table_stride,
         workspace.capacity, o.c,
     )  # fmt: skip
-    grid = min(items, config.blocks * num_sms())
-    return kernel.prepare(grid, arguments), maps
+    return kernel.prepare(min(items, num_sms()), arguments), maps
 
 
 def attend(
     rung: str, out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
     softmax_scale: float, window: int | None = None, query_tokens: int = 1, lse: Any = None,
     workspace: Workspace | None = None, stream: Any = None, build: Build = PRODUCT,
-    config: DecodeConfig | None = None,
 ) -> None:  # fmt: skip
     """Rungs "hopper" and "mma_sync": out[B T, Hq, D] as decode_attention_spec says, in the order of
     attention_contract.py; what they take: door.operands.
@@ -136,8 +130,8 @@ def attend(
     last T - 1 - i of context_lens[b] keys. lse: f32[B T, Hq], gets the log-sum-exp of each row's scaled
     scores, or None. workspace: Workspace.of(...), the caller's; launches that share one must follow each
     other. context_lens and block_table must not be written by a launch right before this one, nor may keys
-    but each sequence's T newest (make_decode_kernel). build, config: another kind of kernel than
-    pick_config's (tests, tuning). ValueError for what is wrong at the door.
+    but each sequence's T newest (make_decode_kernel). build: another kind of kernel than
+    the product's (tests, tuning). ValueError for what is wrong at the door.
     """
     o = operands(
         out, q, k_cache, v_cache, context_lens, block_table, softmax_scale, window, lse, query_tokens
@@ -149,4 +143,4 @@ def attend(
         splits = o.num_seqs * o.max_splits(build.split)
         workspace = own_workspace(o.num_seqs, splits, heads, o.num_kv_heads, o.head_dim, o.tokens)
     workspace.check(o)
-    prepared(rung, o, workspace, window, build, config)[0](stream)
+    prepared(rung, o, workspace, window, build)[0](stream)
