@@ -98,6 +98,15 @@ def address(array: Any) -> int:
     return int(array.__cuda_array_interface__["data"][0])
 
 
+def filled(shape: tuple[int, ...], dtype: Any, byte: int) -> Any:
+    """A new device array, every byte of it `byte`."""
+    from cuda.bindings import driver
+
+    array = compiler.cuda.device_array(shape, dtype)
+    _check(driver.cuMemsetD8(address(array), byte, array.nbytes), f"filling {array.nbytes:,} bytes")
+    return array
+
+
 def stream_handle(stream: Any) -> int:
     """The CUstream of a numba stream, an integer handle, or None (the default stream)."""
     if stream is None:

@@ -96,7 +96,8 @@ class Barrier:
             self.left = self.count
 
     def ended(self, parity: int) -> bool:
-        if self.left == 0:
+        """As the instruction is: also true for who asks for a phase before the one that is under way."""
+        if self.left == 0 and self.phase % 2 == parity:
             flying, self.flying = self.flying, []
             for land in flying:
                 self.bytes -= land()

@@ -83,6 +83,9 @@ class Warp(Block):
     def add_f32(self, x: Any, y: Any) -> Array:
         return self.f32(x) + self.f32(y)
 
+    def bits_f32(self, x: Any) -> Any:
+        return lanes(self.per_thread(self.f32(x)).view(np.int32))
+
     def max_f32(self, x: Any, y: Any) -> Array:
         return np.fmax(self.f32(x), self.f32(y))
 
@@ -138,6 +141,8 @@ class Warp(Block):
     def ld_global_v4(self, out: Array, address: Any) -> None:
         self._fill(out, self.load(address, 16))
 
+    ld_relaxed_v2, ld_relaxed_v4 = ld_global_v2, ld_global_v4
+
     def _store(self, condition: Any, address: Any, words: Sequence[Array]) -> None:
         address, values = self.per_thread(address), np.stack([self.per_thread(word) for word in words])
         for lane in np.flatnonzero(self.per_thread(condition) != 0):
@@ -156,6 +161,11 @@ class Warp(Block):
     def st_global_v2_f32_if(self, condition: Any, address: Any, first: Any, second: Any) -> None:
         self._store(condition, address, [self.f32(first), self.f32(second)])
 
+    st_relaxed_v2_f32_if = st_global_v2_f32_if
+
+    def st_global_v4_if(self, condition: Any, address: Any, values: Array) -> None:
+        self._store(condition, address, list(values[:4]))
+
     def words_at(self, address: int, count: int) -> Array:
         at = int(address) - SMEM_START
         if at < 0 or at + 4 * count > self.smem.size or at % (4 * count):
@@ -166,7 +176,15 @@ class Warp(Block):
         return int(self.words_at(self.one(address), 1)[0])
 
     def st_shared_b32(self, address: Any, value: Any) -> None:
-        self.words_at(self.one(address), 1)[0] = self.one(value)
+        places = set(zip(self.per_thread(address).tolist(), self.per_thread(value).tolist(), strict=True))
+        if len({at for at, _ in places}) != len(places):
+            raise RuntimeError("lanes store different words to one address")
+        for at, word in places:
+            self.words_at(at, 1)[0] = word
+
+    def ld_shared_f32(self, address: Any) -> Array:
+        words = [self.words_at(at, 1)[0] for at in self.per_thread(address).tolist()]
+        return np.array(words, np.int32).view(np.float32)
 
     def ld_shared_v4(self, out: Array, address: Any) -> None:
         self._fill(out, np.stack([self.words_at(at, 4) for at in self.per_thread(address).tolist()]))
@@ -272,6 +290,8 @@ class Warp(Block):
 
     def tma_prefetch_map(self, tensor_map: int) -> None:
         pass
+
+    prefetch_l2 = nanosleep = tma_prefetch_map
 
     def trap(self) -> None:
         raise RuntimeError("trap")

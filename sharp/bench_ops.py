@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +231,28 @@ def describe(row: dict[str, Any], measured: Any, baseline: Any, l2: str, rounds:
     return f"{results.format_row(row)} ({spread} over {measured.sets} sets of operands, {l2}{note})"
 
 
+def contenders_of(op: Any, rung: str) -> dict[str, Callable[..., Any]]:
+    """The rung by its name; by "name key=value" each of the choices that its op offers."""
+    call = op.rungs[rung]
+    choices = getattr(op, "CHOICES", {}).get(rung, ())
+    named = {" ".join([rung, *(f"{key}={value}" for key, value in how.items())]): how for how in choices}
+    return {name: partial(call, **how) for name, how in named.items()} or {rung: call}
+
+
+def keep_quickest(outcome: Any, rung: str) -> str:
+    """Of a rung's choices keep the quickest, under the rung's name; says which, or "" without choices."""
+    chosen = [name for name in outcome.measured if name.startswith(f"{rung} ")]
+    if not chosen:
+        return ""
+    best = min(chosen, key=lambda name: outcome.measured[name].us)
+    for measured in (outcome.measured, outcome.sustained):
+        if best in measured:
+            measured[rung] = measured[best]
+        for name in chosen:
+            measured.pop(name, None)
+    return f", {best}"
+
+
 def run(
     items: list[Item], options: Options, gpu: Gpu, file: RowFile, *, side: Any = None,
     open_workload: Callable[..., Any] | None = None, write: Callable[[str], None] = print,
@@ -261,8 +283,9 @@ def run(
         try:
             with open_workload(item.op, item.params, cold=options.cold, torch=side) as workload:
                 for rung in todo:
-                    contenders = {rung: OPS[item.op].rungs[rung]}
+                    contenders = contenders_of(OPS[item.op], rung)
                     outcome = workload.compare(contenders, options.rounds, sustained=options.sustained)
+                    quickest = keep_quickest(outcome, rung)
                     for reason in outcome.refused.values():
                         fail(f"{item.op} {name} {rung}: {reason}")
                     rows = make_rows(item, rung, outcome, workload.cost, options, gpu)
@@ -271,6 +294,7 @@ def run(
                         us, moved = measured[rung].us, row["gbs"]
                         note = targets.note(item.op, item.params, us, read_gbs, copy_gbs, moved)
                         note += "".join(f", {what} {n:.1f} s" for what, n in outcome.seconds.items() if n > 1)
+                        note += quickest
                         write(describe(row, measured[rung], other, outcome.l2, options.rounds, note))
                     if rows:
                         file.add(rows)

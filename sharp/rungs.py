@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from kernels_numba.ops import decode_attention, gemm
 from kernels_numba.ops.decode_attention import door as decode_door
-from kernels_numba.ops.gemm import NOT_INVARIANT
 from kernels_numba.ops.gemm import door as gemm_door
 from kernels_numba.ops.gemm_silu_mul import FUSED
 from kernels_numba.ops.prefill_attention import door as prefill_door
@@ -91,9 +91,10 @@ def refuse_rungs(rungs: Mapping[str, str], model: ModelConfig, config: EngineCon
     for op, rung in config.rungs.items():
         if rung == elsewhere:
             raise RungRefused(f"rung {rung!r} of {op} does not run on device {device.kind!r} ({device.name})")
-    if rungs["gemm"] in NOT_INVARIANT:
-        why = "its bits are not those that a token has in company"
-        raise RungRefused(f"rung {rungs['gemm']!r} of gemm does not run a model: {why}")
+    for op, free in (("gemm", gemm.NOT_INVARIANT), ("decode_attention", decode_attention.NOT_INVARIANT)):
+        if rungs.get(op) in free:
+            why = "its bits are not those that a token has in company"
+            raise RungRefused(f"rung {rungs[op]!r} of {op} does not run a model: {why}")
     decode, prefill = rungs.get("decode_attention", ""), rungs.get("prefill_attention", "")
     group = model.num_q_heads // model.num_kv_heads
     where = device.capability, device.dtype, model.head_dim, group, config.block_size

@@ -14,6 +14,7 @@ import numpy as np
 
 from kernels_numba.attention_contract import SPLIT
 from kernels_numba.ops.decode_attention import door as decode_door
+from kernels_numba.ops.decode_attention.fold import UNWRITTEN_BYTE
 from kernels_numba.ops.prefill_attention import door as prefill_door
 from kernels_numba.ops.sample import warp as sample_door
 from sharp.device import Array, Device
@@ -77,11 +78,13 @@ class AttentionNeeds:
         return total + (aligned(4 * int(np.prod(self._state_shape))) if self.state else 0)
 
     def give(self, ops: SimpleNamespace, device: Device) -> None:
-        """Allocate, set the counters to 0 and bind all of it to the ops that want it."""
+        """Allocate, set what must have a value to it, and bind all of it to the ops that want it."""
         if self.decode:
             sums, extremes, counters = (
                 device.empty(shape, dtype, term=TERM) for shape, dtype in self._decode_shapes()
             )
+            for unwritten in (sums, extremes):
+                device.fill(unwritten, UNWRITTEN_BYTE)
             device.fill(counters, 0)
             space = decode_door.Workspace(_lent(sums), _lent(extremes), _lent(counters), self.num_splits)
             ops.decode_attention = partial(ops.decode_attention, workspace=space)

@@ -33,6 +33,7 @@ from kernels_numba.ptx import (
     predicated_vector,
     quotients,
     reduce,
+    relaxed,
     shuffle,
     tma,
     vector,
@@ -446,7 +447,7 @@ def make_st_async():
         distributed.st_async_f32(to + 24, rest[2], full)
         mbarrier.mbarrier_wait(bar, 0)
         for i in range(8):
-            value = distributed.ld_shared_f32(smem + 32 * thread + 4 * i)
+            value = ldst.ld_shared_f32(smem + 32 * thread + 4 * i)
             ldst.st_global_f32(out + 32 * (cuda.blockIdx.x * 32 + thread) + 4 * i, value)
         cluster.cluster_sync()
 
@@ -624,13 +625,15 @@ def make_warps():
 
 def make_choices():
     """(x, counters, out), 64 threads: arithmetic and choices of x f32[64, 2], counters i32[2]; out i32[64,
-    20], as test_arithmetic_and_choices lists them."""
+    24], as test_arithmetic_and_choices lists them."""
 
     def choices(x, counters, out):
         thread = cuda.threadIdx.x
         lane = control.lane_id()
-        at = out + 80 * thread
+        at = out + 96 * thread
         value = cuda.local.array(2, np.float32)
+        pair = cuda.local.array(2, np.float32)
+        four = cuda.local.array(4, np.float32)
         vector.ld_global_v2(value, x + 8 * thread)
         a, b = value[0], value[1]
         smem = dynamic_shared()
@@ -663,6 +666,13 @@ def make_choices():
         mbarrier.mbarrier_arrive(bar)
         mbarrier_poll.mbarrier_poll(bar, 0)
         st_global_b32(at + 72, 1)
+        st_global_b32(at + 76, arith.bits_f32(a))
+        relaxed.st_relaxed_v2_f32_if(1, at + 80, b, a)
+        relaxed.st_relaxed_v2_f32_if(0, at + 80, a, a)
+        relaxed.ld_relaxed_v2(pair, at + 80)
+        relaxed.ld_relaxed_v4(four, at + 80)
+        st_global_f32(at + 88, pair[1])
+        st_global_f32(at + 92, four[0])
 
     return choices
 

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bench_fakes import FakeWorkload, Simulated
@@ -115,7 +116,8 @@ def test_the_bench_imports_nothing_heavy_until_it_must():
         (["gemm", "--rung", "reference"], "--rung is 'reference'"),
         (
             ["--rung", "nothing"],
-            "the kernels of any op are gemv, hopper, mma_step, mma_sync, naive, plain, warp, wgmma",
+            "the kernels of any op are gemv, hopper, mma_step, mma_sync, naive, plain, unconstrained, warp, "
+            "wgmma",
         ),
         (["gemm", "--rounds", "4"], "--rounds is 4; at least 5 are required"),
     ],
@@ -209,6 +211,21 @@ def test_a_registered_rung_is_measured_too(monkeypatch):
     monkeypatch.setitem(OPS["rope"].rungs, "mine", lambda **_: None)
     items, _ = bench_ops.plan(["rope"], named=[], gpu=GPU)
     assert items[0].rungs == ("plain", "mine")
+
+
+def test_of_a_rungs_choices_the_quickest_is_kept():
+    """What the contract of attention costs: any other split, whichever is best."""
+    items, _ = bench_ops.plan(["decode_attention"], named=["hopper", "unconstrained"], gpu=GPU)
+    assert all(item.rungs == ("hopper", "unconstrained") for item in items)
+    contenders = bench_ops.contenders_of(OPS["decode_attention"], "unconstrained")
+    assert [one.keywords["split"] for one in contenders.values()] == [256, 512, 2048]
+    assert list(bench_ops.contenders_of(OPS["gemm"], "gemv")) == ["gemv"]
+    times = dict(zip(contenders, (3.0, 1.5, 2.0), strict=True))
+    measured = {contest.BASELINE: 9, **{name: SimpleNamespace(us=us) for name, us in times.items()}}
+    outcome = SimpleNamespace(measured=measured, sustained={})
+    assert bench_ops.keep_quickest(outcome, "unconstrained") == ", unconstrained split=512"
+    assert outcome.measured == {contest.BASELINE: 9, "unconstrained": SimpleNamespace(us=1.5)}
+    assert bench_ops.keep_quickest(outcome, "unconstrained") == ""
 
 
 def test_rows_and_lines_of_a_measurement(capsys, gpu, tmp_path):

@@ -213,8 +213,8 @@ def test_fifty_engines_leave_nothing(host):
 
 
 def test_attention_gets_its_workspaces_from_the_arena(host):
-    """As much as was planned, with counters at 0, large enough for the doors; and kernels that remember a
-    workspace for ever do not keep the memory of a model that is gone."""
+    """As much as was planned, with counters at 0 and no partial result, large enough for the doors; and
+    kernels that remember a workspace for ever do not keep the memory of a model that is gone."""
     model = open_checkpoint(TINY).config
     rungs = {"decode_attention": "mma_sync", "prefill_attention": "hopper"}
     needs = AttentionNeeds.of(model, rungs, 3, 5000)
@@ -231,6 +231,7 @@ def test_attention_gets_its_workspaces_from_the_arena(host):
     assert sum(array.nbytes for array in arrays) == usual <= needs.num_bytes
     counters = decode.counters, ops.prefill_attention.keywords["workspace"].counters
     assert [device.download(array).tolist() for array in counters] == [[0] * (2 + 3 * heads[1]), [0, 0]]
+    assert all((device.download(x).view(np.int32) == -1).all() for x in (decode.partial, decode.partial_ml))
     del arena
     gc.collect()
     assert host.used() == 0

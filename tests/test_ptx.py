@@ -91,7 +91,7 @@ CALLS = {
     "st_global_b16": ("ldst", "g, i", "st.global.b16"),
     "st_shared_b32": ("ldst", "s, i", "st.shared.b32"),
     "ld_shared_b32": ("ldst", "s", "ld.shared.b32"),
-    "ld_shared_f32": ("distributed", "s", "ld.shared.f32"),
+    "ld_shared_f32": ("ldst", "s", "ld.shared.f32"),
     "prefetch_l2": ("ldst", "g", "prefetch.global.L2"),
     "stmatrix_x4": ("matrix", "s, i, i, i, i", "stmatrix.sync.aligned.m8n8.x4.shared.b16"),
     "stmatrix_x4_trans": ("matrix", "s, i, i, i, i", "m8n8.x4.trans.shared.b16"),
@@ -153,6 +153,10 @@ CALLS = {
     "select_f32": ("arith", "i, f, f", "selp.f32"),
     "select_i32": ("arith", "i, i, 3", "selp.b32"),
     "atom_add_i32": ("atomics", "g, i", "atom.add.relaxed.gpu.global.s32"),
+    "ld_relaxed_v2": ("relaxed", "w, g", "ld.relaxed.gpu.global.v2.b32"),
+    "ld_relaxed_v4": ("relaxed", "w, g", "ld.relaxed.gpu.global.v4.b32"),
+    "st_relaxed_v2_f32_if": ("relaxed", "i, g, f, f", "@p st.relaxed.gpu.global.v2.f32"),
+    "bits_f32": ("arith", "f", "mov.b32"),
     "atom_add_acq_rel_i32": ("atomics", "g, i", "atom.add.acq_rel.gpu.global.s32"),
     "red_add_i32": ("reduce", "g, i", "red.relaxed.gpu.global.add.s32"),
     "red_add_i64": ("reduce", "g, g", "red.relaxed.gpu.global.add.u64"),
@@ -224,7 +228,7 @@ def kernel_{name}(s, g, i, f):
 USED_NAMES = (
     "policy_evict_first", "policy_evict_last", "policy_evict_normal", "lane_id", "cluster_rank",
     "cluster_address", "pack_bf16", "pack_f16", "select_i32", "ballot", "popc", "shfl_up_i32",
-    "atom_add_i32", "atom_add_acq_rel_i32",
+    "atom_add_i32", "atom_add_acq_rel_i32", "bits_f32",
 )  # fmt: skip
 CHILD = """
 import json, subprocess, sys, tempfile

@@ -601,7 +601,7 @@ def test_arithmetic_and_choices(rng):
     x = rng.standard_normal((64, 2)).astype(np.float32)
     x[0, 0], x[1, 0] = 0, -np.inf
     a, b, wide = x[:, 0], x[:, 1], x.astype(np.float64)
-    out, counters = device(np.full((64, 20), -9, np.int32)), device(np.zeros(2, np.int32))
+    out, counters = device(np.full((64, 24), -9, np.int32)), device(np.zeros(2, np.int32))
     run(jitted("make_choices"), (device(x), counters, out), threads=64, smem=2048)
     got = out.copy_to_host()
     numbers = got.view(np.float32)
@@ -636,6 +636,8 @@ def test_arithmetic_and_choices(rng):
     zeroed = np.where(lane & 1, 0, thread)
     np.testing.assert_array_equal(got[:, 17], np.where(lane & 2, x.view(np.int32)[:, 0], zeroed))
     np.testing.assert_array_equal(got[:, 18], 1)
+    np.testing.assert_array_equal(got[:, 19], x.view(np.int32)[:, 0])
+    np.testing.assert_array_equal(got[:, 20:], x.view(np.int32)[:, [1, 0, 0, 1]])
 
 
 def turns(rounds):

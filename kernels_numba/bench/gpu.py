@@ -100,6 +100,7 @@ def runs_on(rung: str, capability: tuple[int, int]) -> bool:
     needs of their own."""
     if rung == RUNG and capability < NEEDS:
         return False
+    rung = "hopper" if rung == "unconstrained" else rung  # of decode attention: the same kernel
     return capability >= (7, 5) and not refusal(rung, capability, "bfloat16", ())
 
 

@@ -143,8 +143,8 @@ def _quickest(
 
 
 def attention(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
-    """The baseline of both attentions. Of decodes, and on a CPU, what torch picks by itself; None for a
-    sequence without keys, for a chunk behind a context on a CPU, and where no way is right."""
+    """The baseline of both attentions. Of decodes of few lengths, and on a CPU, what torch picks by itself;
+    None for a sequence without keys, for a chunk behind a context on a CPU, and where no way is right."""
     contexts = c["context_lens"]
     query_lens = c.get("query_lens", (1,) * len(contexts))
     pairs = set(zip(query_lens, contexts, strict=True))
@@ -152,7 +152,8 @@ def attention(torch: Any, t: Tensors, call: Call, c: Params) -> Bound | None:
         return None
     scale, q = call.kwargs["softmax_scale"], t["q"]
     sequences = _sequences(t, query_lens, contexts, c["block_size"])
-    if not q.is_cuda or call.op != "prefill_attention":
+    decodes = call.op != "prefill_attention"
+    if not q.is_cuda or (decodes and len(pairs) <= MANY_SHAPES):
         chunks = any(length not in (1, context) for length, context in pairs)
         return None if chunks else _sdpa(torch, sequences, scale)
     from torch.nn.attention import SDPBackend as kinds

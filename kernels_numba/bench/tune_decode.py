@@ -20,13 +20,12 @@ from kernels_numba.bench.data import Maker
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, address
 from kernels_numba.ops.decode_attention import OP, decode_attention_hopper
-from kernels_numba.ops.decode_attention.config import SPLITS, Build, ClusterConfig, DecodeConfig
+from kernels_numba.ops.decode_attention.config import SPLITS, Build
 from kernels_numba.ops.decode_attention.tensor_core import num_sms
 from kernels_numba.ptx.ldst import st_global_b32
 from kernels_numba.ptx.vector import ld_global_nc_v4
 
 THREADS, BLOCKS_PER_SM, READ_BYTES = 512, 4, 2 << 30
-FEW_HEADS = 64  # kv heads of all sequences, up to which clusters are worth a look
 AT_ONCE = 8  # loads of 16 bytes in flight, a thread
 
 
@@ -69,23 +68,14 @@ def kv_bytes(params: Params) -> int:
     return 2 * 2 * sum(params["context_lens"]) * int(params["num_kv_heads"] * params["head_dim"])
 
 
-def contenders_of(params: Params) -> dict[str, Any]:
-    """By name: splits of every length; and, of few sequences, the contract's by a cluster and by blocks
-    alone, whichever is picked."""
-    contenders = {str(n): partial(decode_attention_hopper, build=Build(split=n)) for n in SPLITS}
-    if len(params["context_lens"]) * params["num_kv_heads"] <= FEW_HEADS:
-        ways = {
-            "cluster": ClusterConfig(params["head_dim"]),
-            "alone": DecodeConfig(params["head_dim"], "tma"),
-        }
-        for name, config in ways.items():
-            contenders[f"{SPLIT} {name}"] = partial(decode_attention_hopper, config=config)
-    return contenders
+def contenders_of() -> dict[str, Any]:
+    """By its number of keys: splits of every length."""
+    return {str(n): partial(decode_attention_hopper, build=Build(split=n)) for n in SPLITS}
 
 
 def price(params: Params, rounds: int) -> dict[str, float]:
     """Microseconds by contender, each checked first. ArithmeticError where one is wrong."""
-    contenders = contenders_of(params)
+    contenders = contenders_of()
     with Workload(OP, params) as workload:
         outcome = workload.compare(contenders, rounds)
     if outcome.refused:

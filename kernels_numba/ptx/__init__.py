@@ -5,6 +5,7 @@ tests/ptx_kernels.py a small kernel around each. Open the file for the job:
 Moving data
 ldst.py           one value a thread: ld, st, prefetch
 vector.py         8 and 16 bytes a thread, with cache hints: ld.v4, ld.global.nc, st.global.cs
+relaxed.py        what other blocks read or write meanwhile: ld.relaxed, st.relaxed
 cp_async.py       16 bytes, global to shared memory, while the thread goes on: cp.async (sm_80)
 matrix.py         8 x 8 matrices, shared memory to a warp's registers and back: ldmatrix, stmatrix (.trans)
 tma.py            boxes of tensors and runs of bytes by the copy engine, multicast, tensor maps (sm_90)

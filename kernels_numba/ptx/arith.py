@@ -1,5 +1,5 @@
 """Float32 arithmetic whose bits are fixed, base-2 exponential and logarithm, choices without a branch (PTX
-ISA, "ex2", "lg2", "fma", "mul", "add", "max", "selp").
+ISA, "ex2", "lg2", "fma", "mul", "add", "max", "selp", "mov").
 
 What carries bits from one kernel to another writes its roundings down: with .rn neither compiler nor
 assembler contracts a product and a sum into one fma. ex2.approx has a relative error of at most 2^-22, and
@@ -25,6 +25,7 @@ mul_f32 = _pure("mul_f32", "mul.rn.f32 $0, $1, $2;", "ff", "f", "x y, never part
 add_f32 = _pure("add_f32", "add.rn.f32 $0, $1, $2;", "ff", "f", "x + y, never part of an fma (add.rn).")
 max_f32 = _pure("max_f32", "max.f32 $0, $1, $2;", "ff", "f", "The larger; of a NaN the other (max).")
 divide_f32 = _pure("divide_f32", "div.rn.f32 $0, $1, $2;", "ff", "f", "x / y, rounded to nearest (div.rn).")
+bits_f32 = _pure("bits_f32", "mov.b32 $0, $1;", "f", "r", "The bits of a float32 (mov).")
 _CHOICE = "{{\n.reg .pred p;\nsetp.ne.s32 p, $1, 0;\nselp.{} $0, $2, $3, p;\n}}"
 select_f32 = _pure(
     "select_f32",

@@ -23,6 +23,3 @@ st_async_v4 = array_instruction(
     "st_async_v4", f"{_STORE}.v4.b32 [<address>], <values>, [<bar>];", "address:r values:r4 bar:r",
     doc="16 bytes, values[0..3], counted on `bar`: (address, values, bar) (st.async).",
 )  # fmt: skip
-ld_shared_f32 = instruction(
-    "ld_shared_f32", "ld.shared.f32 $0, [$1];", "r", "f", doc="A float32 at a shared address (ld.shared)."
-)

@@ -25,6 +25,9 @@ st_shared_b32 = instruction(
 ld_shared_b32 = instruction(
     "ld_shared_b32", "ld.shared.b32 $0, [$1];", "r", "r", doc="4 bytes at a shared address (ld.shared)."
 )
+ld_shared_f32 = instruction(
+    "ld_shared_f32", "ld.shared.f32 $0, [$1];", "r", "f", doc="A float32 at a shared address (ld.shared)."
+)
 prefetch_l2 = instruction(
     "prefetch_l2", "prefetch.global.L2 [$0];", "l", doc="Bring a line to the L2 cache (prefetch)."
 )

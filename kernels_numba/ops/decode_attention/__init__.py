@@ -212,8 +212,26 @@ def decode_attention_hopper(
     attend("hopper", *arrays, softmax_scale=softmax_scale, window=window, stream=stream, **how)
 
 
+def decode_attention_unconstrained(
+    out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
+    softmax_scale: float, window: int | None = None, split: int = 512, stream: Any = None, **how: Any,
+) -> None:  # fmt: skip
+    """Rung "unconstrained": hopper with splits of another length than the contract's (config.SPLITS); its
+    bits are not those of a prompt chunk, so no engine takes it. It shows what the contract costs."""
+    from kernels_numba.ops.decode_attention.config import Build
+
+    arrays = (out, q, k_cache, v_cache, context_lens, block_table)
+    how = {"softmax_scale": softmax_scale, "window": window, "stream": stream, **how}
+    decode_attention_hopper(*arrays, build=Build(split=split), **how)
+
+
 rungs: dict[str, Rung] = {
     "reference": decode_attention_reference, "plain": decode_attention, "mma_sync": decode_attention_mma_sync,
-    "hopper": decode_attention_hopper,
+    "hopper": decode_attention_hopper, "unconstrained": decode_attention_unconstrained,
 }  # fmt: skip
+LADDER = NOT_INVARIANT = ("unconstrained",)  # measured when asked for by name, and used by no engine
+# The bench measures each choice of such a rung, and keeps the quickest.
+CHOICES: dict[str, tuple[dict[str, Any], ...]] = {
+    "unconstrained": ({"split": 256}, {"split": 512}, {"split": 2048})
+}
 register = make_register(OP, rungs)

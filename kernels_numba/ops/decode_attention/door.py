@@ -15,8 +15,9 @@ from kernels_numba import compiler
 from kernels_numba.attention_contract import SPLIT, exponent_scale
 from kernels_numba.checks import ALIGNMENT, check, fail
 from kernels_numba.compiler import cuda
-from kernels_numba.launch import address
+from kernels_numba.launch import address, filled
 from kernels_numba.ops.decode_attention.config import BLOCK_SIZE, HEAD_DIMS, MAX_GROUP, MAX_TOKENS, ROWS
+from kernels_numba.ops.decode_attention.fold import UNWRITTEN_BYTE
 
 OP = "decode_attention"
 BFLOAT16, FLOAT16 = np.dtype(np.uint16), np.dtype(np.float16)  # bf16 as bits
@@ -159,9 +160,9 @@ def operands(
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """What launches of one stream share: partial results of `capacity` splits with all their heads, and the
-    counters, which every launch leaves at 0. Steps with more splits, counted over all sequences, abort the
-    launch that meets them: `of` says how much is always enough."""
+    """What launches of one stream share: partial results of `capacity` splits with all their heads, every
+    byte UNWRITTEN_BYTE, and the counters, 0; every launch leaves them so. Steps with more splits, counted
+    over all sequences, abort the launch that meets them: `of` says how much is always enough."""
 
     partial: Any  # f32[capacity, num_q_heads * query_tokens, head_dim]
     partial_ml: Any  # f32[capacity, num_q_heads * query_tokens, 2]
@@ -185,8 +186,8 @@ class Workspace:
                 "at least one split a sequence, and under 2**31 splits times heads, are required"
             )
         return Workspace(
-            cuda.device_array((num_splits, rows, head_dim), np.float32),
-            cuda.device_array((num_splits, rows, 2), np.float32),
+            filled((num_splits, rows, head_dim), np.float32, UNWRITTEN_BYTE),
+            filled((num_splits, rows, 2), np.float32, UNWRITTEN_BYTE),
             cuda.to_device(np.zeros(2 + num_seqs * num_kv_heads * tiles, np.int32)),
             num_splits,
         )

@@ -110,10 +110,7 @@ def make_own_page(window: int | None, split_keys: int) -> Any:
         first, last = int32(first_key(length) >> PAGE_SHIFT), int32((length - 1) >> PAGE_SHIFT)
         number = select_i32(int32(number < first), first, number)
         number = select_i32(int32(number > last), last, number)
-        page = int32(0)
-        if length > 0:
-            page = ld_global_i32(int64(table + (int64(seq) * table_stride + number) * 4))
-        return page
+        return ld_global_i32(int64(table + (int64(seq) * table_stride + number) * 4))
 
     return own_page
 

@@ -11,21 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from kernels_numba import simt, simt_clusters, simt_warps
+from kernels_numba import simt, simt_warps
 from kernels_numba.attention_contract import SPLIT, exponent_scale
 from kernels_numba.ops.decode_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
-    CLUSTER_COLUMNS,
-    CLUSTER_THREADS,
     ROWS,
     THREADS,
     Build,
-    ClusterConfig,
-    cluster_plan,
-    pick_config,
+    DecodeConfig,
     smem_plan,
 )
+from kernels_numba.ops.decode_attention.fold import UNWRITTEN
 
 PACKAGE = "kernels_numba.ops.decode_attention"
 MODULES = (
@@ -33,23 +30,24 @@ MODULES = (
     f"{PACKAGE}.schedule",
     f"{PACKAGE}.feed",
     f"{PACKAGE}.fold",
-    f"{PACKAGE}.producer",
-    f"{PACKAGE}.finisher",
     f"{PACKAGE}.products",
+    f"{PACKAGE}.producer",
+    f"{PACKAGE}.scorers",
+    f"{PACKAGE}.adders",
+    f"{PACKAGE}.finisher",
     f"{PACKAGE}.kernel",
 )
-CLUSTER_MODULES = (*MODULES[:-1], f"{PACKAGE}.cluster")
 
 
 def in_numpy(
     feed: Any, out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
     softmax_scale: float, window: int | None = None, lse: Any = None, grid: int = 2, seed: int = 0,
     mutant: str = "", tokens: int = 1, change: Callable[[str, str], str] = lambda name, text: text,
-) -> Any:  # fmt: skip
-    """The counters that the launch leaves; out[B tokens, Hq, D] and lse[B tokens, Hq] are written.
-    bfloat16 bits as uint16.
+) -> int:  # fmt: skip
+    """How many words of its workspace the launch leaves other than it found them: 0 is right. out[B tokens,
+    Hq, D] and lse[B tokens, Hq] are written. bfloat16 bits as uint16.
 
-    feed: "tma", "cp_async" or "cluster"; grid: blocks, or clusters; seed: of the order in which warps go on;
+    feed: "tma" or "cp_async"; grid: blocks; seed: of the order in which warps go on;
     change: see simt_warps.link. IndexError where the kernel leaves an array, simt_warps.Stuck where it would
     hang.
     """
@@ -62,8 +60,8 @@ def in_numpy(
     memory = simt.Memory()
     k_rows, v_rows = k_cache.reshape(-1, head_dim), v_cache.reshape(-1, head_dim)
     k_at, v_at = memory.put(k_rows.reshape(-1)), memory.put(v_rows.reshape(-1))
-    partial = np.full(capacity * num_q_heads * tokens * head_dim, np.nan, np.float32)
-    partial_ml = np.full(capacity * num_q_heads * tokens * 2, np.nan, np.float32)
+    words = capacity * num_q_heads * tokens
+    partial, partial_ml = (np.full(words * each, UNWRITTEN, np.int32) for each in (head_dim, 2))
     counters = np.zeros(2 + num_seqs * num_kv_heads * -(-group * tokens // ROWS), np.int32)
     q2, out2 = q.reshape(len(q), -1), out.reshape(len(out), -1)
     lse_at = 0 if lse is None else memory.put(lse.reshape(-1))
@@ -75,19 +73,11 @@ def in_numpy(
         num_kv_heads, group, q2.strides[0], out2.strides[0], block_table.strides[0] // 4, capacity,
         exponent_scale(softmax_scale),
     )  # fmt: skip
-    if feed == "cluster":
-        one = ClusterConfig(head_dim)
-        maps[(1 << 10) + 128] = v_rows, (BLOCK_SIZE, CLUSTER_COLUMNS)
-        simt_clusters.run(
-            CLUSTER_MODULES, "make_cluster_kernel", (one, "bfloat16", lse is not None, Build()), arguments,
-            grid * one.blocks, CLUSTER_THREADS, cluster_plan(one).bytes, memory, maps, one.blocks,
-            seed, change,
-        )  # fmt: skip
-        return counters
-    config = pick_config(head_dim, feed, num_seqs * num_kv_heads, 1)
+    config = DecodeConfig(head_dim, feed)
     specialised = (config, "bfloat16", window, lse is not None, Build(mutant=mutant), tokens)
     simt_warps.run(
         MODULES, "make_decode_kernel", specialised, arguments, grid, THREADS, smem_plan(config).bytes, memory,
         maps, seed, change,
     )  # fmt: skip
-    return counters
+    unwritten = np.concatenate([partial, partial_ml]) == UNWRITTEN
+    return int(np.count_nonzero(counters) + np.count_nonzero(~unwritten))

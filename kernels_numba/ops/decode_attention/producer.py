@@ -26,21 +26,24 @@ from kernels_numba.ptx.arith import select_i32
 from kernels_numba.ptx.atomics import atom_add_i32
 from kernels_numba.ptx.debug import make_stress
 from kernels_numba.ptx.griddep import griddep_wait
-from kernels_numba.ptx.ldst import st_global_b32
+from kernels_numba.ptx.ldst import prefetch_l2, st_global_b32
 from kernels_numba.ptx.mbarrier import mbarrier_arrive
 from kernels_numba.ptx.shuffle import shfl_idx_i32
 from kernels_numba.ptx.tma import tma_prefetch_map
 from kernels_numba.ptx.vector import st_shared_v4
 
+L2_LINE = 128
+
 
 @cache
-def make_produce(config: DecodeConfig, reach: int | None, build: Build, tokens: int) -> Any:
-    """f(smem, maps, k_cache, v_cache, lens, table, counters, num_seqs, heads, group, table_stride, lane): the
-    warp's whole life; arguments as the kernel's, reach: window + tokens - 1, or None.
+def make_produce(config: DecodeConfig, window: int | None, build: Build, tokens: int) -> Any:
+    """f(smem, maps, k_cache, v_cache, q, lens, table, counters, num_seqs, heads, group, q_stride,
+    table_stride, lane): the warp's whole life; arguments as the kernel's.
 
     Items: a block's first is its own number, the others come from counters[0]; counters[1] counts blocks that
-    have none left, and the last of them sets both back to 0. A posted item: (sequence or -1 for the end, kv
-    head, split, the sequence's splits; splits of the sequences before, context length, first row, 0).
+    have none left, and the last of them sets both back to 0. If the first ones are all, nobody counts. A
+    posted item: (sequence or -1 for the end, kv head, split, the sequence's splits; splits of the sequences
+    before, context length, first row, 0).
     Of dependent launches: lengths and table are read, and as many pages as there are stages fetched, but for
     those of the newest keys (one a query token), before the launches before this one have ended. So those
     must not write these.
@@ -49,7 +52,9 @@ def make_produce(config: DecodeConfig, reach: int | None, build: Build, tokens: 
     chunk_at, record_at = plan.offset("chunk"), plan.offset("record")
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     posted_at, taken_at = plan.offset("posted"), plan.offset("taken")
+    reach = None if window is None else window + tokens - 1  # of all of a sequence's rows
     by_tma, split_pages = config.feed == "tma", build.split // BLOCK_SIZE
+    row_bytes = config.head_dim * 2
     dependent, page_off = by_tma and build.pdl, int(build.mutant == "page")
     _, count_units, locate = make_schedule(reach, build.split)
     own_page = make_own_page(reach, build.split)
@@ -62,8 +67,8 @@ def make_produce(config: DecodeConfig, reach: int | None, build: Build, tokens: 
 
     @jit(device=True)
     def produce(
-        smem: Any, maps: Any, k_cache: Any, v_cache: Any, lens: Any, table: Any, counters: Any, num_seqs: Any,
-        heads: Any, group: Any, table_stride: Any, lane: Any,
+        smem: Any, maps: Any, k_cache: Any, v_cache: Any, q: Any, lens: Any, table: Any, counters: Any,
+        num_seqs: Any, heads: Any, group: Any, q_stride: Any, table_stride: Any, lane: Any,
     ) -> None:  # fmt: skip
         if by_tma and lane == 0:
             tma_prefetch_map(maps)
@@ -71,6 +76,7 @@ def make_produce(config: DecodeConfig, reach: int | None, build: Build, tokens: 
         words = cuda.local.array(4, np.int32)
         e0, e1, e2, e3, e4 = count_units(lens, num_seqs, lane)
         number, tiles = int32(cuda.blockIdx.x), row_tiles(group)
+        one_each = e4 * heads * tiles <= cuda.gridDim.x
         kind, kind_start, kind_end = int32(0), int32(0), e0
         chunk, before, before_all = int32(0), int32(0), int32(0)
         stage, phase, slot, slot_phase = int32(0), int32(0), int32(0), int32(0)
@@ -102,9 +108,18 @@ def make_produce(config: DecodeConfig, reach: int | None, build: Build, tokens: 
                     lens, num_seqs, lane, int32(unit - kind_start), kind, chunk, before, before_all
                 )
                 page = own_page(table, table_stride, seq, split, length, lane)
+                if not waited:
+                    # To L2 may come what the launch before still writes: readers see what it is then.
+                    for token in range(tokens):
+                        at = int64(q + (int64(seq) * tokens + token) * q_stride)
+                        at = int64(at + int64(head) * group * row_bytes + lane * L2_LINE)
+                        if lane * L2_LINE < group * row_bytes:
+                            prefetch_l2(at)
             following = int32(0)
-            claimed = waited
-            if claimed and seq >= 0 and lane == 0:
+            claimed = waited or one_each
+            if one_each:
+                following = int32(e4 * heads * tiles)
+            elif claimed and seq >= 0 and lane == 0:
                 following = int32(atom_add_i32(counters, 1) + cuda.gridDim.x)
             pause(int32(1))
             wait_taken(int32(smem + taken_at + 8 * slot), int32(slot_phase ^ 1))
@@ -149,7 +164,7 @@ def make_produce(config: DecodeConfig, reach: int | None, build: Build, tokens: 
                 following = int32(atom_add_i32(counters, 1) + cuda.gridDim.x)
             number = shfl_idx_i32(following, 0)
             working = seq >= 0
-        if lane == 0:
+        if lane == 0 and not one_each:
             if atom_add_i32(int64(counters + 4), 1) == cuda.gridDim.x - 1:
                 st_global_b32(counters, 0)
                 st_global_b32(int64(counters + 4), 0)

@@ -2,8 +2,8 @@
 
 A unit is one split of one sequence, an item a unit and a kv head; items are numbered, and blocks take
 numbers. Units are ordered by size, as far as a class says it: class 0 are whole splits, 1 to CUTS those that
-a sequence's end cuts short, by quarters of a split, the longest first; an empty sequence has one of the last
-class. So the end is filled with small pieces of work. The order decides when something is computed, never its
+a sequence's end cuts short, by quarters of a split, the longest first; a sequence without keys has none. So
+the end is filled with small pieces of work. The order decides when something is computed, never its
 bits. Knows: lengths, numbers of splits. Refuses to know: pages, heads of what, tiles.
 """
 
@@ -67,8 +67,7 @@ def make_schedule(window: int | None, split: int = SPLIT) -> tuple[Any, Any, Any
             lengths[i] = length
             whole[i] = select_i32(inside, int32((length >> shift) - begin), 0)
             kind = int32(CUTS - ((length & mask) >> quarter))
-            partial = int32(int32((length & mask) != 0) | int32(length == 0))
-            cut[i] = select_i32(int32(inside & partial), kind, 0)
+            cut[i] = select_i32(int32(inside & int32((length & mask) != 0)), kind, 0)
 
     @jit(device=True, forceinline=True)
     def with_lower(x: Any, lane: Any, delta: Any) -> Any:

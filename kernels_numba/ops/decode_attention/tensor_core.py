@@ -15,29 +15,19 @@ import numpy as np
 from kernels_numba.attention_contract import SPLIT
 from kernels_numba.compiler import cuda
 from kernels_numba.launch import Kernel, Launch, address
-from kernels_numba.ops.decode_attention.cluster import make_cluster_kernel
 from kernels_numba.ops.decode_attention.config import (
     BLOCK_SIZE,
     BOX_COLUMNS,
-    CLUSTER_COLUMNS,
-    CLUSTER_THREADS,
     CONFIGS,
-    HEAD_DIMS,
     ITEM,
     PRODUCT,
     THREADS,
     Build,
-    ClusterConfig,
     DecodeConfig,
     Feed,
-    cluster_plan,
-    fits_cluster,
-    pick_cluster,
-    pick_config,
-    resident_clusters,
     smem_plan,
 )
-from kernels_numba.ops.decode_attention.door import OP, Operands, Workspace, operands, require_capability
+from kernels_numba.ops.decode_attention.door import Operands, Workspace, operands, require_capability
 from kernels_numba.ops.decode_attention.kernel import SIGNATURE, make_decode_kernel
 from kernels_numba.ptx.tma import encode_tensor_map
 
@@ -50,51 +40,33 @@ ARCHS = {
 
 @cache
 def decode_kernel(
-    config: DecodeConfig | ClusterConfig,
+    config: DecodeConfig,
     dtype: str,
     window: int | None = None,
     with_lse: bool = False,
     build: Build = PRODUCT,
     tokens: int = 1,
 ) -> Kernel:
-    """The kernel of one specialisation, compiled when first launched. ValueError for what cluster.py does not
-    do."""
-    if isinstance(config, ClusterConfig):
-        kind = "cluster"
-        if not fits_cluster(window, tokens, build):
-            raise ValueError(
-                f"{OP}: a cluster's kernel with window {window}, {tokens} query tokens, {build}; no window, "
-                f"1 query token, splits of {SPLIT} and no mutant are required"
-            )
-    else:
-        kind = f"{config.feed}{config.blocks}"
-    words = ["decode", kind, f"d{config.head_dim}", dtype]
+    """The kernel of one specialisation, compiled when first launched."""
+    words = ["decode", config.feed, f"d{config.head_dim}", dtype]
     words += [f"window{window}"] if window is not None else []
     words += ["lse"] if with_lse else []
     words += [name for name in ("debug", "stress") if getattr(build, name)]
     words += [build.mutant] if build.mutant else []
     words += [f"split{build.split}"] if build.split != SPLIT else []
     words += [f"tokens{tokens}"] if tokens > 1 else []
-    if isinstance(config, ClusterConfig):
-        return Kernel(
-            "_".join(words),
-            lambda: make_cluster_kernel(config, dtype, with_lse, build),
-            (config, dtype, with_lse, build),
-            SIGNATURE, CLUSTER_THREADS, cluster_plan(config).bytes, config.blocks,
-            pdl=build.pdl, archs=ARCHS["tma"],
-        )  # fmt: skip
     return Kernel(
         "_".join(words),
         lambda: make_decode_kernel(config, dtype, window, with_lse, build, tokens),
         (config, dtype, window, with_lse, build, tokens),
         SIGNATURE, THREADS, smem_plan(config).bytes,
-        pdl=build.pdl and config.feed == "tma", archs=ARCHS[config.feed], blocks=config.blocks,
+        pdl=build.pdl and config.feed == "tma", archs=ARCHS[config.feed],
     )  # fmt: skip
 
 
 def kernels() -> Iterator[Kernel]:
     """Every kernel that a model in bfloat16 without windows can ask for, for building them ahead."""
-    for config in (*CONFIGS, *map(ClusterConfig, HEAD_DIMS)):
+    for config in CONFIGS:
         yield decode_kernel(config, "bfloat16")
 
 
@@ -119,7 +91,6 @@ def prepared(
     workspace: Workspace,
     window: int | None,
     build: Build = PRODUCT,
-    config: DecodeConfig | ClusterConfig | None = None,
 ) -> tuple[Launch, Any]:
     """A launch ready to be repeated, and the tensor maps it reads, u64[2, 16] on the device (None without).
 
@@ -129,19 +100,12 @@ def prepared(
     require_capability(rung)
     feed = FEEDS[rung]
     items = o.num_seqs * o.num_kv_heads * o.row_tiles * o.max_splits(build.split)
-    if config is None and feed == "tma" and fits_cluster(window, o.tokens, build):
-        config = pick_cluster(o.head_dim, o.num_seqs * o.num_kv_heads, o.max_splits(), num_sms())
-    if config is None and o.tokens > 1:  # with rows of different lengths, two blocks want too many registers
-        config = DecodeConfig(o.head_dim, feed)
-    config = config or pick_config(o.head_dim, feed, items, num_sms())
+    config = DecodeConfig(o.head_dim, feed)
     maps = None
     if feed == "tma":
         shape, stride = (o.num_blocks * o.num_kv_heads * BLOCK_SIZE, o.head_dim), (o.head_dim * ITEM,)
         box = (BLOCK_SIZE, BOX_COLUMNS)
         words = [encode_tensor_map(at, o.dtype, shape, stride, box) for at in (o.k_cache, o.v_cache)]
-        if isinstance(config, ClusterConfig):
-            box = (BLOCK_SIZE, CLUSTER_COLUMNS)
-            words[1] = encode_tensor_map(o.v_cache, o.dtype, shape, stride, box, swizzle=0)
         maps = cuda.to_device(np.stack(words))
     kernel = decode_kernel(config, o.dtype, window, o.lse != 0, build, o.tokens)
     arguments = (
@@ -151,17 +115,13 @@ def prepared(
         o.num_seqs, o.num_kv_heads, o.group, o.q_stride, o.out_stride, o.table_stride,
         workspace.capacity, o.c,
     )  # fmt: skip
-    grid = min(items, config.blocks * num_sms())
-    if isinstance(config, ClusterConfig):
-        grid = config.blocks * min(items, resident_clusters(config, num_sms()))
-    return kernel.prepare(grid, arguments), maps
+    return kernel.prepare(min(items, num_sms()), arguments), maps
 
 
 def attend(
     rung: str, out: Any, q: Any, k_cache: Any, v_cache: Any, context_lens: Any, block_table: Any, *,
     softmax_scale: float, window: int | None = None, query_tokens: int = 1, lse: Any = None,
     workspace: Workspace | None = None, stream: Any = None, build: Build = PRODUCT,
-    config: DecodeConfig | ClusterConfig | None = None,
 ) -> None:  # fmt: skip
     """Rungs "hopper" and "mma_sync": out[B T, Hq, D] as decode_attention_spec says, in the order of
     attention_contract.py; what they take: door.operands.
@@ -170,8 +130,8 @@ def attend(
     last T - 1 - i of context_lens[b] keys. lse: f32[B T, Hq], gets the log-sum-exp of each row's scaled
     scores, or None. workspace: Workspace.of(...), the caller's; launches that share one must follow each
     other. context_lens and block_table must not be written by a launch right before this one, nor may keys
-    but each sequence's T newest (make_decode_kernel). build, config: another kind of kernel than
-    pick_config's (tests, tuning). ValueError for what is wrong at the door.
+    but each sequence's T newest (make_decode_kernel). build: another kind of kernel than
+    the product's (tests, tuning). ValueError for what is wrong at the door.
     """
     o = operands(
         out, q, k_cache, v_cache, context_lens, block_table, softmax_scale, window, lse, query_tokens
@@ -183,4 +143,4 @@ def attend(
         splits = o.num_seqs * o.max_splits(build.split)
         workspace = own_workspace(o.num_seqs, splits, heads, o.num_kv_heads, o.head_dim, o.tokens)
     workspace.check(o)
-    prepared(rung, o, workspace, window, build, config)[0](stream)
+    prepared(rung, o, workspace, window, build)[0](stream)
