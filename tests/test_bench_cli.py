@@ -23,6 +23,9 @@ GPU = bench_ops.Gpu("NVIDIA H100 80GB HBM3", "580.1", (9, 0))
 COMMIT = "0123abc"
 
 
+GEMMS = 96 + 208 + 8  # shapes: of many tokens, of few, with a residual
+
+
 @pytest.fixture
 def workloads(monkeypatch):
     """A fresh FakeWorkload."""
@@ -182,7 +185,7 @@ def test_what_a_plan_holds():
     assert {item.op for item in items} == set(OP_NAMES)
     assert left_out > 0
     gemm = [item for item in items if item.op == "gemm"]
-    assert len(gemm) == 96 + 208
+    assert len(gemm) == GEMMS
     assert all("hopper" in item.rungs and "reference" not in item.rungs for item in gemm)
     rungs_of = {item.case: item.rungs for item in gemm}
     assert rungs_of["M=1 N=4096 K=4096"] == ("mma_sync", "hopper", "gemv")
@@ -190,7 +193,7 @@ def test_what_a_plan_holds():
     assert rungs_of["M=512 N=4096 K=4096"] == ("plain", "hopper")
     both, _ = bench_ops.plan(["gemm"], named=["mma_sync"], gpu=GPU)
     assert all(item.rungs == ("mma_sync",) for item in both)
-    assert len(both) == 304
+    assert len(both) == GEMMS
     one, _ = bench_ops.plan(["gemm"], named=["gemv"], gpu=GPU)
     assert {item.params["m"] for item in one} == {1}
     largest = next(item for item in gemm if item.case == "M=16384 N=37888 K=3584")
@@ -393,7 +396,7 @@ def test_an_interrupt_keeps_what_was_measured(capsys, gpu, tmp_path):
     gpu.interrupt_at = None
     status, lines = run(capsys, *words, "--resume")
     assert status == 0
-    assert len(json.loads(lines[-1])) == 304
+    assert len(json.loads(lines[-1])) == GEMMS
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", "no json", '[{"op": "gemm"}]'])

@@ -174,6 +174,7 @@ PARTS = {
     "gemm_few": Part("test_gemm_few_gpu", 240, rest(FEW)),  # some sixty kernels, up to three seconds each
     "gemm": Part("test_gemm", 180, FLOAT64),  # some fifty kernels, a second or two each
     "gemm_silu_mul": Part("test_gemm_silu_mul", 240),  # some thirty kernels, up to three seconds each
+    "gemm_residual": Part("test_gemm_residual", 240),  # some twenty kernels, up to three seconds each
     "gemm_mma": Part("test_gemm_mma_gpu", 240, FLOAT64),
     "gemm_rungs": Part("test_gemm_rungs test_gemv", 180),
     # A hundred kernels by numba's own compiler, a wait that times out.
