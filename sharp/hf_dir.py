@@ -6,9 +6,6 @@ for.
 
 from __future__ import annotations
 
-import os
-import weakref
-from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,6 @@ from sharp.untrusted import check_directory, file_inside
 
 FloatArray = npt.NDArray[np.float32]
 _INDEX = "model.safetensors.index.json"
-_MOST_STRETCHES = 1024  # that one call of the system takes: IOV_MAX of Linux and macOS
 _STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -48,8 +44,6 @@ class HFDirectory:
         self._file_names: dict[str, str] = {}
         self._spans: dict[str, tuple[np.dtype[Any], int]] = {}  # stored dtype, first byte in the file
         self._maps: dict[str, npt.NDArray[np.uint8]] = {}  # file name -> its bytes, mapped when first asked
-        self._descriptors: dict[str, int] = {}  # file name -> open for read_into, when first asked
-        weakref.finalize(self, _close_all, self._descriptors)
         index = self._read_index()
         self._listing = _INDEX if index else "model.safetensors"
         for file_name in sorted(set(index.values())) if index else ["model.safetensors"]:
@@ -129,44 +123,3 @@ class HFDirectory:
         row_bytes = prod(columns) * dtype.itemsize
         raw = self._maps[file_name][first + start * row_bytes : first + stop * row_bytes]
         return np.frombuffer(raw, dtype).reshape(stop - start, *columns)
-
-    def read_into(self, name: str, start: int, out: npt.NDArray[Any]) -> bool:
-        """Rows of the tensor `name` from `start` on, out of the file into out[rows, ...], each row of it
-        contiguous. False, with nothing read, where they are stored in another dtype than out's.
-
-        The system copies, without the interpreter's lock and without a page fault for every page that a map
-        has at its first reading. Safe to call from several threads. OSError where the file ends too early.
-        """
-        dtype, first = self._spans[name]
-        if dtype != out.dtype:
-            return False
-        file_name = self._file_names[name]
-        if file_name not in self._descriptors:
-            opened = os.open(self.path / file_name, os.O_RDONLY | os.O_CLOEXEC)
-            if self._descriptors.setdefault(file_name, opened) != opened:  # another thread was faster
-                os.close(opened)
-        flat = out.reshape(len(out), -1).view(np.uint8)
-        at = first + start * prod(self.shapes[name][1:]) * dtype.itemsize
-        stretches = [flat.reshape(-1)] if flat.flags.c_contiguous else list(flat)
-        _read(self._descriptors[file_name], stretches, at, self.path / file_name)
-        return True
-
-
-def _read(descriptor: int, stretches: Sequence[npt.NDArray[np.uint8]], at: int, path: Path) -> None:
-    """Bytes of a file from `at` on, into one stretch of memory after the other."""
-    for i in range(0, len(stretches), _MOST_STRETCHES):
-        left: list[Any] = list(stretches[i : i + _MOST_STRETCHES])
-        while left:
-            got = os.preadv(descriptor, left, at)
-            if not got:
-                raise OSError(f"{path} has no byte {at} any more: it was cut since it was opened")
-            at += got
-            while left and got >= left[0].nbytes:
-                got -= left.pop(0).nbytes
-            if got:
-                left[0] = left[0][got:]
-
-
-def _close_all(descriptors: dict[str, int]) -> None:
-    for descriptor in descriptors.values():
-        os.close(descriptor)

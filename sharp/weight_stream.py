@@ -28,7 +28,6 @@ PIECE_BYTES = 8 << 20  # of a pinned buffer: large enough for the full rate, sma
 MAX_THREADS = 8
 
 Rows = Callable[[str, int, int], npt.NDArray[Any]]  # (tensor, first row, last row + 1) -> those rows
-Read = Callable[[str, int, npt.NDArray[Any]], bool]  # Checkpoint.read_into
 
 
 class Lane(Protocol):
@@ -53,18 +52,14 @@ class Lanes(Protocol):
     def synchronize(self) -> None: ...
 
 
-def fill(
-    piece: Piece, out: npt.NDArray[Any], rows: Rows, read_into: Read = lambda name, start, out: False
-) -> None:
-    """Write a piece's rows into out[rows, columns] (or out[rows]), converted to out's dtype, ties to even.
-    read_into: is tried first."""
-    targets = [out]
-    if len(piece.sources) == 2:
-        both = out.reshape(-1, 2, GATE_UP_BLOCK, *out.shape[1:])
-        targets = [both[:, 0], both[:, 1]]
-    for target, (name, start, stop) in zip(targets, piece.sources, strict=True):
-        if not read_into(name, start, target):
-            _copy(target, rows(name, start, stop).reshape(target.shape))
+def fill(piece: Piece, out: npt.NDArray[Any], rows: Rows) -> None:
+    """Write a piece's rows into out[rows, columns] (or out[rows]), converted to out's dtype, ties to even."""
+    if len(piece.sources) == 1:
+        _copy(out, rows(*piece.sources[0]))
+        return
+    both = out.reshape(-1, 2, GATE_UP_BLOCK, *out.shape[1:])
+    for i, source in enumerate(piece.sources):
+        _copy(both[:, i], rows(*source).reshape(-1, GATE_UP_BLOCK, *out.shape[1:]))
 
 
 def _copy(out: npt.NDArray[Any], values: npt.NDArray[Any]) -> None:
@@ -133,8 +128,7 @@ def stream_weights(checkpoint: Checkpoint, device: Lanes, *, progress: bool = Tr
     def send(lane: Lane, piece: Piece) -> int:
         shape = (piece.stop - piece.start, *plan[piece.weight].shape[1:])
         num_bytes = prod(shape) * element.itemsize
-        room = lane.room(num_bytes).view(element).reshape(shape)
-        fill(piece, room, checkpoint.rows, checkpoint.read_into)
+        fill(piece, lane.room(num_bytes).view(element).reshape(shape), checkpoint.rows)
         lane.send(arrays[piece.weight][piece.start : piece.stop])
         return num_bytes
 

@@ -113,12 +113,6 @@ class Checkpoint:
             raise KeyError(f"{self.path} has no tensor {name}")
         return self._source.rows(name, start, stop)
 
-    def read_into(self, name: str, start: int, out: npt.NDArray[Any]) -> bool:
-        """Rows of a tensor from `start` on, from its file into out[rows, ...]; False, and nothing is read,
-        where the source has no such way or the rows are stored otherwise: `rows` has them."""
-        read = getattr(self._source, "read_into", None)
-        return read is not None and bool(read(name, start, out))
-
     def check_fusable(self) -> None:
         """ModelFileError when intermediate_size is not a multiple of 8, the rows that gate and up take turns
         in."""

