@@ -100,11 +100,6 @@ class Buckets:
         """Every bucket, the largest first: what it needs, all need."""
         return (*reversed(self.mixed), *reversed(self.apart), *reversed(self.decode))
 
-    def at_start(self) -> tuple[Bucket, ...]:
-        """Those whose graphs are made before the first step: all, but where decodes ride as a rule, the
-        seldom ones in which they do not."""
-        return tuple(bucket for bucket in self.all() if self.decodes == "apart" or not bucket.apart)
-
     def of(self, plan: BatchPlan) -> Bucket:
         """The smallest bucket that holds a plan. ValueError for one that is larger than all."""
         tokens, seqs, decodes = plan.num_tokens, plan.num_seqs, plan.num_decodes

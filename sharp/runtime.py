@@ -132,7 +132,7 @@ class Runtime:
         steps without tokens would take as long as full ones."""
         if self.graphs is not None and not uncounted(self._ops):
             with self._or_launch_one_by_one(), driver.during("capturing graphs"):
-                self.graphs.capture_all(self.buckets.at_start(), self._warm, progress)
+                self.graphs.capture_all(self.buckets.all(), self._warm, progress)
 
     def _warm(self, bucket: Bucket) -> None:
         """Queue a bucket's launches over no tokens at all, so that every kernel is loaded and every tensor

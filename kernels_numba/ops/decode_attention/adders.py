@@ -65,6 +65,7 @@ def make_add_up(
     posted_at, taken_at = plan.offset("posted"), plan.offset("taken")
     summed_at, stored_at = plan.offset("summed"), plan.offset("stored")
     by_tma, row_bytes, item = config.feed == "tma", head_dim * 2, 2
+    voices = WARP if build.every_lane else 1  # lanes of a warp that arrive
     warp_columns, split_shift = head_dim // ADDERS, build.split.bit_length() - 1
     held = warp_columns // 2
     reach = None if window is None else window + tokens - 1
@@ -150,11 +151,11 @@ def make_add_up(
                         values = int32(smem + chunk_at + stage * chunk_bytes)
                         loaded = accumulate(o, weights, values, warp, lane)
                         cuda.syncwarp()
-                        if lane == 0 and handed_back:
+                        if lane < voices and handed_back:
                             mbarrier_arrive(read_by(int32(smem + empty_at + 8 * stage), loaded, nothing))
                         stage, phase = stage_of(stage, phase, 1)
                         part = int32(part + 1)
-                    if lane == 0:
+                    if lane < voices:
                         mbarrier_arrive(read_by(int32(smem + added_at + 8 * turn), loaded, nothing))
                     turn = int32(turn ^ 1)
                     turn_phase = int32(turn_phase ^ (turn ^ 1))
@@ -207,7 +208,7 @@ def make_add_up(
                     st_relaxed_v2_f32_if(int32(writer & low_in), to, m_low, l_low)
                     st_relaxed_v2_f32_if(int32(writer & high_in), int64(to + 64), m_high, l_high)
             cuda.syncwarp()
-            if lane == 0:
+            if lane < voices:
                 if working:
                     mbarrier_arrive(int32(smem + stored_at + 8 * slot))
                 mbarrier_arrive(read_by(int32(smem + taken_at + 8 * slot), loaded, nothing))

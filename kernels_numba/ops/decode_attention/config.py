@@ -102,13 +102,15 @@ class Build:
     by TMA only). mutant: one known mistake, which the tests must catch: a wrong scale, a mask that lets one
     key too many in, a page too far, V's stale tail left in place, a wrong phase, a stage never handed back.
     split: keys of a split, 256 to 2,048; any but SPLIT leaves the contract, to see what the contract
-    costs."""
+    costs. every_lane: all lanes of a warp arrive at barriers, where one speaks for its warp otherwise, behind
+    a barrier of the warp: what racecheck follows."""
 
     debug: bool = False
     stress: bool = False
     pdl: bool = True
     mutant: str = ""
     split: int = SPLIT
+    every_lane: bool = False
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:

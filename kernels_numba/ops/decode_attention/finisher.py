@@ -38,6 +38,7 @@ def make_finish(config: DecodeConfig, dtype: str, with_lse: bool, build: Build, 
     record_at, last_at = plan.offset("record"), plan.offset("last")
     posted_at, taken_at, stored_at = plan.offset("posted"), plan.offset("taken"), plan.offset("stored")
     row_bytes, read_record, pause = head_dim * 2, make_read_record(), make_stress(build.stress)
+    voices = WARP if build.every_lane else 1  # lanes of a warp that arrive
     row_tiles, clear = make_row_tiles(tokens), make_clear(head_dim, with_lse, tokens, MEMBERS)
     fold = make_fold(head_dim, dtype, with_lse, tokens, MEMBERS)
     wait_posted, wait_stored = make_wait("posted", config, build), make_wait("stored", config, build)
@@ -78,7 +79,7 @@ def make_finish(config: DecodeConfig, dtype: str, with_lse: bool, build: Build, 
                             out_stride, thread,
                         )  # fmt: skip
             cuda.syncwarp()
-            if lane == 0:
+            if lane < voices:
                 mbarrier_arrive(int32(smem + taken_at + 8 * slot))
             slot = int32(slot ^ 1)
             phase = int32(phase ^ (slot ^ 1))

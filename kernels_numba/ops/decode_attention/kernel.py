@@ -72,7 +72,7 @@ def make_decode_kernel(
     full_at, empty_at = plan.offset("full"), plan.offset("empty")
     weighed_at, added_at, summed_at = plan.offset("weighed"), plan.offset("added"), plan.offset("summed")
     posted_at, taken_at, stored_at = plan.offset("posted"), plan.offset("taken"), plan.offset("stored")
-    by_tma = config.feed == "tma"
+    by_tma, voices = config.feed == "tma", WARP if build.every_lane else 1
     pdl = by_tma and build.pdl
     _, full_arrivals = make_feed(config)
     produce, weigh = (
@@ -98,15 +98,15 @@ def make_decode_kernel(
         if thread == 0:
             for i in range(stages):
                 mbarrier_init(int32(smem + full_at + 8 * i), full_arrivals)
-                mbarrier_init(int32(smem + empty_at + 8 * i), ADDERS)
+                mbarrier_init(int32(smem + empty_at + 8 * i), ADDERS * voices)
             for i in range(TURNS):
-                mbarrier_init(int32(smem + weighed_at + 8 * i), SCORERS)
-                mbarrier_init(int32(smem + added_at + 8 * i), ADDERS)
+                mbarrier_init(int32(smem + weighed_at + 8 * i), SCORERS * voices)
+                mbarrier_init(int32(smem + added_at + 8 * i), ADDERS * voices)
             for i in range(RECORDS):
                 mbarrier_init(int32(smem + posted_at + 8 * i), 1)
-                mbarrier_init(int32(smem + taken_at + 8 * i), SCORERS + ADDERS + FINISHERS)
-                mbarrier_init(int32(smem + summed_at + 8 * i), SCORERS)
-                mbarrier_init(int32(smem + stored_at + 8 * i), ADDERS)
+                mbarrier_init(int32(smem + taken_at + 8 * i), (SCORERS + ADDERS + FINISHERS) * voices)
+                mbarrier_init(int32(smem + summed_at + 8 * i), SCORERS * voices)
+                mbarrier_init(int32(smem + stored_at + 8 * i), ADDERS * voices)
             if by_tma:
                 fence_mbarrier_init()
         cuda.syncthreads()

@@ -74,6 +74,7 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
     quad_max, quad_sum = make_quad()
     group_max, group_weights = make_group_max(), make_group_weights(dtype)
     negated, score = make_negated(), make_score(head_dim, dtype)
+    voices = WARP if build.every_lane else 1  # lanes of a warp that arrive
     wrong_phase, too_many = int(build.mutant == "wrong_phase"), int(build.mutant == "mask")
     lowest, zero = np.float32(LOWEST), np.float32(0)
     int32, int64 = cuda.types.int32, cuda.types.int64
@@ -121,7 +122,7 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
             seq, head, split, _, _, length, first_row = read_record(int32(smem + record_at + 32 * slot), lane)
             if tokens == 1:
                 first_row = int32(0)  # known when compiled: a register less
-            if lane == 0:
+            if lane < voices:
                 mbarrier_arrive(int32(smem + taken_at + 8 * slot))
             working = seq >= 0
             if working:
@@ -150,7 +151,7 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
                         # Two warps read a page of keys, four one of values: each arrives twice here. On the
                         # other page nobody may arrive who has not seen it come.
                         cuda.syncwarp()
-                        if lane == 0:
+                        if lane < voices:
                             for _ in range(ADDERS // 2):
                                 mbarrier_arrive(read_by(int32(smem + empty_at + 8 * mine), loaded, nothing))
                         if edge:
@@ -195,7 +196,7 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
                     st_shared_f32_if(writer, int32(factors + 32), f_high)
                     pause(int32(5))
                     cuda.syncwarp()
-                    if lane == 0:
+                    if lane < voices:
                         mbarrier_arrive(int32(smem + weighed_at + 8 * turn))
                     turn = int32(turn ^ 1)
                     turn_phase = int32(turn_phase ^ (turn ^ 1))
@@ -209,7 +210,7 @@ def make_weigh(config: DecodeConfig, dtype: str, window: int | None, build: Buil
                 st_shared_f32_if(writer, tops, m_low)
                 st_shared_f32_if(writer, int32(tops + 32), m_high)
                 cuda.syncwarp()
-                if lane == 0:
+                if lane < voices:
                     mbarrier_arrive(int32(smem + summed_at + 8 * slot))
             slot = int32(slot ^ 1)
             slot_phase = int32(slot_phase ^ (slot ^ 1))

@@ -165,4 +165,4 @@ def lm_head_warp(
     config = pick_config(out.shape[0])
     kernel = make_gemm_kernel(config, element_name(hidden), "float32", has_bias=False)
     grid = (-(-out.shape[1] // config.tile_n), -(-out.shape[0] // config.tile_m))
-    kernel[grid, config.threads, stream or 0](out, x_rows, weight, weight, x_rows)
+    kernel[grid, config.threads, stream or 0](out, x_rows, weight, weight, x_rows, x_rows)
