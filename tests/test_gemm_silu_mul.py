@@ -109,7 +109,7 @@ from kernels_numba.ops.gemm import hopper
 reports = []
 for name, dtype, has_bias in {some!r}:
     config = next(config for config in hopper.GATED_CONFIGS if str(config) == name)
-    kernel = hopper.hopper_kernel(config, dtype, dtype, has_bias, activation="silu")
+    kernel = hopper.hopper_kernel(config, dtype, dtype, has_bias, epilogue="silu")
     report = assemble_kernel(kernel, "sm_90a")
     bounds = [config.registers, config.tile_n, config.sends_rows]
     reports.append([asdict(report), report.problems, *bounds])
