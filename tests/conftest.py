@@ -77,6 +77,17 @@ def gpu_where(on_gpu: bool) -> Callable[[Callable[[tuple[int, int]], bool], str]
     return find
 
 
+@pytest.fixture
+def rng(record_property: Callable[[str, object], None]) -> Any:
+    """Other numbers in each run; the seed is in the output and in the report."""
+    import numpy as np
+
+    seed = int(np.random.SeedSequence().generate_state(1)[0])
+    record_property("seed", seed)
+    print(f"seed {seed}")
+    return np.random.default_rng(seed)
+
+
 @pytest.fixture(scope="session")
 def forced_rungs(request: pytest.FixtureRequest) -> dict[str, str]:
     """{op: rung} from --rung."""

@@ -230,6 +230,11 @@ class Gpu:
         return host.view(ml_dtypes.bfloat16) if host.dtype == np.uint16 else host
 
 
+def blank(gpu, *shape):
+    """NaN on the device, in the product's type."""
+    return gpu.up(np.full(shape, np.nan, np.float32))
+
+
 @pytest.fixture
 def cuda(gpu_where):
     return gpu_where(lambda have: have[0] == 9, "9.0")

@@ -31,13 +31,6 @@ def few(cuda):
     return gemm_few
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def blank(gpu, rows, columns, out_dtype):
     fill = np.full((rows, columns), np.nan, np.float32)
     return gpu.cuda.to_device(fill) if out_dtype == "float32" else gpu.up(fill)

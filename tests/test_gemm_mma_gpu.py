@@ -32,13 +32,6 @@ def capability(on_gpu):
     return have
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def up(array):
     return None if array is None else cuda.to_device(array)
 

@@ -15,7 +15,7 @@ from engine_checks import TINY, decode, load
 from few_products import make_product, rounded, same_bits, to_float
 from gpu_capture import captured
 from many_products import many_in_numpy
-from test_gemm import Gpu
+from test_gemm import Gpu, blank
 from test_gemm_many import product_of
 
 from kernels_numba import simt, simt_rows
@@ -313,17 +313,6 @@ def gpu(gpu_where):
     return Gpu(gpu_where(lambda have: have[0] == 9, "9.0"), "bfloat16")
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-def blank(gpu, *shape):
-    return gpu.up(np.full(shape, np.nan, np.float32))
-
-
 def apart(gpu, x, weight, residual, bias=None):
     """Bits of residual after gemm, then rms_norm's rung "warp"."""
     m, n = residual.shape
@@ -406,22 +395,12 @@ def test_pauses_and_a_captured_chain_change_no_bit(gpu, rng):
 @pytest.mark.gpu
 def test_a_model_has_the_same_bits_when_the_norm_adds(gpu, rng):
     """Steps of few tokens and of many: graphs whose products add, and launches whose norms do."""
-    from test_graphs_gpu import by_hand, by_launch, capture_all, fill_pages, open_random, random_step
+    from test_graphs_gpu import check_fused_steps
 
-    model = open_random()
-    try:
-        capture_all(model)
-        plans = [random_step(rng, model, *sizes, 0) for sizes in ((1, ()), (40, ()), (3, (50, 100)))]
-        fill_pages(model)
-        fused = [by_launch(model, plan, graphs=True) for plan in plans]
-        product = model.ops.gemm
-        model.ops.gemm = lambda out, x, weight, bias=None, *, stream=None: product(
+    def part(ops):
+        product = ops.gemm
+        ops.gemm = lambda out, x, weight, bias=None, *, stream=None: product(
             out, x, weight, bias, stream=stream
         )
-        fill_pages(model)
-        for plan, (ids, logits) in zip(plans, fused, strict=True):
-            ids_apart, logits_apart = by_hand(model, plan)
-            assert np.array_equal(ids, ids_apart), plan.num_tokens
-            assert np.array_equal(logits, logits_apart), plan.num_tokens
-    finally:
-        model.close()
+
+    check_fused_steps(rng, part)

@@ -10,7 +10,7 @@ import no_simulator
 import numpy as np
 import pytest
 from few_products import make_product, same_bits
-from test_gemm import Gpu
+from test_gemm import Gpu, blank
 from test_gemm_many import product_of
 
 from kernels_numba.compiler import SIMULATOR, cuda
@@ -212,17 +212,6 @@ def gpu(gpu_where):
     return Gpu(gpu_where(lambda have: have[0] == 9, "9.0"), "bfloat16")
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-def blank(gpu, rows, columns):
-    return gpu.up(np.full((rows, columns), np.nan, np.float32))
-
-
 def both_ways(gpu, x, weight, rung, real=None, **how):
     """Bits of (the fused op, gemm then silu_mul's rung "warp") of the same rows."""
     from kernels_numba.ops.gemm import hopper
@@ -312,23 +301,12 @@ def test_pauses_and_a_captured_chain_change_no_bit(gpu, rng):
 @pytest.mark.gpu
 def test_a_model_has_the_same_bits_fused_and_apart(gpu, rng):
     """Steps of few tokens and of many, from graphs with the fused op and by launches of the two ops."""
-    from test_graphs_gpu import by_hand, by_launch, capture_all, fill_pages, open_random, random_step
+    from test_graphs_gpu import check_fused_steps
 
-    model = open_random()
-    try:
-        assert model.rungs["gemm_silu_mul"] == "hopper"
-        capture_all(model)
-        plans = [random_step(rng, model, *sizes, 0) for sizes in ((1, ()), (40, ()), (3, (50, 100)))]
-        fill_pages(model)
-        fused = [by_launch(model, plan, graphs=True) for plan in plans]
-        model.ops.gemm_silu_mul = composed(model.ops.gemm, model.ops.silu_mul)
-        fill_pages(model)
-        for plan, (ids, logits) in zip(plans, fused, strict=True):
-            ids_apart, logits_apart = by_hand(model, plan)
-            assert np.array_equal(ids, ids_apart), plan.num_tokens
-            assert np.array_equal(logits, logits_apart), plan.num_tokens
-    finally:
-        model.close()
+    def part(ops):
+        ops.gemm_silu_mul = composed(ops.gemm, ops.silu_mul)
+
+    check_fused_steps(rng, part, gemm_silu_mul="hopper")
 
 
 @pytest.mark.gpu

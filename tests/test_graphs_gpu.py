@@ -164,6 +164,26 @@ def by_hand(model, plan):
     return sampled.token_ids, bits(model, len(plan.logits_rows))
 
 
+def check_fused_steps(rng, part, **taken):
+    """The same bits from graphs whose ops are fused, and by launches after part(ops) has taken them apart;
+    taken: rungs that the model must have, or nothing is fused."""
+    model = open_random()
+    try:
+        assert taken.items() <= model.rungs.items()
+        capture_all(model)
+        plans = [random_step(rng, model, *sizes, 0) for sizes in ((1, ()), (40, ()), (3, (50, 100)))]
+        fill_pages(model)
+        fused = [by_launch(model, plan, graphs=True) for plan in plans]
+        part(model.ops)
+        fill_pages(model)
+        for plan, (ids, logits) in zip(plans, fused, strict=True):
+            ids_apart, logits_apart = by_hand(model, plan)
+            assert np.array_equal(ids, ids_apart), plan.num_tokens
+            assert np.array_equal(logits, logits_apart), plan.num_tokens
+    finally:
+        model.close()
+
+
 def test_every_bucket_gives_the_same_bits_three_ways(model):
     """Replayed, launched one by one for the bucket, launched one by one for the step's own size."""
     rng = np.random.default_rng(1)

@@ -347,13 +347,6 @@ def gpu(on_gpu):
     return tuple(cuda.get_current_device().compute_capability)
 
 
-@pytest.fixture
-def rng():
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def needs(gpu, rung):
     if gpu[0] < {"naive": 0, "plain": 0, "mma_step": 8}.get(rung, 9):
         pytest.skip(f"rung {rung} does not run on compute capability {gpu}")

@@ -131,14 +131,6 @@ def gpu(on_gpu):
         pytest.skip("runs under --device=cuda only")
 
 
-@pytest.fixture
-def rng(record_property):
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    record_property("seed", seed)
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 @cache
 def jitted(factory, *arguments):
     from kernels_numba.compiler import jit
